@@ -1,0 +1,24 @@
+"""The errors fastvkd shows to a user: one line naming what was found, where, and how to mend it.
+
+Every command catches `FastVKDError`, prints it on one line and exits with code 2. A programming error is never one.
+"""
+
+
+class FastVKDError(Exception):
+    """An input, setting or environment that the user can mend. The message is one line."""
+
+
+class SettingsError(FastVKDError):
+    """A setting is unknown, out of range, or contradicts another."""
+
+
+class DataError(FastVKDError):
+    """A data file, row or image cannot be used."""
+
+
+class ModelError(FastVKDError):
+    """A model folder or family cannot be used, or a site does not exist in it."""
+
+
+class TrainingError(FastVKDError):
+    """Training cannot go on: a loss that is not finite, no space on disk, an empty forget set."""
