@@ -34,7 +34,7 @@ def decode_image(data: bytes, source: str) -> Image.Image:
         raise DataError(f"{source}: the image is empty (0 bytes); replace it or drop the row")
     try:
         with warnings.catch_warnings():
-            # Pillow warns of what we make an error (size, between one and two times its own limit) or do not read (tags).
+            # Pillow warns of sizes that are an error here (checked below) and of tags that are not read.
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
