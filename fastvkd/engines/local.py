@@ -1,0 +1,165 @@
+"""The engine for one process: float32 masters, clipping, accumulation and schedule without DeepSpeed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from fastvkd.engines.optimizers import build_optimizer
+from fastvkd.engines.schedule import Schedule
+from fastvkd.errors import SettingsError, TrainingError
+
+
+class LocalEngine:
+    """Trains `named_parameters` (HF live names) on one device; see `protocol.Engine` for the methods' contracts.
+
+    Half-precision parameters get a float32 master each: at lr 1e-5 a bf16 weight does not move (an update is below
+    half a unit in the last place), its master does. Float32 parameters are their own masters. Gradients are
+    accumulated in float32 either way.
+    """
+
+    def __init__(
+        self,
+        named_parameters: list[tuple[str, nn.Parameter]],
+        *,
+        module: nn.Module,
+        optim: str,
+        learning_rate: float,
+        weight_decay: float,
+        max_grad_norm: float,
+        gradient_accumulation_steps: int,
+        warmup_steps: int,
+        max_steps: int,
+        lr_scheduler_type: str,
+        device: torch.device,
+    ) -> None:
+        if gradient_accumulation_steps < 1:
+            raise SettingsError(f"gradient_accumulation_steps={gradient_accumulation_steps}: must be at least 1")
+        if not named_parameters:
+            raise TrainingError("nothing to train: no parameter was given to the engine; check `trainable`")
+        self.rank = 0
+        self.world_size = 1
+        self.device = device
+        self.forward_module = module
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.updates = 0
+        self._micro_steps = 0
+        self._optim = optim
+        self._base_learning_rate = learning_rate
+        self._max_grad_norm = max_grad_norm
+        self._schedule = Schedule(lr_scheduler_type, warmup_steps=warmup_steps, max_steps=max_steps)
+        self._parameters = dict(named_parameters)
+        self._masters: dict[str, nn.Parameter] = {}
+        for name, parameter in named_parameters:
+            if parameter.dtype == torch.float32:
+                self._masters[name] = parameter
+            else:
+                master = nn.Parameter(parameter.detach().to(torch.float32, copy=True))
+                self._masters[name] = master
+                parameter.register_post_accumulate_grad_hook(_move_gradient_to(master))
+        self._optimizer = build_optimizer(
+            self._masters.items(),
+            optim=optim,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            max_steps=max_steps,
+            device=device,
+        )
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.gradient_accumulation_steps).backward()
+
+    def step(self) -> Tensor | None:
+        self._micro_steps += 1
+        if self._micro_steps < self.gradient_accumulation_steps:
+            return None
+        self._micro_steps = 0
+        masters = [master for master in self._masters.values() if master.grad is not None]
+        if not masters:
+            raise TrainingError("no trainable parameter received a gradient: the loss does not depend on any of them")
+        norm = get_total_norm([master.grad for master in masters if master.grad is not None])
+        if self._max_grad_norm > 0:
+            clip_grads_with_norm_(masters, self._max_grad_norm, norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._copy_masters_to_parameters()
+        self.updates += 1
+        return norm
+
+    @torch.no_grad()
+    def _copy_masters_to_parameters(self) -> None:
+        lower = [name for name, master in self._masters.items() if master is not self._parameters[name]]
+        if lower:
+            torch._foreach_copy_([self._parameters[n] for n in lower], [self._masters[n] for n in lower])
+
+    def learning_rate(self) -> float:
+        return self._base_learning_rate * self._schedule.factor(self.updates)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._micro_steps:
+            raise RuntimeError("state_dict() inside a gradient accumulation would lose the gradients gathered so far")
+        return {
+            "names": list(self._masters),
+            "optim": self._optim,
+            "updates": self.updates,
+            "world_size": 1,
+            "layout": "local",
+            "masters": {name: master.detach() for name, master in self._masters.items()},
+            "moments": self._optimizer.state_dict()["state"],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        check_same_parameters(state, names=list(self._masters), optim=self._optim)
+        for name, master in self._masters.items():
+            master.copy_(state["masters"][name])
+        self._copy_masters_to_parameters()
+        self.updates = state["updates"]
+        self._micro_steps = 0
+        if state["layout"] != "local":
+            return False
+        # The groups come from the settings of this run, so a changed weight decay takes effect; the state from disk.
+        own = self._optimizer.state_dict()
+        self._optimizer.load_state_dict({"state": state["moments"], "param_groups": own["param_groups"]})
+        return True
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self._parameters.items()}
+
+    def mean_over_ranks(self, values: Tensor) -> Tensor:
+        return values
+
+    def any_rank(self, flag: bool) -> bool:
+        return flag
+
+
+def _move_gradient_to(master: nn.Parameter) -> Callable[[Tensor], None]:
+    """A hook that adds a fresh half-precision gradient to the master's float32 one and frees it at once."""
+
+    def hook(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient = parameter.grad.to(torch.float32)
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        parameter.grad = None
+
+    return hook
+
+
+def check_same_parameters(state: dict[str, Any], *, names: list[str], optim: str) -> None:
+    """Refuse a saved state whose trainable parameters or optimiser are not this run's."""
+    if state["names"] != names:
+        missing = sorted(set(names) ^ set(state["names"]))
+        what = f"{missing[0]!r} is in only one of them" if missing else "their order differs"
+        raise TrainingError(
+            f"the checkpoint trains {len(state['names'])} parameters and this run {len(names)} ({what}): "
+            "resume with the settings of the run (`trainable`, `sites`), or start in a new output_dir"
+        )
+    if state["optim"] != optim:
+        raise TrainingError(
+            f"the checkpoint was written with optim={state['optim']!r}, this run has optim={optim!r}: "
+            "resume with the same optimiser, or start in a new output_dir"
+        )

@@ -1,0 +1,147 @@
+"""Optimisers by the name the user writes, with norms and biases kept in 32 bit when the moments are 8-bit.
+
+The 8-bit ones are bitsandbytes' own (Dettmers et al., arXiv 2110.02861); AdEMAMix is arXiv 2409.03137, Lion 2302.06675.
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastvkd.errors import SettingsError
+
+# Bytes of optimiser state per trainable weight, masters not included; `planning` counts with the same table.
+MOMENT_BYTES: dict[str, float] = {
+    "adamw_torch": 8.0,
+    "adamw_8bit": 2 + 8 / 256,  # two uint8 moments, one float32 absmax per block of 256 each
+    "paged_adamw_8bit": 2 + 8 / 256,
+    "lion_8bit": 1 + 4 / 256,
+    "ademamix_8bit": 3 + 12 / 256,
+}
+EIGHT_BIT = tuple(name for name in MOMENT_BYTES if name.endswith("8bit"))
+# 1-D parameters (norms, biases, class embedding) are 0.1 % of the weights but their moments span orders of magnitude.
+MOMENT_BYTES_32BIT: dict[str, int] = {
+    "adamw_torch": 8,
+    "adamw_8bit": 8,
+    "paged_adamw_8bit": 8,
+    "lion_8bit": 4,
+    "ademamix_8bit": 12,
+}
+
+
+def check_optimizer(optim: str) -> None:
+    """Refuse an unknown optimiser name, proposing the nearest known one."""
+    if optim not in MOMENT_BYTES:
+        near = difflib.get_close_matches(optim, MOMENT_BYTES, n=1, cutoff=0.0)[0]
+        raise SettingsError(f"optim={optim!r}: did you mean {near!r}? Known: {', '.join(MOMENT_BYTES)}")
+
+
+def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups at most: matrices (decayed), and 1-D parameters (never decayed, 32-bit moments).
+
+    Separate groups also keep the two apart after ZeRO has flattened each group into one buffer.
+    """
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for _, parameter in named_parameters:
+        # Under ZeRO-3 a partitioned parameter is empty; its real shape is `ds_shape`.
+        (matrices if len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 else vectors).append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay, "eight_bit": True},
+        {"params": vectors, "weight_decay": 0.0, "eight_bit": False},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    optim: str,
+    learning_rate: float,
+    weight_decay: float,
+    max_steps: int,
+    device: torch.device,
+) -> torch.optim.Optimizer:
+    """The optimiser called `optim` over float32 masters (or over what DeepSpeed will make its masters from).
+
+    AdEMAMix warms its slow average up over `max_steps`, as its paper does. A paged optimiser on a CPU is the ordinary
+    one: there is no GPU memory to page out of. Raises SettingsError for an unknown name.
+    """
+    check_optimizer(optim)
+    groups: Any = parameter_groups(named_parameters, weight_decay)
+    if optim == "adamw_torch":
+        for group in groups:
+            del group["eight_bit"]
+        return torch.optim.AdamW(groups, lr=learning_rate, fused=device.type == "cuda")
+
+    import bitsandbytes as bnb  # late: it takes seconds to import and the plain optimiser does not need it
+
+    optimizer: Any
+    if optim == "lion_8bit":
+        optimizer = bnb.optim.Lion8bit(groups, lr=learning_rate, weight_decay=weight_decay)
+    elif optim == "ademamix_8bit":
+        optimizer = bnb.optim.AdEMAMix8bit(
+            groups, lr=learning_rate, weight_decay=weight_decay, t_alpha=max_steps, t_beta3=max_steps
+        )
+    elif optim == "paged_adamw_8bit" and device.type != "cpu":
+        optimizer = bnb.optim.PagedAdamW8bit(groups, lr=learning_rate, weight_decay=weight_decay)
+    else:
+        optimizer = bnb.optim.AdamW8bit(groups, lr=learning_rate, weight_decay=weight_decay)
+    _keep_vectors_32bit(optimizer)
+    _keep_zero_moments_zero(optimizer, device)
+    return optimizer
+
+
+def _keep_vectors_32bit(optimizer: Any) -> None:
+    """Override the moments' width by position (group, index), which still holds after ZeRO replaced the parameters.
+
+    bitsandbytes keeps overrides in a process-wide singleton keyed by `id(parameter)`, and an id is reused once its
+    parameter is gone; so each of our optimisers gets a manager of its own.
+    """
+    from bitsandbytes.optim import GlobalOptimManager
+
+    manager = GlobalOptimManager.__new__(GlobalOptimManager)
+    manager.initialize()
+    for group_index, group in enumerate(optimizer.param_groups):
+        if not group["eight_bit"]:
+            for index in range(len(group["params"])):
+                manager.index2config[(group_index, index)] = {"optim_bits": 32}
+    optimizer.mng = manager
+
+
+def _keep_zero_moments_zero(optimizer: Any, device: torch.device) -> None:
+    """A weight whose gradient is always zero (masked out) must not move, so its first moment must stay exactly zero.
+
+    Two things would break that. bitsandbytes starts a moment as code 0, which reads as -1.0 * absmax 0 = -0.0; a
+    gradient of -0.0 (a negative one times a zero mask) keeps that sign, and the CUDA kernel then takes the next code
+    below zero so that the sign survives. And the CPU kernel rounds through a coarse table in which zero becomes 2e-5
+    of the block's largest moment. A second moment that is not zero does no harm: the update is 0 / sqrt(v).
+    """
+    from bitsandbytes.functional import create_dynamic_map
+
+    def clear_negative_zeros(optimizer: Any, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and not optimizer.state[parameter]:
+                    parameter.grad.add_(0.0)  # -0.0 + 0.0 is +0.0
+
+    optimizer.register_step_pre_hook(clear_negative_zeros)
+    if device.type != "cpu":
+        return
+    codes = create_dynamic_map(signed=True)
+    zero_code = int((codes == 0).nonzero())
+    block = torch.zeros(256)
+    block[0] = 1.0
+    rounded_zero = int(torch.ops.bitsandbytes.quantize_blockwise(block, codes, 256)[0][1])
+    if rounded_zero == zero_code:
+        return
+
+    def snap_to_zero(optimizer: Any, *_: Any) -> None:
+        for state in optimizer.state.values():
+            moment = state.get("state1")
+            if moment is not None and moment.dtype == torch.uint8:
+                moment.masked_fill_(moment == rounded_zero, zero_code)
+
+    optimizer.register_step_post_hook(snap_to_zero)
