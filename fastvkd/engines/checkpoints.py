@@ -1,0 +1,306 @@
+"""Checkpoints of the visual part only: written so that a kill at any moment leaves the last good one, resumed exactly.
+
+A checkpoint folder `checkpoint-<updates>/` holds
+
+- `visual.safetensors`: the trainable weights under their HF live names, in their working dtype;
+- `masters.safetensors`: their float32 masters, left out where the weights are float32 themselves;
+- `rank-<r>.pt`: optimiser moments and random-number states of one rank;
+- `checkpoint.json`: updates done, sampler position, settings, the base model's fingerprint, and SHA-256 of the rest.
+
+The frozen LLM is in none of them.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastvkd.engines.protocol import Engine
+from fastvkd.errors import ModelError, TrainingError
+
+FORMAT = 1
+MANIFEST = "checkpoint.json"
+WEIGHTS = "visual.safetensors"
+MASTERS = "masters.safetensors"
+_UNFINISHED = ".unfinished-"
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The frozen original that a run started from: its folder, and a fingerprint of its configuration and weights."""
+
+    path: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What the loop needs to go on from a checkpoint; `notice` is one line for the user, empty for an exact resume."""
+
+    updates: int
+    sampler: dict[str, Any]
+    settings: dict[str, Any]
+    notice: str
+
+
+def shards_of(model_folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in order. Raises ModelError when there are none or one is missing."""
+    index = model_folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    shards = [model_folder / name for name in names]
+    for shard in shards:
+        if not shard.is_file():
+            raise ModelError(
+                f"{model_folder}: no file {shard.name}; a model folder with safetensors weights is needed "
+                "(download it whole, or convert .bin weights with save_pretrained)"
+            )
+    return shards
+
+
+def read_safetensors_header(shard: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file (tensor name -> dtype, shape, data_offsets) and where its data begin."""
+    with shard.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > shard.stat().st_size - 8:
+            raise ModelError(f"{shard}: truncated or not a safetensors file; download it again")
+        return json.loads(file.read(length)), 8 + length
+
+
+def identify_base(model_folder: str | Path) -> BaseModel:
+    """Fingerprint a model folder in well under a second, whatever its size.
+
+    SHA-256 over config.json's values, every shard's header, and 256 bytes at the start, middle and end of every
+    tensor: another fine-tune of the same architecture differs in nearly every tensor, so it differs here. This is an
+    identity check, not a proof against somebody who edits single weights on purpose.
+    """
+    folder = Path(model_folder)
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{folder}: no config.json; a local model folder is needed")
+    digest = hashlib.sha256(json.dumps(json.loads(config.read_text()), sort_keys=True).encode())
+    samples: list[tuple[str, bytes]] = []
+    for shard in shards_of(folder):
+        header, data_start = read_safetensors_header(shard)
+        with shard.open("rb") as file:
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                begin, end = entry["data_offsets"]
+                sample = f"{entry['dtype']} {entry['shape']}".encode()
+                for position in (begin, (begin + end) // 2, max(begin, end - 256)):
+                    file.seek(data_start + position)
+                    sample += file.read(min(256, end - position))
+                samples.append((name, sample))
+    for name, sample in sorted(samples):  # independent of how the tensors are spread over shards
+        digest.update(name.encode())
+        digest.update(sample)
+    return BaseModel(str(folder), digest.hexdigest())
+
+
+def save_checkpoint(
+    output_dir: Path,
+    engine: Engine,
+    *,
+    sampler: dict[str, Any],
+    settings: dict[str, Any],
+    base_model: BaseModel,
+    keep: int,
+) -> Path:
+    """Write `output_dir/checkpoint-<updates>` and delete all but the newest `keep`; collective over ranks.
+
+    `sampler` and `settings` must be JSON values. The folder appears under its name only when it is complete and on
+    disk. Raises TrainingError, on every rank, when any rank cannot write (no space left).
+    """
+    final = output_dir / f"checkpoint-{engine.updates}"
+    unfinished = output_dir / f"{_UNFINISHED}checkpoint-{engine.updates}"
+    state = engine.state_dict()
+    weights = engine.weights()
+    masters = state.pop("masters")
+
+    def prepare() -> None:
+        for leftover in output_dir.glob(f"{_UNFINISHED}*"):  # of a run that was killed while saving
+            shutil.rmtree(leftover)
+        unfinished.mkdir(parents=True)
+
+    def write_own_part() -> None:
+        torch.save({"engine": state, "rng": _rng_state(engine.device)}, unfinished / f"rank-{engine.rank}.pt")
+        if engine.rank == 0:
+            save_file({n: t.cpu().contiguous() for n, t in weights.items()}, unfinished / WEIGHTS)
+            higher = {n: t.cpu().contiguous() for n, t in masters.items() if weights[n].dtype != t.dtype}
+            if higher:
+                save_file(higher, unfinished / MASTERS)
+
+    def publish() -> None:
+        files = sorted(unfinished.iterdir())
+        manifest = {
+            "format": FORMAT,
+            "updates": engine.updates,
+            "world_size": engine.world_size,
+            "sampler": sampler,
+            "settings": settings,
+            "base_model": dataclasses.asdict(base_model),
+            "sha256": {file.name: _sha256(file) for file in files},
+        }
+        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for file in [*files, unfinished / MANIFEST, unfinished]:
+            _fsync(file)
+        replaced = output_dir / f"{_UNFINISHED}replaced-{final.name}"
+        if final.exists():  # the same step saved again, say by a SIGTERM right after a regular save
+            final.rename(replaced)
+        unfinished.rename(final)
+        _fsync(output_dir)
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        for old in _checkpoints(output_dir)[:-keep] if keep > 0 else []:
+            shutil.rmtree(old)
+
+    _together(engine, prepare if engine.rank == 0 else None, final)
+    _together(engine, write_own_part, final)
+    _together(engine, publish if engine.rank == 0 else None, final)
+    return final
+
+
+def _together(engine: Engine, work: Any, final: Path) -> None:
+    """Run `work` and wait for the other ranks; a disk error on one rank becomes an error on all, not a deadlock."""
+    error: Exception | None = None
+    if work is not None:
+        try:
+            work()
+        except (OSError, SafetensorError, RuntimeError) as caught:  # torch.save reports a full disk as RuntimeError
+            error = caught
+    if engine.any_rank(error is not None):
+        shutil.rmtree(final.parent / f"{_UNFINISHED}{final.name}", ignore_errors=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            reason = "no space left on the device; free some, or lower `save_total_limit`"
+        else:
+            reason = str(error).splitlines()[0] if error else "another rank could not write; see its message"
+        raise TrainingError(f"{final}: cannot be written: {reason}") from error
+
+
+def find_latest(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None; what `resume_from_checkpoint: auto` means."""
+    found = _checkpoints(output_dir)
+    return found[-1] if found else None
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    found = [p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit() and (p / MANIFEST).is_file()]
+    return sorted(found, key=lambda p: int(p.name[11:]))
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """`checkpoint.json` as a dict. Raises TrainingError when the folder is not a checkpoint of a known format."""
+    path = checkpoint / MANIFEST
+    if not path.is_file():
+        raise TrainingError(f"{checkpoint}: no {MANIFEST}, so not a checkpoint; name a folder checkpoint-<step>")
+    try:
+        manifest = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise TrainingError(f"{path}: not JSON ({error}); delete the folder and resume from an older one") from error
+    if manifest.get("format") != FORMAT:
+        raise TrainingError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}")
+    return manifest
+
+
+def verify_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """Compare every file with its checksum and return the manifest. Raises TrainingError naming the damaged file."""
+    manifest = read_manifest(checkpoint)
+    for name, expected in manifest["sha256"].items():
+        file = checkpoint / name
+        if not file.is_file() or _sha256(file) != expected:
+            found = "damaged (its SHA-256 differs)" if file.is_file() else "missing"
+            raise TrainingError(f"{file}: {found}; delete the folder {checkpoint.name} and resume from an older one")
+    return manifest
+
+
+def load_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The trained visual weights of a checkpoint on the CPU, HF live names, in their working dtype."""
+    return load_file(checkpoint / WEIGHTS)
+
+
+def load_checkpoint(checkpoint: Path, engine: Engine, *, base_model: BaseModel) -> Resumed:
+    """Put `engine` (and Python's, NumPy's and torch's random states) where it was; collective over ranks.
+
+    Raises TrainingError for a damaged checkpoint, other trainable parameters, another optimiser, or a base model that
+    is not the one the run started from. With another world size or engine layout the weights and masters are
+    restored and the moments start from zero; `notice` then says so.
+    """
+    manifest = verify_checkpoint(checkpoint)
+    known = BaseModel(**manifest["base_model"])
+    if known.fingerprint != base_model.fingerprint:
+        raise TrainingError(
+            f"{checkpoint}: trained from {known.path} (fingerprint {known.fingerprint[:12]}), but the base model is "
+            f"now {base_model.path} ({base_model.fingerprint[:12]}); give the original as model_name_or_path"
+        )
+    same_world = manifest["world_size"] == engine.world_size
+    own = checkpoint / f"rank-{engine.rank if same_world else 0}.pt"
+    part = torch.load(own, map_location="cpu", weights_only=True)
+    state = part["engine"]
+    state["masters"] = load_weights(checkpoint)
+    if (checkpoint / MASTERS).is_file():
+        state["masters"] |= load_file(checkpoint / MASTERS)
+    moments_restored = engine.load_state_dict(state)
+    if same_world:
+        _set_rng_state(part["rng"], engine.device)
+    notice = ""
+    if not moments_restored:
+        notice = (
+            f"{checkpoint}: written by {manifest['world_size']} rank(s) with layout {state['layout']!r}, resumed by "
+            f"{engine.world_size}: weights and masters are restored, optimiser moments start from zero"
+        )
+    return Resumed(manifest["updates"], manifest["sampler"], manifest["settings"], notice)
+
+
+def bytes_per_trainable_parameter(checkpoint: Path) -> float:
+    """Size of the checkpoint on disk over the number of trainable weights in it."""
+    header, _ = read_safetensors_header(checkpoint / WEIGHTS)
+    count = sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return sum(file.stat().st_size for file in checkpoint.iterdir()) / count
+
+
+def _rng_state(device: torch.device) -> dict[str, Any]:
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - third parties use it
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def _set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

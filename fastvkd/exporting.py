@@ -1,0 +1,205 @@
+"""Turn a run into an ordinary model folder: the base's own files, with only the visual weights' bytes replaced.
+
+Nothing is loaded as a model. Shards are copied by the file system (sharing blocks copy-on-write where it can), and in
+those that hold visual weights the tensors are overwritten in place, one at a time, under the keys the base uses.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fastvkd.engines.checkpoints import (
+    WEIGHTS,
+    find_latest,
+    identify_base,
+    read_safetensors_header,
+    shards_of,
+    verify_checkpoint,
+)
+from fastvkd.errors import ModelError, TrainingError
+
+_FICLONE = 0x40049409  # ioctl: let two files share their blocks until one of them is written
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Other copies of the weights in the base folder: they hold the knowledge that was removed, so they stay behind.
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+_SKIPPED_FOLDERS = {".git", ".cache"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` did: shard names rewritten and copied, tensors replaced, base files left out, blocks shared."""
+
+    folder: Path
+    rewritten_shards: list[str]
+    copied_shards: list[str]
+    tensors: int
+    left_out: list[str]
+    reflinked: bool
+
+
+def export(run_dir: Path, to: Path, *, model_card: str, base: Path | None = None) -> Exported:
+    """Write the trained model as a folder that `from_pretrained` loads.
+
+    `run_dir` is a run's output folder (its newest checkpoint is taken) or one checkpoint. `base` is where the base
+    model lies if it moved since. Weights that training left as they were keep the base's exact bits, also when the run
+    worked in a coarser dtype than the base is stored in. `model_card` becomes README.md. Peak memory is two copies of
+    the largest visual tensor in float32.
+
+    Raises TrainingError for a damaged or missing checkpoint, a folder `to` that is not empty, and a full disk;
+    ModelError when the base is not the one that the run started from, or has no tensor for a trained weight.
+    """
+    checkpoint = run_dir if run_dir.name.startswith("checkpoint-") else find_latest(run_dir)
+    if checkpoint is None:
+        raise TrainingError(f"{run_dir}: no checkpoint-<step> folder in it; give the output_dir of a training run")
+    manifest = verify_checkpoint(checkpoint)
+    base = base or Path(manifest["base_model"]["path"])
+    if identify_base(base).fingerprint != manifest["base_model"]["fingerprint"]:
+        raise ModelError(f"{base}: is not the base model that {checkpoint} was trained from; name that one with --base")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise TrainingError(f"{to}: exists and is not an empty folder; export to a new one")
+    if to.resolve().is_relative_to(base.resolve()):
+        raise TrainingError(f"{to}: lies inside the base model's folder; export elsewhere")
+
+    unfinished = to.with_name(f".unfinished-{to.name}")
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
+    try:
+        exported = _write(checkpoint / WEIGHTS, base, unfinished, to, model_card)
+        if to.exists():
+            to.rmdir()
+        unfinished.rename(to)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise TrainingError(f"{to}: no space left on the device; the base has {_size(base):,} bytes") from error
+        raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return exported
+
+
+def _write(weights_file: Path, base: Path, folder: Path, to: Path, model_card: str) -> Exported:
+    shards = shards_of(base)
+    headers = {shard: read_safetensors_header(shard) for shard in shards}
+    with safe_open(weights_file, "pt") as weights:
+        names = list(weights.keys())
+        disk_keys = match_keys(names, {key for header, _ in headers.values() for key in header})
+        live_of = {key: name for name, key in disk_keys.items()}
+        rewritten: list[str] = []
+        copied: list[str] = []
+        reflinked = True
+        for shard in shards:
+            header, data_start = headers[shard]
+            target = folder / shard.name
+            reflinked &= copy_file(shard, target)
+            keys = [key for key in header if key in live_of]
+            (rewritten if keys else copied).append(shard.name)
+            if keys:
+                with target.open("r+b") as file:
+                    for key in keys:
+                        tensor = weights.get_tensor(live_of[key])
+                        _replace(file, key, header[key], data_start, tensor, shard)
+                    file.flush()
+                    os.fsync(file.fileno())
+    left_out: list[str] = []
+    shard_names = {shard.name for shard in shards}
+    for source, relative in _files(base):
+        if relative in shard_names or relative == "README.md":
+            continue
+        if source.suffix in _WEIGHT_SUFFIXES or relative.endswith(".bin.index.json"):
+            left_out.append(relative)
+            continue
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source, target)
+    (folder / "README.md").write_text(model_card)
+    return Exported(to, rewritten, copied, len(names), left_out, reflinked)
+
+
+def _replace(file: Any, key: str, entry: dict[str, Any], data_start: int, trained: Tensor, shard: Path) -> None:
+    dtype = _DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise ModelError(f"{shard}: {key} is stored as {entry['dtype']}; export needs a base in F32, F16 or BF16")
+    if list(trained.shape) != entry["shape"]:
+        raise ModelError(f"{shard}: {key} has shape {entry['shape']}, the trained weight {list(trained.shape)}")
+    begin, end = entry["data_offsets"]
+    file.seek(data_start + begin)
+    original = torch.frombuffer(bytearray(file.read(end - begin)), dtype=dtype).view(trained.shape)
+    merged = trained.to(dtype)
+    if not torch.isfinite(merged).all():
+        raise ModelError(f"{key}: a trained value does not fit the base's {entry['dtype']}; was training stable?")
+    # A run in bf16 from an fp16 base starts from rounded weights; whoever did not move gets its own bits back.
+    merged = torch.where(original.to(trained.dtype) == trained, original, merged)
+    file.seek(data_start + begin)
+    file.write(merged.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def match_keys(live_names: list[str], disk_keys: set[str]) -> dict[str, str]:
+    """Live parameter name -> key in the base's files, in either spelling.
+
+    Older files say `vision_tower.vision_model.encoder...`, newer ones `model.vision_tower.encoder...` or a mix; both
+    name the same tensor once the leading `model.` and the inner `vision_model` are dropped. Raises ModelError when a
+    name has no key, or more than one.
+    """
+    by_canonical: dict[str, list[str]] = {}
+    for key in sorted(disk_keys):
+        by_canonical.setdefault(_canonical(key), []).append(key)
+    matched = {}
+    for name in live_names:
+        keys = by_canonical.get(_canonical(name), [])
+        if len(keys) != 1:
+            found = f"several: {', '.join(keys)}" if keys else "none"
+            raise ModelError(f"{name}: needs exactly one tensor in the base model's files, found {found}")
+        matched[name] = keys[0]
+    return matched
+
+
+def _canonical(name: str) -> str:
+    first, *rest = name.removeprefix("model.").split(".")
+    return ".".join([first, *(part for part in rest if part != "vision_model")])
+
+
+def copy_file(source: Path, target: Path) -> bool:
+    """Copy without passing the data through this process; True if the blocks are shared copy-on-write (a reflink).
+
+    Never a hard or symbolic link: writing to the copy must not reach the base, even where the base's file is itself a
+    link into a download cache.
+    """
+    with source.open("rb") as reader, target.open("wb") as writer:
+        try:
+            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
+            return True
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS):
+                raise
+        left = os.fstat(reader.fileno()).st_size
+        try:
+            while left and (done := os.copy_file_range(reader.fileno(), writer.fileno(), left)):
+                left -= done
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            reader.seek(0)
+            writer.seek(0)
+            shutil.copyfileobj(reader, writer, 1 << 24)
+    return False
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, str]]:
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if path.is_file() and not _SKIPPED_FOLDERS.intersection(relative.parts):
+            yield path, relative.as_posix()
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path, _ in _files(folder))

@@ -1,0 +1,250 @@
+"""Checkpoints: exact resume after SIGKILL, damage and wrong bases refused, old ones pruned, only the visual part."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastvkd.engines import checkpoints
+from fastvkd.engines.checkpoints import BaseModel, find_latest, identify_base, load_checkpoint, save_checkpoint
+from fastvkd.engines.local import LocalEngine
+from fastvkd.errors import ModelError, TrainingError
+
+BASE = BaseModel("base", "f" * 64)
+
+
+def tiny_engine(dtype=torch.bfloat16, optim="adamw_8bit", hidden=128):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, hidden), nn.LayerNorm(hidden), nn.Dropout(0.1), nn.Linear(hidden, 64)).to(
+        dtype
+    )
+    return LocalEngine(
+        list(module.named_parameters()),
+        module=module,
+        optim=optim,
+        learning_rate=1e-3,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        gradient_accumulation_steps=1,
+        warmup_steps=3,
+        max_steps=30,
+        lr_scheduler_type="cosine",
+        device=torch.device("cpu"),
+    )
+
+
+def train_to(engine, updates):
+    # All three global generators take part, so a resume that forgot one would show.
+    while engine.updates < updates:
+        x = torch.randn(8, 64) * random.random() + float(np.random.rand())  # noqa: NPY002
+        module = engine.forward_module
+        engine.backward(module(x.to(next(module.parameters()).dtype)).float().square().mean())
+        engine.step()
+
+
+def save(engine, folder, keep=2, base=BASE):
+    return save_checkpoint(
+        folder, engine, sampler={"at": engine.updates}, settings={"a": 1}, base_model=base, keep=keep
+    )
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "lion_8bit", "ademamix_8bit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resume_from_disk_is_bit_exact(tmp_path, dtype, optim):
+    def run(stop_at):
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        engine = tiny_engine(dtype, optim)
+        train_to(engine, 4)
+        if stop_at:
+            folder = save(engine, tmp_path)
+            random.seed(99)  # whatever happens in between must not matter
+            torch.manual_seed(99)
+            engine = tiny_engine(dtype, optim)
+            resumed = load_checkpoint(folder, engine, base_model=BASE)
+            assert (resumed.updates, resumed.sampler, resumed.settings, resumed.notice) == (4, {"at": 4}, {"a": 1}, "")
+        train_to(engine, 9)
+        return engine.state_dict()["masters"]
+
+    straight, resumed = run(stop_at=False), run(stop_at=True)
+    assert all(torch.equal(straight[n], resumed[n]) for n in straight)
+
+
+CHILD = """
+import sys, random, torch, numpy as np
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_checkpoints import tiny_engine, train_to, save, BASE
+from fastvkd.engines.checkpoints import find_latest, load_checkpoint
+out = Path(sys.argv[1])
+random.seed(1); np.random.seed(1)
+engine = tiny_engine()
+latest = find_latest(out)
+if latest: load_checkpoint(latest, engine, base_model=BASE)
+while engine.updates < 30:
+    train_to(engine, engine.updates + 1)
+    save(engine, out)
+    print(engine.updates, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_steps_then_auto_resume_ends_at_the_same_bits(tmp_path):
+    command = [sys.executable, "-c", CHILD.format(tests=str(Path(__file__).parent))]
+    subprocess.run([*command, str(tmp_path / "straight")], check=True, capture_output=True)
+    kills = random.Random(7)
+    for _ in range(2):
+        with subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True) as child:
+            for _ in range(kills.randrange(3, 9)):
+                child.stdout.readline()
+            os.kill(child.pid, signal.SIGKILL)
+    assert 0 < int(find_latest(tmp_path / "killed").name[11:]) < 30
+    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
+    for file in (checkpoints.WEIGHTS, checkpoints.MASTERS):
+        a, b = (load_file(tmp_path / run / "checkpoint-30" / file) for run in ("straight", "killed"))
+        assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == ["checkpoint-29", "checkpoint-30"]
+
+
+def test_a_kill_while_writing_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    engine = tiny_engine()
+    train_to(engine, 1)
+    good = save(engine, tmp_path)
+    train_to(engine, 2)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(engine, tmp_path)
+    assert find_latest(tmp_path) == good
+    load_checkpoint(good, tiny_engine(), base_model=BASE)
+    save(engine, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_only_the_newest_are_kept_by_number_not_by_name(tmp_path):
+    engine = tiny_engine()
+    for updates in (8, 9, 10):
+        train_to(engine, updates)
+        save(engine, tmp_path, keep=2)
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-10"}
+    assert find_latest(tmp_path).name == "checkpoint-10"
+    assert find_latest(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("file", ["visual.safetensors", "masters.safetensors", "rank-0.pt"])
+def test_one_flipped_bit_is_found(tmp_path, file):
+    engine = tiny_engine()
+    folder = save(engine, tmp_path)
+    content = bytearray((folder / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / file).write_bytes(content)
+    with pytest.raises(TrainingError, match=rf"{file}: damaged.*delete the folder checkpoint-0"):
+        load_checkpoint(folder, engine, base_model=BASE)
+    (folder / file).unlink()
+    with pytest.raises(TrainingError, match=f"{file}: missing"):
+        load_checkpoint(folder, engine, base_model=BASE)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(TrainingError, match="no space left on the device; free some") as error:
+        save(tiny_engine(), tmp_path)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_other_world_size_restores_weights_and_masters_and_says_that_moments_are_reset(tmp_path):
+    engine = tiny_engine()
+    train_to(engine, 3)
+    folder = save(engine, tmp_path)
+    part = torch.load(folder / "rank-0.pt", weights_only=True)
+    part["engine"] |= {"layout": "zero2", "world_size": 2}
+    torch.save(part, folder / "rank-0.pt")
+    manifest = json.loads((folder / "checkpoint.json").read_text())
+    manifest["world_size"] = 2
+    manifest["sha256"]["rank-0.pt"] = checkpoints._sha256(folder / "rank-0.pt")
+    (folder / "checkpoint.json").write_text(json.dumps(manifest))
+    other = tiny_engine()
+    notice = load_checkpoint(folder, other, base_model=BASE).notice
+    assert "2 rank(s)" in notice and "moments start from zero" in notice
+    assert other.updates == 3 and not other.state_dict()["moments"]
+    masters = other.state_dict()["masters"]
+    assert all(torch.equal(masters[n], m) for n, m in engine.state_dict()["masters"].items())
+
+
+def test_checkpoint_size_is_the_visual_part_only(tmp_path):
+    sizes = {}
+    for optim in ("adamw_torch", "adamw_8bit"):
+        engine = tiny_engine(optim=optim, hidden=4096)
+        train_to(engine, 1)
+        sizes[optim] = checkpoints.bytes_per_trainable_parameter(save(engine, tmp_path / optim))
+    # bf16 weight + float32 master + moments
+    assert sizes["adamw_torch"] == pytest.approx(2 + 4 + 8, rel=0.02)
+    assert sizes["adamw_8bit"] == pytest.approx(2 + 4 + 2 + 8 / 256, rel=0.03)
+
+
+def write_model(folder, seed=0, shards=1, change=None):
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llava", "hidden": 8}')
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {f"layer.{i}.weight": torch.randn(64, 64, generator=generator) for i in range(4)}
+    if change:
+        tensors[change][0, 0] += 1
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    names = list(tensors)
+    weight_map = {}
+    for shard in range(shards):
+        part = names[shard::shards]
+        save_file({n: tensors[n] for n in part}, folder / f"model-{shard}.safetensors")
+        weight_map |= dict.fromkeys(part, f"model-{shard}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def test_the_fingerprint_knows_a_model_by_its_weights_not_by_its_files(tmp_path):
+    original = identify_base(write_model(tmp_path / "a")).fingerprint
+    assert identify_base(write_model(tmp_path / "b", shards=2)).fingerprint == original
+    assert identify_base(write_model(tmp_path / "c", seed=1)).fingerprint != original
+    assert identify_base(write_model(tmp_path / "d", change="layer.2.weight")).fingerprint != original
+    (tmp_path / "a" / "config.json").write_text('{"hidden": 9}')
+    assert identify_base(tmp_path / "a").fingerprint != original
+
+
+def test_a_wrong_base_model_is_refused(tmp_path):
+    engine = tiny_engine()
+    base = identify_base(write_model(tmp_path / "a"))
+    folder = save(engine, tmp_path / "run", base=base)
+    load_checkpoint(folder, engine, base_model=base)
+    with pytest.raises(TrainingError, match="give the original as model_name_or_path"):
+        load_checkpoint(folder, engine, base_model=identify_base(write_model(tmp_path / "b", seed=1)))
+
+
+def test_folders_that_are_no_model_or_no_checkpoint_are_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        identify_base(tmp_path)
+    model = write_model(tmp_path / "m", shards=2)
+    (model / "model-1.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"no file model-1\.safetensors"):
+        identify_base(model)
+    (model / "model-1.safetensors").write_bytes(b"<html>not found</html>")
+    with pytest.raises(ModelError, match="truncated or not a safetensors file"):
+        identify_base(model)
+    with pytest.raises(TrainingError, match="not a checkpoint"):
+        load_checkpoint(tmp_path, tiny_engine(), base_model=BASE)
