@@ -1,0 +1,32 @@
+"""The forget and retain sets of a run, from any supported folder, with what would make the run meaningless refused."""
+
+from pathlib import Path
+
+from fastvkd.data import mllmu
+from fastvkd.data.images import content_hash
+from fastvkd.data.records import Profile
+from fastvkd.errors import DataError
+
+
+def read_forget_retain(folder: str, forget_split: str, retain_split: str) -> tuple[list[Profile], list[Profile]]:
+    """Profiles with images of both sides.
+
+    Raises DataError: an empty side, or an entity or image that is in both.
+    """
+    forget, retain = mllmu.read_split(folder, forget_split), mllmu.read_split(folder, retain_split)
+    for split, profiles in ((forget_split, forget), (retain_split, retain)):
+        if not any(profile.photos for profile in profiles):
+            raise DataError(f"{Path(folder) / split}: holds no image; name another split with forget_split/retain_split")
+    shared = {p.entity for p in forget} & {p.entity for p in retain}
+    if shared:
+        raise DataError(
+            f"{folder}: entity {sorted(shared)[0]!r} is in both {forget_split} and {retain_split} ({len(shared)} in all); "
+            "remove it from one of them"
+        )
+    seen = {content_hash(photo.data): photo.source for p in forget for photo in p.photos}
+    for profile in retain:
+        for photo in profile.photos:
+            twin = seen.get(content_hash(photo.data))
+            if twin:
+                raise DataError(f"{photo.source}: the same image as {twin}, in {forget_split}; remove it from one of them")
+    return forget, retain
