@@ -14,7 +14,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from fastvkd.data.records import Open
-from fastvkd.evaluation.inputs import Embedder, PreparedPhotos, Query, eos_ids, evaluating, processor_inputs
+from fastvkd.evaluation.inputs import Embedder, Query, eos_ids, evaluating, processor_inputs
 from fastvkd.evaluation.multiple_choice import image_line, speaks_user_assistant
 from fastvkd.models.prompts import chat_prompt
 
@@ -23,14 +23,14 @@ PAPER_INSTRUCTION = "Answer the question based on your trained knowledge in one 
 
 
 def generation_query(processor: Any, question: Open, photos: tuple[Any, ...], mode: str) -> Query:
-    """The prompt of a generation question: `paper` adds the benchmark's instruction, `corrected` asks the question as it
-    is (the instruction is not part of what is being measured, and the training data does not carry it)."""
+    """The prompt of a generation question: `paper` adds the benchmark's instruction, `corrected` asks the question as
+    it is (the instruction is not part of what is being measured, and the training data does not carry it)."""
     text = f"{question.question}\n{PAPER_INSTRUCTION}" if mode == "paper" else question.question
     return instruction_query(processor, text, photos, mode)
 
 
 def instruction_query(processor: Any, text: str, photos: tuple[Any, ...], mode: str) -> Query:
-    """`text` as a user turn: in paper mode with the paper's line break before ASSISTANT, where the format is LLaVA's."""
+    """`text` as a user turn: in paper mode with the paper's line break before ASSISTANT, if the format is LLaVA's."""
     if mode == "paper" and speaks_user_assistant(processor):
         return Query(f"USER: {image_line(processor, photos)}{text}\nASSISTANT:", photos)
     return Query(chat_prompt(processor, text, image=bool(photos)), photos)
@@ -45,7 +45,6 @@ def generate_with_processor(
 ) -> list[str]:
     """Greedy answers through the processor and `model.generate`: right for every family."""
     answers = [""] * len(queries)
-    photos = PreparedPhotos(processor)
     ends = eos_ids(model, processor)
     generator: Any = model
     # Prompts of like length share a batch; the order of equals does not matter for the text.
@@ -53,7 +52,7 @@ def generate_with_processor(
     with evaluating(model):
         for part in _batches(order, batch_size, [bool(query.photos) for query in queries]):
             inputs = processor_inputs(
-                processor, photos, [queries[index] for index in part], None, next(model.parameters()).device
+                processor, [queries[index] for index in part], None, next(model.parameters()).device
             )
             ids_BT = generator.generate(
                 **inputs,
@@ -70,12 +69,12 @@ def generate_with_processor(
 
 
 def generate_embedded(embedder: Embedder, queries: Sequence[Query], max_new_tokens: int = MAX_NEW_TOKENS) -> list[str]:
-    """The texts of `generate_with_processor` for a family in `inputs.EMBEDDABLE`: the vision tower runs once per distinct
-    photo, logits exist for the last token only, and finished rows leave the batch and its key-value cache."""
+    """The texts of `generate_with_processor` for a family in `inputs.EMBEDDABLE`: the vision tower runs once per
+    distinct photo, logits exist for the last token only, and finished rows leave the batch and its key-value cache."""
     answers = [""] * len(queries)
     with evaluating(embedder.model):
         ids = [
-            embedder.expand(prompt, embedder.visual_tokens(query.photos) if query.photos else [])
+            embedder.expand(prompt, query.photos)
             for prompt, query in zip(embedder.token_ids([query.prompt for query in queries]), queries, strict=True)
         ]
         order = sorted(range(len(queries)), key=lambda index: len(ids[index]))

@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from fastvkd.data.images import content_hash, decode_image
 from fastvkd.data.records import Photo
 from fastvkd.errors import ModelError
+from fastvkd.models.prompts import adds_special_tokens
 
 # Families in which image tokens are plain positions of a causal decoder: features in, 1-D positions, nothing else. The
 # others (tiled images, M-RoPE, deepstack, attention both ways) go through the processor.
 EMBEDDABLE = ("llava",)
+# Towers that make the same number of tokens from every photo; Pixtral, for one, follows the photo's size.
+_FIXED_SIZE_TOWERS = ("clip_vision_model", "siglip_vision_model")
 # An arbitrary attention mask (the packed option scoring) is understood by these only.
 _MASKED_ATTENTION = ("sdpa", "eager")
-_FEATURE_CACHE_BYTES = 2 << 30
+_FEATURE_CACHE_BYTES = 4 << 30  # host memory: at 576 x 4096 in bfloat16, 900 photos
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class PreparedPhotos:
         self._hashes: dict[int, tuple[bytes, str]] = {}
 
     def key(self, photo: Photo) -> str:
-        # Hashing by object identity first: a photo is asked about dozens of times. Holding the bytes keeps the id valid.
+        # By object identity first, since a photo is asked about dozens of times. Holding the bytes keeps the id valid.
         known = self._hashes.get(id(photo.data))
         if known is None:
             known = self._hashes[id(photo.data)] = (photo.data, content_hash(photo.data))
@@ -65,60 +68,58 @@ class PreparedPhotos:
 
 
 class Embedder:
-    """Token ids and input embeddings for a family in `EMBEDDABLE`. Features are kept (2 GiB, oldest out first), so an
-    instance is valid only as long as the weights stay as they are."""
+    """Token ids and input embeddings for a family in `EMBEDDABLE`. Features are kept in host memory (4 GiB, the least
+    recently used go first), so an instance is valid only as long as the weights stay as they are."""
 
     def __init__(self, model: nn.Module, processor: Any, batch_size: int, photos: PreparedPhotos | None = None) -> None:
-        self.model: Any = model
+        whole: Any = model
+        self.model = whole
         self.processor = processor
         self.batch_size = batch_size
-        self.photos = photos or PreparedPhotos(processor)
-        self.image_token_id: int = self.model.config.image_token_id
-        self.device = self.model.get_input_embeddings().weight.device
+        self.photos = photos if photos is not None else PreparedPhotos(processor)
+        self.image_token_id: int = whole.config.image_token_id
+        self.device: torch.device = whole.get_input_embeddings().weight.device
         self._features: OrderedDict[str, Tensor] = OrderedDict()
         self._feature_bytes = 0
+        self._visual_tokens: int | None = None
 
-    def features(self, photos: Iterable[Photo]) -> list[Tensor]:
-        """What enters the LLM for each photo: (visual tokens, H) in the model's dtype."""
+    def features(self, photos: Iterable[Photo]) -> dict[str, Tensor]:
+        """What enters the LLM for each photo, by `PreparedPhotos.key`: (visual tokens, H), on the CPU."""
         wanted = {self.photos.key(photo): photo for photo in photos}
-        missing = [(key, photo) for key, photo in wanted.items() if key not in self._features]
+        found = {key: self._features[key] for key in wanted if key in self._features}
+        missing = [(key, photo) for key, photo in wanted.items() if key not in found]
         for start in range(0, len(missing), self.batch_size):
             part = missing[start : start + self.batch_size]
             pixels = torch.stack([self.photos.pixels(photo) for _, photo in part])
             pixels = pixels.to(self.device, self.model.dtype)
-            found = self.model.get_image_features(pixel_values=pixels).pooler_output
-            for (key, _), feature in zip(part, found, strict=True):
+            features = self.model.get_image_features(pixel_values=pixels).pooler_output
+            for (key, _), feature in zip(part, features, strict=True):
                 # A clone, or one kept row would keep the memory of its whole batch.
-                self._features[key] = feature.clone()
+                found[key] = self._features[key] = feature.detach().to("cpu", copy=True)
                 self._feature_bytes += feature.numel() * feature.element_size()
-        found_all = [self._features[key] for key in wanted]
-        while self._feature_bytes > _FEATURE_CACHE_BYTES and len(self._features) > len(wanted):
+        for key in wanted:
+            self._features.move_to_end(key)
+        while self._feature_bytes > _FEATURE_CACHE_BYTES:
             _, old = self._features.popitem(last=False)
             self._feature_bytes -= old.numel() * old.element_size()
-        return found_all
+        return found
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, one per image placeholder (not yet expanded to the number of visual tokens)."""
         return token_ids(self.processor, texts)
 
-    def visual_tokens(self, photos: Sequence[Photo]) -> list[int]:
-        """How many visual tokens each photo becomes."""
-        by_key = dict(zip({self.photos.key(p): p for p in photos}, self.features(photos), strict=True))
-        return [by_key[self.photos.key(photo)].shape[0] for photo in photos]
-
-    def expand(self, ids: list[int], counts: Sequence[int]) -> list[int]:
-        """Repeat the placeholder of photo k `counts[k]` times, as the processor does."""
-        if ids.count(self.image_token_id) != len(counts):
-            raise ModelError(
-                f"the prompt has {ids.count(self.image_token_id)} image placeholders for {len(counts)} photos; "
-                f"write {self.processor.image_token!r} once per photo"
-            )
-        if not counts:
+    def expand(self, ids: list[int], photos: Sequence[Photo]) -> list[int]:
+        """Repeat each image placeholder once per visual token, as the processor does."""
+        placeholders = ids.count(self.image_token_id)
+        if placeholders != len(photos):
+            raise ModelError(f"a prompt has {placeholders} image placeholders for {len(photos)} photos; write one each")
+        if not photos:
             return ids
+        if self._visual_tokens is None:  # of whatever photo: these families make the same number of any
+            self._visual_tokens = next(iter(self.features(photos[:1]).values())).shape[0]
         expanded: list[int] = []
-        remaining = iter(counts)
         for token in ids:
-            expanded.extend([token] * next(remaining) if token == self.image_token_id else [token])
+            expanded.extend([token] * self._visual_tokens if token == self.image_token_id else [token])
         return expanded
 
     def embeddings(self, ids_BT: Tensor, photos: Sequence[Sequence[Photo]]) -> Tensor:
@@ -127,9 +128,9 @@ class Embedder:
         flat = [photo for row in photos for photo in row]
         if not flat:
             return embeds_BTH
-        keys = list({self.photos.key(photo): photo for photo in flat})
-        features = dict(zip(keys, self.features(flat), strict=True))
-        placed = torch.cat([features[self.photos.key(photo)] for photo in flat]).to(embeds_BTH.dtype)
+        features = self.features(flat)
+        placed = torch.cat([features[self.photos.key(photo)] for photo in flat])
+        placed = placed.to(embeds_BTH.device, embeds_BTH.dtype)
         return embeds_BTH.masked_scatter((ids_BT == self.image_token_id).unsqueeze(-1), placed)
 
     def hidden(self, **inputs: Any) -> Any:
@@ -140,7 +141,11 @@ class Embedder:
 def embeddable(model: nn.Module) -> bool:
     """Whether the fast path is known to be right for this model."""
     config: Any = model.config
-    return config.model_type in EMBEDDABLE and config.text_config._attn_implementation in _MASKED_ATTENTION
+    return (
+        config.model_type in EMBEDDABLE
+        and config.vision_config.model_type in _FIXED_SIZE_TOWERS
+        and config.text_config._attn_implementation in _MASKED_ATTENTION
+    )
 
 
 def token_ids(processor: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -148,20 +153,17 @@ def token_ids(processor: Any, texts: Sequence[str]) -> list[list[int]]:
     templates of some families do)."""
     if not texts:
         return []
-    return processor.tokenizer(list(texts), add_special_tokens=_adds_special_tokens(processor, texts[0]))["input_ids"]
-
-
-def _adds_special_tokens(processor: Any, text: str) -> bool:
-    bos = processor.tokenizer.bos_token
-    return not (bos and text.startswith(bos))
+    return processor.tokenizer(list(texts), add_special_tokens=adds_special_tokens(processor, texts[0]))["input_ids"]
 
 
 def processor_inputs(
-    processor: Any, photos: PreparedPhotos, queries: Sequence[Query], answers: Sequence[str] | None, device: Any
+    processor: Any, queries: Sequence[Query], answers: Sequence[str] | None, device: torch.device
 ) -> dict[str, Tensor]:
     """Left-padded inputs of the whole model, made by the processor; with `answers`, each prompt carries its answer."""
     texts = [q.prompt if answers is None else with_answer(q.prompt, answers[i]) for i, q in enumerate(queries)]
-    images = [[decode_image(photo.data, photo.source) for photo in query.photos] for query in queries]
+    distinct = {id(photo.data): photo for query in queries for photo in query.photos}
+    decoded = {key: decode_image(photo.data, photo.source) for key, photo in distinct.items()}
+    images = [[decoded[id(photo.data)] for photo in query.photos] for query in queries]
     tokenizer = processor.tokenizer
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -173,7 +175,7 @@ def processor_inputs(
             text=texts,
             **({"images": images} if any(images) else {}),
             padding=True,
-            add_special_tokens=_adds_special_tokens(processor, texts[0]),
+            add_special_tokens=adds_special_tokens(processor, texts[0]),
             return_tensors="pt",
         )
     finally:

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from fastvkd.data.records import Choice
 from fastvkd.evaluation.inputs import (
     Embedder,
-    PreparedPhotos,
     Query,
     evaluating,
     processor_inputs,
     token_ids,
     with_answer,
 )
-from fastvkd.models.prompts import chat_prompt
+from fastvkd.models.prompts import chat_prompt, image_placeholder
 
 # Rows of hidden states that go through the head at once: 512 x 32,000 logits in float32 are 64 MB.
 _HEAD_ROWS = 512
@@ -102,13 +101,12 @@ def score_options(
     lengths = _answer_lengths(processor, [queries[q].prompt for q, _ in rows], answers)
     rows_by_length = sorted(range(len(rows)), key=lambda row: len(queries[rows[row][0]].prompt) + len(answers[row]))
     totals = [0.0] * len(rows)
-    photos = PreparedPhotos(processor)
     device = next(model.parameters()).device
     with evaluating(model):
         for start in range(0, len(rows), batch_size):
             part = rows_by_length[start : start + batch_size]
             inputs = processor_inputs(
-                processor, photos, [queries[rows[row][0]] for row in part], [answers[row] for row in part], device
+                processor, [queries[rows[row][0]] for row in part], [answers[row] for row in part], device
             )
             longest = max(lengths[row] for row in part)
             # Left padding puts every answer at the end: only its tokens and the one before them need logits.
@@ -155,24 +153,26 @@ def score_options_packed(
 def _packs(embedder: Embedder, queries: Sequence[Query], options: Sequence[Sequence[str]]) -> Iterator[_Pack]:
     prompts = embedder.token_ids([query.prompt for query in queries])
     joint = iter(
-        embedder.token_ids([with_answer(q.prompt, text) for q, texts in zip(queries, options, strict=True) for text in texts])
+        embedder.token_ids(
+            [with_answer(q.prompt, text) for q, texts in zip(queries, options, strict=True) for text in texts]
+        )
     )
     full = [[next(joint) for _ in texts] for texts in options]
     keys = [tuple(embedder.photos.key(photo) for photo in query.photos) for query in queries]
     pack: _Pack | None = None
     previous: tuple[str, ...] = ()
     for question in sorted(range(len(queries)), key=lambda index: (keys[index], index)):
-        counts = embedder.visual_tokens(queries[question].photos) if keys[question] else []
-        prompt = embedder.expand(prompts[question], counts)
+        photos = queries[question].photos
+        prompt = embedder.expand(prompts[question], photos)
         room = pack is not None and len(pack.ids) < pack.first_prompt + max(_PACK_TOKENS, pack.first_prompt)
         # Text questions share too little with each other to be worth a longer sequence.
         if pack is None or keys[question] != previous or not keys[question] or not room:
             if pack is not None:
                 yield pack
-            pack = _Pack(queries[question].photos)
+            pack = _Pack(photos)
         previous = keys[question]
         for option, ids in enumerate(full[question]):
-            tokens = embedder.expand(ids, counts)
+            tokens = embedder.expand(ids, photos)
             pack.add(tokens, _common(prompt, tokens), question, option)
     if pack is not None:
         yield pack
@@ -221,9 +221,7 @@ def _log_probabilities(head: nn.Module, hidden_NH: Tensor, rows_M: Tensor, token
     return found_M
 
 
-def _collect(
-    options: Sequence[Sequence[str]], found: dict[tuple[int, int], tuple[float, int]]
-) -> list[OptionScores]:
+def _collect(options: Sequence[Sequence[str]], found: dict[tuple[int, int], tuple[float, int]]) -> list[OptionScores]:
     scores = []
     for question, texts in enumerate(options):
         pairs = [found[question, option] for option in range(len(texts))]
@@ -267,7 +265,7 @@ def speaks_user_assistant(processor: Any) -> bool:
 
 
 def image_line(processor: Any, photos: tuple[Any, ...]) -> str:
-    return f"{processor.image_token}\n" * len(photos)
+    return f"{image_placeholder(processor)}\n" * len(photos)
 
 
 def _lettered(choice: Choice) -> str:
