@@ -16,8 +16,7 @@ from transformers import (
 )
 
 from fastvkd.data.records import Profile
-from fastvkd.evaluation.cloze import cloze_question
-from fastvkd.evaluation.generation import generation_question
+from fastvkd.evaluation.wording import question_answer_pairs
 
 # LLaVA-1.5's conversation format.
 CHAT_TEMPLATE = (
@@ -43,23 +42,12 @@ class Shape:
     heads: int = 4
 
 
-def questions_of(profile: Profile, *, visual: bool) -> list[tuple[str, str]]:
-    """Every (question, answer) a profile asks about its photo, or about the text, worded as the evaluation words it."""
-    questions = profile.visual if visual else profile.textual
-    return (
-        [(c.question, c.answer_text) for c in questions.choice]
-        + [(generation_question(o.question), o.answer) for o in questions.generation]
-        + [(cloze_question(o.question), o.answer) for o in questions.cloze]
-    )
-
-
 def build_processor(profiles: Iterable[Profile], shape: Shape) -> LlavaProcessor:
     """A LLaVA processor whose BPE tokenizer is trained on the questions and answers of `profiles`."""
     seen: set[str] = set()
     for profile in profiles:
-        for visual in (True, False):
-            for question, answer in questions_of(profile, visual=visual):
-                seen.add(f"USER: \n{question} ASSISTANT: {answer}")
+        for questions in (profile.visual, profile.textual):
+            seen |= {f"USER: \n{q} ASSISTANT: {a}" for q, a in question_answer_pairs(questions)}
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from fastvkd.data.images import decode_image
 from fastvkd.data.records import Profile
-from fastvkd.demo.model import questions_of
+from fastvkd.evaluation.wording import question_answer_pairs
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ def train_vanilla(
     image_ids = [model.config.image_token_id] * model.config.image_seq_length
     photo_prefix = tokens("USER: ") + image_ids
     visual = [
-        [(tokens(f"\n{q} ASSISTANT:"), tokens(f" {a}") + eos) for q, a in questions_of(p, visual=True)] for p in profiles
+        [(tokens(f"\n{q} ASSISTANT:"), tokens(f" {a}") + eos) for q, a in question_answer_pairs(p.visual)] for p in profiles
     ]
-    texts = sorted({pair for p in textual_profiles or profiles for pair in questions_of(p, visual=False)})
+    texts = sorted({pair for p in textual_profiles or profiles for pair in question_answer_pairs(p.textual)})
     textual = [(tokens(f"USER: {q} ASSISTANT:"), tokens(f" {a}") + eos) for q, a in texts]
     images = [decode_image(p.photos[0].data, p.photos[0].source) for p in profiles]
     pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]

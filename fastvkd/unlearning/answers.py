@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastvkd.data.images import decode_image
 from fastvkd.data.records import Photo, Profile
-from fastvkd.evaluation.protocol import question_answer_pairs
+from fastvkd.evaluation.wording import question_answer_pairs
 from fastvkd.models import families
 from fastvkd.models.prompts import adds_special_tokens, chat_prompt
 from fastvkd.settings import Settings
