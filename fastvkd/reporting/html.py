@@ -37,7 +37,7 @@ GROUPS = {
     "forget": ("Forgotten people", "Photos that were used for unlearning. The right answer should be gone."),
     "test": ("The same people, unseen photos", "Photos that unlearning never saw. The right answer should be gone."),
     "retain": ("Retained people", "The right answer should still be there."),
-    "realworld": ("Real world", "In neither the forget set nor the retain set. The right answer should still be there."),
+    "realworld": ("Real world", "In neither the forget nor the retain set. The right answer should still be there."),
 }
 # One line of the page never loads anything: a browser refuses every request and every script, whatever the text holds.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -87,7 +87,7 @@ def render(
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="description" content="{title}">\n'
         f"<title>Unlearning report: {escape(_model_name(report))}</title>\n<style>{CSS}</style>\n</head>\n"
-        f"<body>\n<main>\n{''.join(section for section in sections if section)}{_footer(report)}</main>\n</body>\n</html>\n"
+        f"<body>\n<main>\n{''.join(sections)}{_footer(report)}</main>\n</body>\n</html>\n"
     )
 
 
@@ -106,8 +106,8 @@ def _points(fraction: float) -> str:
 
 
 def _bound(fraction: float) -> str:
-    """An end of an interval: as `_points`, but '100' for a whole, which leaves room for the other end on a phone."""
-    return "100" if fraction == 1 else _points(fraction)
+    """An end of an interval: as `_points`, but '100' for '100.0', which leaves room for the other end on a phone."""
+    return _points(fraction).replace("100.0", "100")
 
 
 def _change(before: float, after: float) -> str:
@@ -239,7 +239,7 @@ def _gallery(examples: Sequence[Mapping[str, Any]]) -> str:
                 f'<div class="cards">{"".join(cards)}</div></div>'
             )
     return (
-        '<section><h2>What the model says</h2><p>The same photo and the same question, before and after unlearning. '
+        "<section><h2>What the model says</h2><p>The same photo and the same question, before and after unlearning. "
         '<span class="yes">✓</span> marks the right answer, <span class="no">✗</span> a wrong one.</p>'
         f"{''.join(groups)}</section>\n"
     )
@@ -281,15 +281,14 @@ def _card(example: Mapping[str, Any], where: str) -> str:
 
 def _tables(report: Mapping[str, Any]) -> str:
     gold = "gold" in report
-    head = "".join(f"<th scope='col'>{name}</th>" for name in ("Before", "After", "Change"))
-    head += '<th scope="col">Gold</th>' if gold else ""
     columns = 4 + gold
     rows = []
     for kind, title in (("vqa", "Asked with a photo"), ("qa", "Asked in words, no photo")):
         sets = [name for name, k in measured_cells(report) if k == kind]
         if sets:
             rows.append(
-                f'<tr class="head"><th scope="colgroup" colspan="{columns}">{title}</th><th class="strip-cell"></th></tr>'
+                f'<tr class="head"><th scope="colgroup" colspan="{columns}">{title}</th>'
+                '<th class="strip-cell"></th></tr>'
             )
         rows += [_accuracy_row(report, name, kind) for name in sets]
     explanation = (
@@ -299,7 +298,7 @@ def _tables(report: Mapping[str, Any]) -> str:
     if gold:
         explanation += " Gold is a model trained the same way but never shown the forgotten people: the ideal."
     tables = (
-        f'<table><thead><tr><th scope="col">Accuracy, %</th>{head}<th class="strip-cell" scope="col">'
+        f'<table><thead><tr><th scope="col">Accuracy, %</th>{_heads(gold)}<th class="strip-cell" scope="col">'
         f'<span class="scale" aria-hidden="true"><span>0</span><span>50</span><span>100</span></span></th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table>"
     )
@@ -313,6 +312,11 @@ def _tables(report: Mapping[str, Any]) -> str:
         + (f'<div class="pair">{others}</div>' if others else "")
         + "</section>\n"
     )
+
+
+def _heads(gold: bool) -> str:
+    heads = '<th scope="col">Before</th><th scope="col">After</th><th scope="col" class="change">Change</th>'
+    return heads + ('<th scope="col">Gold</th>' if gold else "")
 
 
 def _set_name(name: str, kind: str) -> str:
@@ -368,10 +372,9 @@ def _metric_table(report: Mapping[str, Any], key: str, title: str) -> str:
             rows += body
     if not rows:
         return ""
-    gold_head = '<th scope="col">Gold</th>' if "gold" in report else ""
     return (
-        f'<table><thead><tr><th scope="col">{escape(title)}</th><th scope="col">Before</th><th scope="col">After</th>'
-        f'<th scope="col">Change</th>{gold_head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        f'<table><thead><tr><th scope="col">{escape(title)}</th>{_heads("gold" in report)}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>"
     )
 
 
@@ -417,11 +420,12 @@ def _trade_off(report: Mapping[str, Any]) -> str:
     )
     more = " Squares are the same task solved by other methods." if report.get("comparison") else ""
     return (
-        "<section><h2>What forgetting cost</h2><p>Each point is a model. Good unlearning moves straight left, to chance, "
-        "and loses no height: guessing about the forgotten people, unchanged about the rest.</p>"
-        f"<figure>{charts}<figcaption>Accuracy of multiple-choice questions with a photo (known photos of the forgotten "
-        f"people). Lines through a point: 95 % intervals. Shaded: within {100 * CHANCE_BAND:.0f} points of chance, and at "
-        f"least {100 * KEPT_VISUAL:.0f} % of the retained accuracy before.{more}</figcaption></figure></section>\n"
+        "<section><h2>What forgetting cost</h2><p>Each point is a model. Good unlearning moves straight left, to "
+        "chance, and loses no height: guessing about the forgotten people, unchanged about the rest.</p>"
+        f"<figure>{charts}<figcaption>Accuracy of multiple-choice questions with a photo (known photos of the "
+        "forgotten people). Lines through a point: 95 % intervals. "
+        f"Shaded: within {100 * CHANCE_BAND:.0f} points of chance, and at least {100 * KEPT_VISUAL:.0f} % of the "
+        f"retained accuracy before.{more}</figcaption></figure></section>\n"
     )
 
 
@@ -483,8 +487,8 @@ def _training(rows: Sequence[Mapping[str, Any]]) -> str:
     binned = any(s.band for s in losses)
     how = " Lines are means of neighbouring steps, bands run from the lowest to the highest of them." if binned else ""
     return (
-        f"<section><h2>How it trained</h2><p>The forget term pulls the features of forgotten people towards their target, "
-        f"the retain term holds everybody else's where they were.{how}</p>"
+        "<section><h2>How it trained</h2><p>The forget term pulls the features of forgotten people towards their "
+        f"target, the retain term holds everybody else's where they were.{how}</p>"
         f'<div class="plots">{plots}</div></section>\n'
     )
 
@@ -540,8 +544,9 @@ def _relearning(report: Mapping[str, Any]) -> str:
     )
     return (
         "<section><h2>Can it be relearned?</h2><p>An attacker fine-tunes the model on photos of the forgotten people; "
-        f"each point is its accuracy on photos that neither unlearning nor the attack used. {escape(relearning_sentence(report))}"
-        f'</p><div class="plots two">{"".join(plots)}</div><p class="note" style="margin-top:14px">{reading}</p></section>\n'
+        "each point is its accuracy on photos that neither unlearning nor the attack used. "
+        f'{escape(relearning_sentence(report))}</p><div class="plots two">{"".join(plots)}</div>'
+        f'<p class="note after-plots">{reading}</p></section>\n'
     )
 
 
@@ -572,12 +577,9 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         elif isinstance(value, list | tuple):
             flat[name] = ", ".join(str(item) for item in value) or "none"
         else:
-            flat[name] = {None: "none", True: "yes", False: "no"}.get(value, str(value)) if _is_flag(value) else str(value)
+            words = {"None": "none", "True": "yes", "False": "no"}
+            flat[name] = words.get(str(value), str(value))
     return flat
-
-
-def _is_flag(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
 
 
 def _settings(report: Mapping[str, Any]) -> str:
@@ -620,8 +622,8 @@ def _settings(report: Mapping[str, Any]) -> str:
         f"<div><h3>Settings</h3>{_list(main)}</div>"
         f'<div><h3>Time: {duration(total)} in all</h3><ul class="times">{times}</ul></div>'
         f"<div><h3>Machine and weights</h3>{_list(machine)}</div>"
-        f'</div><p class="note" style="margin-top:28px">{checksum}</p>'
-        f'<details><summary>All settings and versions</summary>{_list(everything)}</details>'
+        f'</div><p class="note checksum">{checksum}</p>'
+        f"<details><summary>All settings and versions</summary>{_list(everything)}</details>"
         "</section>\n"
     )
 
@@ -664,6 +666,6 @@ def _limits(report: Mapping[str, Any]) -> str:
 def _footer(report: Mapping[str, Any]) -> str:
     version = report["versions"].get("fastvkd", "")
     return (
-        f'<footer class="note">Made by fastvkd {escape(version)}. All figures on this page are in report.json '
-        "beside it; every single answer is in the evaluation logs.</footer>\n"
+        f'<footer class="note">Made by fastvkd {escape(version)}. The figures are also in report.json, '
+        "the training curves in metrics.jsonl.</footer>\n"
     )

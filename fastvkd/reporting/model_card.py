@@ -42,9 +42,8 @@ def model_card(report: Mapping[str, Any]) -> str:
     name = base.rstrip("/").rsplit("/", 1)[-1] or "model"
     lines += [f"# {_markdown(name)}, unlearned", "", headline_sentence(report), ""]
     lines += [
-        "The people of the forget set were removed from what the model recognises **in photos** by Visual Knowledge "
-        "Distillation: the vision tower and projector were trained against intermediate visual features of the original "
-        "model. The language model was not trained, and what the model knows about anybody as text was kept on purpose.",
+        "This model was trained to stop recognising the people of a forget set **in photos**, by training only its "
+        "visual part (vision tower, projector). What it knows about anybody as text was kept on purpose.",
         "",
         "## Results",
         "",
@@ -75,6 +74,7 @@ def model_card(report: Mapping[str, Any]) -> str:
 
     parameters = report["parameters"]
     digest = report["language_model_sha256"]
+    same = digest["before"] == digest["after"]
     lines += [
         "",
         "## How it was made",
@@ -82,7 +82,7 @@ def model_card(report: Mapping[str, Any]) -> str:
         f"- Trained weights: {parameters['trainable']:,} of {parameters['total']:,}.",
         f"- Time: {duration(sum(report['seconds'].values()))} in all phases.",
         f"- SHA-256 of the language model's weights: {_code(digest['before'])} before, "
-        + ("the same after." if digest["before"] == digest["after"] else f"{_code(digest['after'])} after: **changed**."),
+        + ("the same after." if same else f"{_code(digest['after'])} after: **changed**."),
         "- Versions: " + ", ".join(f"{_markdown(k)} {_markdown(v)}" for k, v in report["versions"].items()) + ".",
         "",
         "| setting | value |",

@@ -39,7 +39,7 @@ REQUIRED_KEYS = (
 )
 OPTIONAL_KEYS = ("gold", "comparison", "hardware", "notes")
 
-# The bar a run is held to. Below chance counts as much as above it: a model that avoids the right answer still knows it.
+# The bar a run is held to. Below chance counts as much as above: a model that avoids the right answer still knows it.
 CHANCE_BAND = 0.10
 KEPT_VISUAL = 0.95
 KEPT_TEXT = 0.98
@@ -473,6 +473,10 @@ def _near_chance(report: Mapping[str, Any], name: str) -> bool:
     return abs(_accuracy(report, "unlearned", name) - report["chance"]) <= CHANCE_BAND + 1e-9
 
 
+def _tenths(fraction: float) -> str:
+    return f"{100 * fraction:.1f}%"
+
+
 def criteria(report: Mapping[str, Any]) -> list[Criterion]:
     """What is asked of the unlearned model, and whether it was met; only for the cells that were measured."""
     cells = measured_cells(report)
@@ -481,13 +485,13 @@ def criteria(report: Mapping[str, Any]) -> list[Criterion]:
     result = []
     for name, label in (("forget", "Forgotten people, known photos"), ("test", "Forgotten people, unseen photos")):
         if (name, "vqa") in cells:
-            found = percent(_accuracy(report, "unlearned", name))
+            found = _tenths(_accuracy(report, "unlearned", name))
             result.append(Criterion(label, found, f"{low} to {high} (chance)", _near_chance(report, name)))
     for name, label in (("retain", "Retained people"), ("realworld", "Real world")):
         if (name, "vqa") in cells:
             before, after = (_accuracy(report, model, name) for model in ("vanilla", "unlearned"))
-            asked = f"at least {KEPT_VISUAL * before:.1%}".replace(".0%", "%")
-            result.append(Criterion(label, percent(after), asked, after >= KEPT_VISUAL * before - 1e-9))
+            asked = f"at least {_tenths(KEPT_VISUAL * before)}"
+            result.append(Criterion(label, _tenths(after), asked, after >= KEPT_VISUAL * before - 1e-9))
     kept = {
         name: (_accuracy(report, "unlearned", name, "qa"), _accuracy(report, "vanilla", name, "qa"))
         for name, kind in cells
@@ -496,8 +500,8 @@ def criteria(report: Mapping[str, Any]) -> list[Criterion]:
     if kept:
         # The set that lost most, so that a loss in one small set cannot hide in the mean.
         after, before = min(kept.values(), key=lambda pair: pair[0] / pair[1] if pair[1] else 1.0)
-        asked = f"at least {KEPT_TEXT * before:.1%}".replace(".0%", "%")
-        result.append(Criterion("Text, worst set", percent(after), asked, after >= KEPT_TEXT * before - 1e-9))
+        asked = f"at least {_tenths(KEPT_TEXT * before)}"
+        result.append(Criterion("Text, worst set", _tenths(after), asked, after >= KEPT_TEXT * before - 1e-9))
     digest = report["language_model_sha256"]
     same = digest["before"] == digest["after"]
     result.append(Criterion("Language model", "unchanged" if same else "changed", "unchanged, bit by bit", same))

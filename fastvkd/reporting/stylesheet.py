@@ -22,7 +22,7 @@ CSS = """
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 1rem/1.6 var(--sans); }
 main { max-width: 1116px; margin: 0 auto; padding: 56px 18px 72px; }
-h1, h2 { font-family: var(--serif); font-weight: 600; text-wrap: balance; letter-spacing: -0.01em; }
+h1, h2 { font-family: var(--serif); font-weight: 600; letter-spacing: -0.01em; }
 h1 { font-size: clamp(1.62rem, 1.1rem + 2.1vw, 2.5rem); line-height: 1.22; margin: 0 0 40px; max-width: 26em; }
 h2 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 8px; }
 h3 { font-size: 0.95rem; font-weight: 650; margin: 0 0 2px; }
@@ -33,14 +33,16 @@ p { margin: 0 0 14px; max-width: 42rem; }
 .note, figcaption { max-width: 42rem; }
 b, strong { font-weight: 650; }
 .forget { --mark: var(--forget); } .retain { --mark: var(--retain); } .text { --mark: var(--text); }
-.gold { --mark: var(--gold); } .muted { --mark: var(--soft); } .grey { --mark: var(--grey); } .ink { --mark: var(--ink); }
+.gold { --mark: var(--gold); } .muted { --mark: var(--soft); }
+.grey { --mark: var(--grey); } .ink { --mark: var(--ink); }
 h1 .figures { font-variant-numeric: lining-nums tabular-nums; color: var(--mark); }
 .sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 
-.keys { display: grid; grid-template-columns: repeat(3, 1fr); gap: 20px 48px; }
+.keys { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 20px clamp(24px, 4vw, 48px); }
 .key { border-top: 3px solid var(--mark); padding-top: 12px; }
 .key h3 { color: var(--soft); font-weight: 500; }
-.big { font: 600 2.1rem/1.25 var(--sans); font-variant-numeric: tabular-nums; letter-spacing: -0.02em; margin: 0 0 10px; }
+.big { font: 600 clamp(1.5rem, 2.9vw, 2.1rem)/1.25 var(--sans); font-variant-numeric: tabular-nums;
+  letter-spacing: -0.02em; margin: 0 0 10px; }
 .big .from { color: var(--soft); font-weight: 400; }
 .big .to { color: var(--mark); }
 .key .note { margin: 10px 0 0; }
@@ -54,9 +56,11 @@ h1 .figures { font-variant-numeric: lining-nums tabular-nums; color: var(--mark)
 .criteria-title { margin: 44px 0 -32px; font-weight: 650; font-size: 0.95rem; }
 
 .group { margin-top: 36px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 32px 24px; margin-top: 14px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 32px 24px;
+  margin-top: 14px; }
 .card { margin: 0; min-width: 0; font-size: 0.875rem; line-height: 1.4; overflow-wrap: anywhere; }
-.card img { display: block; width: 100%; height: auto; aspect-ratio: 1; object-fit: contain; border-radius: 6px; background: var(--panel); }
+.card img { display: block; width: 100%; height: auto; aspect-ratio: 1; object-fit: contain; border-radius: 6px;
+  background: var(--panel); outline: 1px solid var(--faint); outline-offset: -1px; }
 .card img.small { image-rendering: pixelated; }
 .card .name { font-weight: 650; margin: 10px 0 0; }
 .card .question { color: var(--soft); margin: 0 0 6px; }
@@ -65,10 +69,12 @@ h1 .figures { font-variant-numeric: lining-nums tabular-nums; color: var(--mark)
 .card dd { margin: 0; }
 .card dd.mark { font-weight: 600; }
 
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 0.9375rem; line-height: 1.35; }
-caption { text-align: left; font-weight: 650; font-size: 0.95rem; padding-bottom: 6px; }
-th, td { text-align: right; padding: 9px 0 9px 14px; vertical-align: top; border-top: 1px solid var(--faint); font-weight: 400; }
-thead th { border-top: 0; color: var(--soft); font-size: 0.8125rem; padding-top: 2px; padding-bottom: 5px; vertical-align: bottom; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 0.9375rem;
+  line-height: 1.35; }
+th, td { text-align: right; padding: 9px 0 9px 14px; vertical-align: top; border-top: 1px solid var(--faint);
+  font-weight: 400; }
+thead th { border-top: 0; color: var(--soft); font-size: 0.8125rem; padding-top: 2px; padding-bottom: 5px;
+  vertical-align: bottom; }
 th:first-child { text-align: left; padding-left: 0; }
 tbody th { font-weight: 500; }
 tr.head th { padding-top: 22px; padding-bottom: 6px; border-top: 0; font-weight: 650; }
@@ -84,7 +90,7 @@ th.strip-cell { padding-left: 40px; padding-right: 6px; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 36px 30px; margin-top: 24px; }
 .plots.two { grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); max-width: 780px; gap: 36px 48px; }
 figure { margin: 0; min-width: 0; }
-figure h3 { margin-bottom: 10px; }
+figure h3 { margin-bottom: 5px; }
 figcaption { margin-top: 8px; }
 svg { display: block; overflow: visible; }
 svg.chart { width: 100%; height: auto; max-width: 440px; }
@@ -118,6 +124,8 @@ svg .arrow { fill: none; stroke: var(--grey); stroke-width: 1.3; stroke-linecap:
 .times li { display: flex; justify-content: space-between; gap: 12px; flex-wrap: wrap; padding-bottom: 7px; }
 .times .bar { flex-basis: 100%; height: 4px; background: var(--panel); }
 .times .bar i { display: block; height: 4px; background: var(--grey); }
+.after-plots { margin-top: 14px; }
+.checksum { margin-top: 28px; }
 details { margin-top: 34px; }
 summary { cursor: pointer; font-size: 0.95rem; font-weight: 650; }
 details .list { columns: 300px 3; column-gap: 56px; }
@@ -128,13 +136,18 @@ footer { margin-top: 72px; padding-top: 14px; border-top: 1px solid var(--faint)
   main { padding-top: 32px; }
   h1 { margin-bottom: 28px; }
   section { margin-top: 60px; }
-  .keys { grid-template-columns: 1fr; gap: 30px; }
+  .keys { grid-template-columns: minmax(0, 1fr); gap: 30px; }
+  .big { font-size: 2rem; }
   .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 26px 16px; }
   .strip-cell { display: none; }
   .pair, .facts, .plots, .plots.two { grid-template-columns: minmax(0, 1fr); }
   .criteria { grid-template-columns: minmax(0, 1fr); }
-  table { font-size: 0.875rem; }
-  th, td { padding-left: 6px; }
+  table { font-size: 0.875rem; table-layout: fixed; }
+  th, td { padding-left: 5px; }
+  thead th { font-size: 0.75rem; }
+  thead th:first-child { width: 27%; }
+  thead th.change { width: 16%; }
+  .pair thead th:first-child { width: 37%; }
   td small, th small { font-size: 0.72rem; }
   svg.wide { display: none; }
   svg.narrow { display: block; }

@@ -64,6 +64,8 @@ def log_ticks(low: float, high: float) -> list[float]:
         ticks = [f * 10.0**e for e in exponents for f in factors if low * 0.999 <= f * 10.0**e <= high * 1.001]
         if len(ticks) >= 3:
             break
+    if len(ticks) < 2:
+        return nice_ticks(low, high, 4)  # less than half a decade, where a linear scale reads the same
     stride = math.ceil(len(ticks) / 7)
     return ticks[::stride]
 
@@ -193,7 +195,7 @@ def line_chart(
     left = max(text_width(as_text(t)) for t in y_ticks) + 10
     labels = [s.label for s in series] + [r.label for r in rules]
     right = max((text_width(label) for label in labels if label), default=0.0) + 12
-    top, bottom = 26.0, 40.0
+    top, bottom = 30.0, 40.0
 
     def at_x(x: float) -> float:
         return left + (x - x_low) / (x_high - x_low) * (width - left - right)
@@ -231,7 +233,8 @@ def line_chart(
         if dots or len(path) == 1:
             for (x, y), (step, value) in zip(path, s.points, strict=True):
                 tip = f"{s.label or y_label}, {x_label} {tick_text(step)}: {as_text(value)}"
-                out.append(f'<circle class="dot {s.css}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{escape(tip)}</title></circle>')
+                title = f"<title>{escape(tip)}</title>"
+                out.append(f'<circle class="dot {s.css}" cx="{x:.1f}" cy="{y:.1f}" r="3">{title}</circle>')
     ends = [(s.label, at_y(s.points[-1][1]), s.css) for s in series] + [(r.label, at_y(r.value), r.css) for r in rules]
     ends = [end for end in ends if end[0]]
     for (label, _, css), y in zip(ends, spread([e[1] for e in ends], FONT + 2, top, base), strict=True):

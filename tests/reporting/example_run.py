@@ -54,7 +54,9 @@ def cell(accuracy: float, n: int, rouge_l: float | None = None, cloze: float | N
     }
 
 
-def model_cells(forget: float, test: float, retain: float, realworld: float, text: float, free: float) -> dict[str, Any]:
+def model_cells(
+    forget: float, test: float, retain: float, realworld: float, text: float, free: float
+) -> dict[str, Any]:
     return {
         "forget": {"vqa": cell(forget, 120, free, free - 0.031), "qa": cell(text, 120, 0.981, 0.967)},
         "test": {"vqa": cell(test, 118, free - 0.012, free - 0.047), "qa": cell(text, 121, 0.979, 0.966)},
