@@ -31,6 +31,8 @@ def model_card(report: Mapping[str, Any]) -> str:
         Text ending in a newline: verdict, table of all cells, requirements, how it was made, limits, how to load it.
     """
     settings = report["settings"]
+    digest = report["language_model_sha256"]
+    same = digest["before"] == digest["after"]
     base = str(settings.get("model_name_or_path", ""))
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not base.startswith(".")
     lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]
@@ -42,8 +44,9 @@ def model_card(report: Mapping[str, Any]) -> str:
     name = base.rstrip("/").rsplit("/", 1)[-1] or "model"
     lines += [f"# {_markdown(name)}, unlearned", "", headline_sentence(report), ""]
     lines += [
-        "This model was trained to stop recognising the people of a forget set **in photos**, by training only its "
-        "visual part (vision tower, projector). What it knows about anybody as text was kept on purpose.",
+        "This model was trained to stop recognising the people of a forget set **in photos**"
+        + (", by training only its visual part. " if same else ". ")
+        + "What it knows about anybody as text was meant to stay.",
         "",
         "## Results",
         "",
@@ -73,8 +76,6 @@ def model_card(report: Mapping[str, Any]) -> str:
         lines += ["", f"Relearning attack, accuracy on unseen photos of forgotten people: {attack}"]
 
     parameters = report["parameters"]
-    digest = report["language_model_sha256"]
-    same = digest["before"] == digest["after"]
     lines += [
         "",
         "## How it was made",

@@ -533,7 +533,7 @@ def headline(report: Mapping[str, Any]) -> list[Clause]:
 
     figures = percent_change(*(_accuracy(report, model, "retain") for model in ("vanilla", "unlearned")))
     kept = met["Retained people"]
-    clauses.append(Clause("retain", ("still knows" if kept else "lost some of") + " the retained people", figures))
+    clauses.append(Clause("retain", ("still knows" if kept else "knows fewer of") + " the retained people", figures))
     texts = [text_accuracy(report, model) for model in ("vanilla", "unlearned")]
     if texts[0] is not None and texts[1] is not None:
         verb = "keeps its text knowledge" if met["Text, worst set"] else "lost some text knowledge"
