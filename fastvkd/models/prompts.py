@@ -17,6 +17,8 @@ def chat_prompt(processor: Any, question: str, *, image: bool) -> str:
     PaliGemma, which is no chat model, its task prefix `<image>answer en {question}`.
     """
     template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    if isinstance(template, dict):  # several named templates
+        template = template.get("default")
     if template:
         content: list[dict[str, str]] = [{"type": "image"}] if image else []
         content.append({"type": "text", "text": question})

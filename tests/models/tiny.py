@@ -7,10 +7,12 @@ down a second time so that the tests do not believe the table they test.
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 import transformers.models.smolvlm.processing_smolvlm as smolvlm_processing
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForImageTextToText,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     Gemma3Config,
@@ -338,3 +340,14 @@ def photos(*sizes: tuple[int, int], seed: int = 0) -> list[Image.Image]:
     """Random RGB images of these (width, height)s."""
     rng = np.random.default_rng(seed)
     return [Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)) for width, height in sizes]
+
+
+def randomised(config) -> torch.nn.Module:
+    """A model whose weights are all random: the usual initialisation leaves features so small that all are equal."""
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.2 * noise if parameter.dim() > 1 else 1 + 0.1 * noise)
+    return model
