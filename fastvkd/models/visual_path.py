@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from fastvkd.errors import ModelError
 from fastvkd.models import families
-from fastvkd.models.families import family_of
-from fastvkd.models.prompts import adds_special_tokens, visual_prefix
+from fastvkd.models.families import Family, family_of, parse_site
+from fastvkd.models.prompts import adds_special_tokens, chat_prompt, visual_prefix
 
 
 @dataclass
@@ -67,8 +68,8 @@ class VisualPath(nn.Module):
     """Runs a model from pixels to the given sites, and no further.
 
     Sites: `vision:<k>` is the output of tower block k (k blocks have run; 0 = embeddings), without CLS; `projector` is
-    what enters the LLM at the image positions; `llm:<k>` is the visual tokens entering decoder layer k, before any norm.
-    Works on a full model and on one from `load_model(llm_layers=...)`. Never calls lm_head. The hooks live only
+    what enters the LLM at the image positions; `llm:<k>` is the visual tokens entering decoder layer k, before any
+    norm. Works on a full model and on one from `load_model(llm_layers=...)`. Never calls lm_head. The hooks live only
     during `forward`; the model is not changed.
 
     Raises:
@@ -83,8 +84,8 @@ class VisualPath(nn.Module):
         if not self.sites:
             raise ModelError("sites is empty: name at least one of vision:<k>, projector, llm:<k>")
         config: Any = families.base_model(model).config
+        families.check_sites(self.sites, config)
         self._parsed = [parse_site(site) for site in self.sites]
-        check_sites(self.sites, config)
         self._image_token_id = families.image_token_id(config)
 
     def forward(self, batch: VisualBatch) -> dict[str, SiteFeatures]:
@@ -98,7 +99,10 @@ class VisualPath(nn.Module):
                     hooks.callback(self._hook(kind, k, functools.partial(hidden.__setitem__, site)).remove)
                 elif "llm" in kinds:
                     hooks.callback(self._hook("embeddings", 0, functools.partial(hidden.__setitem__, site)).remove)
-            hooks.callback(self._stop_hook().remove)
+            if (stop := self._stop_hook()) is not None:
+                hooks.callback(stop.remove)
+            if hasattr(base, "rope_deltas"):  # Qwen-VL remembers those of its last input for generation
+                hooks.callback(setattr, base, "rope_deltas", base.rope_deltas)
             try:
                 if "llm" in kinds:
                     base(**batch.inputs, use_cache=False)
@@ -145,7 +149,7 @@ class VisualPath(nn.Module):
         decoder: Any = families.language_model(self.model, self.family)
         return decoder.layers[k] if k < len(decoder.layers) else decoder.norm
 
-    def _stop_hook(self) -> torch.utils.hooks.RemovableHandle:
+    def _stop_hook(self) -> torch.utils.hooks.RemovableHandle | None:
         """Ends the pass behind the deepest site; where nothing would run after it anyway, nothing is raised."""
         deepest_llm = max((k for kind, k in self._parsed if kind == "llm"), default=None)
         stop_at: nn.Module | None = None
@@ -158,7 +162,7 @@ class VisualPath(nn.Module):
             stop_at = blocks[deepest] if deepest < len(blocks) else None
         # ZeRO-3 releases gathered weights in hooks that an exception would skip
         if stop_at is None or any(hasattr(p, "ds_id") for p in stop_at.parameters()):
-            return self.register_forward_pre_hook(lambda module, args: None)
+            return None
 
         def stop(module: nn.Module, args: Any) -> None:
             raise _DeepestSiteReached
@@ -180,42 +184,42 @@ class VisualPath(nn.Module):
         return families.tower(self.model, self.family)
 
 
-def parse_site(site: str) -> tuple[str, int]:
-    """`vision:3` -> ("vision", 3), `llm:8` -> ("llm", 8), `projector` -> ("projector", 0). ModelError when misspelt."""
-    if site == "projector":
-        return "projector", 0
-    kind, _, number = site.partition(":")
-    if kind not in ("vision", "llm") or not number.isdecimal():
-        raise ModelError(f"site {site!r} is not known: write vision:<k>, projector or llm:<k> with a number k >= 0")
-    return kind, int(number)
+def collate_images(
+    processor: Any, model_config: Any, images: Sequence[Image.Image], *, question: str = ""
+) -> VisualBatch:
+    """A batch of one sequence for each RGB image, preprocessed by the family's own processor.
 
-
-def check_sites(sites: Sequence[str], config: Any) -> None:
-    """Raises ModelError when a site is misspelt or deeper than the model that `config` describes."""
-    family = family_of(config)
-    depths = {"vision": ("tower blocks", families.tower_depth(config)), "llm": ("layers", families.llm_depth(config))}
-    for site in sites:
-        kind, k = parse_site(site)
-        if kind in depths and k > depths[kind][1]:
-            what, depth = depths[kind]
-            raise ModelError(
-                f"site {site!r} is deeper than the model: this {family.name} has {depth} {what}, so {kind}:0 to "
-                f"{kind}:{depth} are allowed"
-            )
-
-
-def collate_images(processor: Any, model_config: Any, images: Sequence[Image.Image]) -> VisualBatch:
-    """One sequence of prefix + image tokens for each image, preprocessed by the family's own processor."""
-    return batch_from_pixels(processor, model_config, encode_pixels(processor, images))
+    The sequence is prefix + image tokens. Only where image tokens also see the text behind them (PaliGemma) it is the
+    whole prompt, and `question` matters.
+    """
+    family = family_of(model_config)
+    if family.fixed_resolution:
+        return batch_from_pixels(processor, model_config, encode_pixels(processor, images), question=question)
+    text = visual_prefix(processor)
+    encoded = processor(
+        text=[text] * len(images),
+        images=[[image] for image in images],
+        add_special_tokens=adds_special_tokens(processor, text),
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    )
+    inputs = {key: encoded[key] for key in _IMAGE_INPUTS if key in encoded}
+    is_image = encoded["input_ids"] == families.image_token_id(model_config)
+    _require_image_tokens(is_image, model_config, text)
+    end = int(is_image.any(0).nonzero().max()) + 1
+    for key in _text_inputs(family):
+        inputs[key] = encoded[key][:, :end].contiguous()
+    return VisualBatch(inputs, len(images), _tower_rows(inputs, is_image.sum(1), model_config))
 
 
 def encode_pixels(processor: Any, images: Sequence[Image.Image]) -> Tensor:
-    """pixel_values (B, 3, S, S) float32 of RGB images; for families of fixed resolution, where it can be cached."""
+    """pixel_values (B, 3, S, S) float32 of RGB images, for families of fixed resolution; worth caching."""
     return processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
 
 
-def batch_from_pixels(processor: Any, model_config: Any, pixel_values: Tensor) -> VisualBatch:
-    """A batch from preprocessed `pixel_values` (B, 3, S, S), for families of fixed resolution.
+def batch_from_pixels(processor: Any, model_config: Any, pixel_values: Tensor, *, question: str = "") -> VisualBatch:
+    """A batch from preprocessed `pixel_values` (B, 3, S, S) on any device, for families of fixed resolution.
 
     Raises:
         ModelError: the family cuts images into crops or patches of their own size: use `collate_images`.
@@ -223,32 +227,57 @@ def batch_from_pixels(processor: Any, model_config: Any, pixel_values: Tensor) -
     family = family_of(model_config)
     if not family.fixed_resolution or pixel_values.dim() != 4:
         raise ModelError(
-            f"{family.name} has no fixed resolution (pixel_values {tuple(pixel_values.shape)}): use collate_images"
+            f"{family.name} with pixel_values {tuple(pixel_values.shape)} has no fixed resolution: use collate_images"
         )
     count, _, height, width = pixel_values.shape
-    ids = _prefix_ids(processor, visual_prefix(processor), families.image_token_id(model_config), height, width)
-    input_ids = torch.tensor(ids, device=pixel_values.device).expand(count, -1).contiguous()
-    return VisualBatch(
-        inputs={"input_ids": input_ids, "pixel_values": pixel_values},
-        n_images=count,
-        tower_rows=torch.ones(count, dtype=torch.int64, device=pixel_values.device),
-    )
+    text = chat_prompt(processor, question, image=True) if family.sees_suffix else visual_prefix(processor)
+    row = _text_row(processor, family, text, height, width)
+    is_image = row["input_ids"] == families.image_token_id(model_config)
+    _require_image_tokens(is_image, model_config, text)
+    end = is_image.shape[1] if family.sees_suffix else int(is_image[0].nonzero().max()) + 1
+    device = pixel_values.device
+    inputs = {key: value[:, :end].to(device).expand(count, -1).contiguous() for key, value in row.items()}
+    tower_rows = torch.ones(count, dtype=torch.int64, device=device)
+    return VisualBatch(inputs | {"pixel_values": pixel_values}, count, tower_rows)
+
+
+_IMAGE_INPUTS = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask")
+
+
+def _text_inputs(family: Family) -> tuple[str, ...]:
+    return ("input_ids", family.token_types) if family.token_types else ("input_ids",)
 
 
 @functools.lru_cache(maxsize=16)
-def _prefix_ids(processor: Any, prefix: str, image_token: int, height: int, width: int) -> tuple[int, ...]:
-    """The ids of prefix + image tokens: equal for all images of a size, so the processor counts them once."""
+def _text_row(processor: Any, family: Family, text: str, height: int, width: int) -> dict[str, Tensor]:
+    """The (1, T) text inputs of one image: the same for all images of a size, so the processor counts tokens once."""
     blank = Image.new("RGB", (width, height))
     encoded = processor(
-        text=[prefix], images=[[blank]], add_special_tokens=adds_special_tokens(processor, prefix), return_tensors="pt"
+        text=[text], images=[[blank]], add_special_tokens=adds_special_tokens(processor, text), return_tensors="pt"
     )
-    ids = encoded["input_ids"][0].tolist()
-    last = max((i for i, token in enumerate(ids) if token == image_token), default=None)
-    if last is None:
+    return {key: encoded[key] for key in _text_inputs(family)}
+
+
+def _require_image_tokens(is_image: Tensor, model_config: Any, text: str) -> None:
+    if not bool(is_image.any(1).all()):
         raise ModelError(
-            f"the processor writes no image token with id {image_token} for {prefix!r}: processor and model differ"
+            f"the processor writes no image token with id {families.image_token_id(model_config)} for {text!r}: "
+            "take the processor that belongs to the model"
         )
-    return tuple(ids[: last + 1])
+
+
+def _tower_rows(inputs: dict[str, Tensor], tokens: Tensor, config: Any) -> Tensor:
+    """(B,) int64: entries of the tower's first dimension per image; `tokens` (B,) are the visual tokens per image."""
+    if "image_grid_thw" in inputs:  # Qwen-VL: patches in one long sequence
+        return inputs["image_grid_thw"].prod(-1)
+    if "image_sizes" in inputs:  # LLaVA-NeXT and -OneVision: the image itself and its crops on a grid
+        pinpoints, side = config.image_grid_pinpoints, config.vision_config.image_size
+        crops = [image_size_to_num_patches(size, pinpoints, side) for size in inputs["image_sizes"]]
+        return torch.tensor(crops, dtype=torch.int64)
+    pixels = inputs["pixel_values"]
+    if pixels.dim() == 5:  # Idefics3, SmolVLM: (B, crops, 3, S, S), and the model drops crops that are all zero
+        return (pixels != 0).flatten(2).any(-1).sum(1)
+    return tokens * len(pixels) // tokens.sum()  # InternVL: every crop has the same number of tokens
 
 
 def _tower_features(hidden: Tensor, tower_rows: Tensor, prefix_tokens: int) -> SiteFeatures:
