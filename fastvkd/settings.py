@@ -60,6 +60,8 @@ class Settings:
     lambda_answer: float = 0.1
     npo_beta: float = 0.4
     augment: bool = False  # views (shift, flip, light) of every image; needs the online teacher
+    auxiliary_images: int = 0  # synthetic "dead leaves" images that are retained too, to protect what no data set names
+    auxiliary_share: float = 0.25  # their share of the retained part of a batch
     teacher: Literal["auto", "cached", "online"] = "auto"  # auto: cached, or online when augment is on
     cache_dir: str | None = None  # default: <output_dir>/teacher_cache
     cache_dtype: Literal["float32", "bfloat16", "float8"] = "float32"
@@ -106,10 +108,11 @@ class Settings:
             if not weight > 0:
                 raise SettingsError(f"sites.{site}={weight}: a weight must be above 0")
         _within(self, "forget_share", 0, 1, open_ends=True)
+        _within(self, "auxiliary_share", 0, 1, open_ends=False)
         for key in ("learning_rate", "huber_beta", "repel_margin", "max_steps", "gradient_accumulation_steps"):
             if not getattr(self, key) > 0:
                 raise SettingsError(f"{key}={getattr(self, key)}: must be above 0")
-        for key in ("lambda_forget", "lambda_retain", "lambda_answer", "weight_decay", "warmup_steps", "save_steps"):
+        for key in ("lambda_forget", "lambda_retain", "lambda_answer", "weight_decay", "warmup_steps", "save_steps", "auxiliary_images"):
             if getattr(self, key) < 0:
                 raise SettingsError(f"{key}={getattr(self, key)}: must not be negative")
         if self.per_device_train_batch_size < 2:

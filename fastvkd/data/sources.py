@@ -30,3 +30,20 @@ def read_forget_retain(folder: str, forget_split: str, retain_split: str) -> tup
             if twin:
                 raise DataError(f"{photo.source}: the same image as {twin}, in {forget_split}; remove it from one of them")
     return forget, retain
+
+
+def evaluation_cells(folder: str, forget_split: str, retain_split: str) -> dict[str, list[Profile]]:
+    """The four sets of an evaluation: forget, test (unseen photos of the same entities), retain and realworld.
+
+    Test_Set and Retain_Set may be missing; then so are their cells.
+    """
+    forget, retain = read_forget_retain(folder, forget_split, retain_split)
+    cells = {"forget": forget}
+    available = mllmu.splits(folder)
+    if "Test_Set" in available:
+        entities = {profile.entity for profile in forget}
+        cells["test"] = [profile for profile in mllmu.read_split(folder, "Test_Set") if profile.entity in entities]
+    cells["retain"] = retain
+    if "Retain_Set" in available:
+        cells["realworld"] = mllmu.read_split(folder, "Retain_Set")
+    return cells

@@ -37,11 +37,11 @@ def relearning_curve(
     seed: int = 0,
     prepared: PreparedPhotos | None = None,
     progress: Callable[[int, int], None] = lambda *_: None,
-) -> dict[str, list[float]]:
+) -> list[dict[str, float]]:
     """Accuracy (fraction) of visual multiple choice on `unseen` against fine-tuning steps on `attack`.
 
     A copy of `model` is trained with AdamW on answer tokens of `photos` images of `attack`, spread evenly over its
-    entities; `weights` says whether tower and projector move or everything does. Returns {"steps": [0, ...], "accuracy": [...]}.
+    entities; `weights` says whether tower and projector move or everything does. Returns [{"step": 0, "accuracy": ...}, ...].
     """
     from fastvkd.unlearning.answers import answer_log_probabilities, collate_answers
 
@@ -59,14 +59,13 @@ def relearning_curve(
         for photo in profile.photos[:1]
         for question, answer in question_answer_pairs(profile.visual)
     ]
-    curve: dict[str, list[float]] = {"steps": [], "accuracy": []}
+    curve: list[dict[str, float]] = []
 
     def measure(step: int) -> None:
         cells = evaluate_cells(
             victim, processor, {"test": list(unseen)}, batch_size=64, seed=seed, tasks=("choice",), kinds=("vqa",), photos=prepared
         )
-        curve["steps"].append(step)
-        curve["accuracy"].append(cells["test"]["vqa"]["accuracy"])
+        curve.append({"step": step, "accuracy": cells["test"]["vqa"]["accuracy"]})
 
     measure(0)
     for step in range(1, steps + 1):

@@ -42,7 +42,7 @@ from fastvkd.models.families import Family, check_sites, family_of, family_of_ty
 
 Quantize = Literal["nf4", "int8"]
 ModelPath = str | os.PathLike[str]
-_VISUAL_KEY = re.compile(r"(^|\.)(vision_tower|vision_model|visual|multi_modal_projector|connector|mlp1)\.")
+VISUAL_KEY = re.compile(r"(^|\.)(vision_tower|vision_model|visual|multi_modal_projector|connector|mlp1)\.")
 _LAYER_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _FINAL_NORM_KEY = re.compile(r"(?:^|\.)norm\.(?:weight|bias)$")
 _HEAD_KEY = re.compile(r"(?:^|\.)lm_head\.")
@@ -224,7 +224,7 @@ def _link_needed_shards(path: ModelPath, folder: Path, llm_layers: int) -> None:
 
 def _is_needed(key: str, llm_layers: int, has_embedding: bool) -> bool:
     """Whether a checkpoint tensor, under its old or new name, belongs to the truncated model."""
-    if _VISUAL_KEY.search(key):
+    if VISUAL_KEY.search(key):
         return True
     if _HEAD_KEY.search(key):
         return not has_embedding  # tied weights may be stored under lm_head alone

@@ -122,19 +122,36 @@ def draw(population: int, start: int, count: int, seed: Sequence[int]) -> list[i
 
 
 class BatchPlan:
-    """Which forget and which retain images make up step `t` on rank `r`: as many of each on every rank and step."""
+    """Which images make up step `t` on rank `r`: as many of each kind on every rank and step.
 
-    def __init__(self, forget: Sequence[int], retain: Sequence[int], *, batch_size: int, forget_share: float, seed: int):
-        self.forget, self.retain, self.seed = list(forget), list(retain), seed
+    `auxiliary` images take `auxiliary_share` of the retained part of a batch and count as retained.
+    """
+
+    def __init__(
+        self,
+        forget: Sequence[int],
+        retain: Sequence[int],
+        *,
+        batch_size: int,
+        forget_share: float,
+        seed: int,
+        auxiliary: Sequence[int] = (),
+        auxiliary_share: float = 0.0,
+    ):
+        self.forget, self.retain, self.auxiliary, self.seed = list(forget), list(retain), list(auxiliary), seed
         self.forget_per_rank = min(batch_size - 1, max(1, round(batch_size * forget_share)))
-        self.retain_per_rank = batch_size - self.forget_per_rank
+        kept = batch_size - self.forget_per_rank
+        self.auxiliary_per_rank = round(kept * auxiliary_share) if self.auxiliary else 0
+        self.retain_per_rank = kept - self.auxiliary_per_rank
 
     def indices(self, step: int, rank: int, world_size: int) -> tuple[list[int], list[int]]:
-        """(forget, retain) image indices of micro-batch `step`, counted from 0."""
+        """(forget, retained) image indices of micro-batch `step`, counted from 0."""
 
         def part(of: list[int], each: int, salt: int) -> list[int]:
+            if not each:
+                return []
             chosen = draw(len(of), (step * world_size + rank) * each, each, (self.seed, salt))
             return [of[i] for i in chosen]
 
-        return part(self.forget, self.forget_per_rank, 11), part(self.retain, self.retain_per_rank, 12)
-
+        retained = part(self.retain, self.retain_per_rank, 12) + part(self.auxiliary, self.auxiliary_per_rank, 17)
+        return part(self.forget, self.forget_per_rank, 11), retained

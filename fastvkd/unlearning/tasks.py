@@ -1,6 +1,7 @@
 """From settings to something the loop can run: the model, what it is trained on, and which of its weights move."""
 
 import dataclasses
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvkd.data.records import Profile
+from fastvkd.data.dead_leaves import dead_leaves
+from fastvkd.data.images import decode_image
+from fastvkd.data.records import Photo, Profile
 from fastvkd.data.sources import read_forget_retain
 from fastvkd.engines.checkpoints import BaseModel, identify_base
 from fastvkd.errors import ModelError
@@ -224,6 +227,17 @@ def _one_side(batch: StepBatch, forget_side: bool) -> StepBatch:
     return StepBatch(distill, answers)
 
 
+def _auxiliary_photos(settings: Settings, like: Photo) -> list[Photo]:
+    """Synthetic images of the size of photo `like`."""
+    size = decode_image(like.data, like.source).size
+    photos = []
+    for i in range(settings.auxiliary_images):
+        buffer = io.BytesIO()
+        dead_leaves(size, (settings.seed, 18, i)).save(buffer, format="PNG", compress_level=1)
+        photos.append(Photo(buffer.getvalue(), f"auxiliary image {i}"))
+    return photos
+
+
 class _DistillData:
     """Images, cached teacher features, and targets of a feature-level run; makes its batches."""
 
@@ -242,17 +256,20 @@ class _DistillData:
         self._processor, self._config, self._dtype, self._base = processor, config, dtype, base
         forget_photos = [photo for profile in forget for photo in profile.photos]
         retain_photos = [photo for profile in retain for photo in profile.photos]
+        auxiliary = _auxiliary_photos(settings, retain_photos[0])
         self.images = ImageSet(
-            forget_photos + retain_photos, processor, config, dtype=dtype, pin=device.type == "cuda"
+            forget_photos + retain_photos + auxiliary, processor, config, dtype=dtype, pin=device.type == "cuda"
         )
-        count = len(ImageSet.distinct(forget_photos))
-        self.forget_keys, self.retain_keys = self.images.hashes[:count], self.images.hashes[count:]
+        count, end = len(ImageSet.distinct(forget_photos)), len(self.images) - len(auxiliary)
+        self.forget_keys, self.retain_keys = self.images.hashes[:count], self.images.hashes[count:end]
         self.plan = BatchPlan(
             range(count),
-            range(count, len(self.images)),
+            range(count, end),
             batch_size=settings.per_device_train_batch_size,
             forget_share=settings.forget_share,
             seed=settings.seed,
+            auxiliary=range(end, len(self.images)),
+            auxiliary_share=settings.auxiliary_share,
         )
         self.variances: dict[str, float] = {}
         self._online: VisualPath | None = None
