@@ -95,6 +95,7 @@ class VisualPath(nn.Module):
         config: Any = families.base_model(model).config
         families.check_sites(self.sites, config)
         self._parsed = [parse_site(site) for site in self.sites]
+        families.tower_blocks(model, self.family)  # refuses a tower of another kind here, before anything runs
         self._tower_prefix = families.tower_prefix_tokens(families.tower(model, self.family))
 
     def forward(self, batch: VisualBatch) -> dict[str, SiteFeatures]:
