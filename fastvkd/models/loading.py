@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -241,14 +242,18 @@ def _read(
     may_lack: tuple[str, ...],
 ) -> PreTrainedModel:
     """from_pretrained with one-line errors; a tensor that is missing is an error and never a random weight."""
-    verbosity = logging.get_verbosity()
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # its report of missing and unused tensors: both are checked or meant here
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         model, info = auto_class.from_pretrained(folder, config=config, output_loading_info=True, **options)
     except _LOADING_ERRORS as error:
         raise ModelError(f"{path}: the model cannot be loaded: {_one_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
     missing = sorted(set(info["missing_keys"]) - set(may_lack))
     if missing:
         raise ModelError(

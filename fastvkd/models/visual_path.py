@@ -29,17 +29,26 @@ class VisualBatch:
     `inputs` holds input_ids (B, T) int64, cut after the last image token and padded on the right, pixel_values and
     what else the family's base model takes. No attention mask: under causal attention padding on the right is never
     seen by what stands before it, and without a mask SDPA keeps its fast path.
-    `tower_rows` (B,) int64: how many entries of the tower's first dimension (crops, or patches) belong to each image.
+    Counted when the batch is made, so that a forward pass need not wait for the device:
+    token_rows (N,) int64: rows of (B, T) flattened that are visual tokens, in the order of the images;
+    token_images (N,) int64: the image of each of them;
+    tower_images (C,) int64: the image of each entry of the tower's first dimension (crops, or patches).
     """
 
     inputs: dict[str, Tensor]
     n_images: int
-    tower_rows: Tensor
+    token_rows: Tensor
+    token_images: Tensor
+    tower_images: Tensor
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "VisualBatch":
         """The same batch on `device`."""
-        moved = {key: value.to(device, non_blocking=non_blocking) for key, value in self.inputs.items()}
-        return VisualBatch(moved, self.n_images, self.tower_rows.to(device, non_blocking=non_blocking))
+        rows = (self.token_rows, self.token_images, self.tower_images)
+        return VisualBatch(
+            {key: value.to(device, non_blocking=non_blocking) for key, value in self.inputs.items()},
+            self.n_images,
+            *(value.to(device, non_blocking=non_blocking) for value in rows),
+        )
 
 
 @dataclass
@@ -86,7 +95,8 @@ class VisualPath(nn.Module):
         config: Any = families.base_model(model).config
         families.check_sites(self.sites, config)
         self._parsed = [parse_site(site) for site in self.sites]
-        self._image_token_id = families.image_token_id(config)
+        families.tower_blocks(model, self.family)  # refuses a tower of another kind here, before anything runs
+        self._tower_prefix = families.tower_prefix_tokens(families.tower(model, self.family))
 
     def forward(self, batch: VisualBatch) -> dict[str, SiteFeatures]:
         """Features of every site for the images of `batch`; gradients flow when torch's grad mode is on."""
@@ -112,7 +122,10 @@ class VisualPath(nn.Module):
                         hidden["projector"] = features
             except _DeepestSiteReached:
                 pass
-        return {site: self._features(site, hidden[site], batch) for site in self.sites}
+        return {
+            site: self._features(kind, hidden[site], batch)
+            for site, (kind, _) in zip(self.sites, self._parsed, strict=True)
+        }
 
     def _image_features(self, base: nn.Module, batch: VisualBatch) -> Tensor:
         """(N, H): tower and projector only."""
@@ -169,19 +182,16 @@ class VisualPath(nn.Module):
 
         return stop_at.register_forward_pre_hook(stop)
 
-    def _features(self, site: str, hidden: Tensor, batch: VisualBatch) -> SiteFeatures:
-        kind, _ = parse_site(site)
-        ids = batch.inputs["input_ids"]
-        if kind == "vision":
-            return _tower_features(hidden, batch.tower_rows, families.tower_prefix_tokens(self._tower()))
-        rows = (ids.flatten() == self._image_token_id).nonzero().squeeze(1)
-        image_of_row = rows // ids.shape[1]
-        if hidden.dim() == 2:
-            rows = torch.arange(len(rows), device=rows.device)
-        return SiteFeatures(hidden, rows, image_of_row)
-
-    def _tower(self) -> nn.Module:
-        return families.tower(self.model, self.family)
+    def _features(self, kind: str, hidden: Tensor, batch: VisualBatch) -> SiteFeatures:
+        if kind != "vision":
+            # without the LLM, `projector` has the visual tokens alone
+            rows = batch.token_rows if hidden.dim() == 3 else torch.arange(len(hidden), device=hidden.device)
+            return SiteFeatures(hidden, rows, batch.token_images)
+        rows = torch.arange(hidden.shape[:-1].numel(), device=hidden.device)
+        if hidden.dim() == 2:  # one long sequence of patches
+            return SiteFeatures(hidden, rows, batch.tower_images)
+        rows = rows.view(hidden.shape[:2])[:, self._tower_prefix :]
+        return SiteFeatures(hidden, rows.flatten(), batch.tower_images[:, None].expand_as(rows).flatten())
 
 
 def collate_images(
@@ -205,12 +215,13 @@ def collate_images(
         return_tensors="pt",
     )
     inputs = {key: encoded[key] for key in _IMAGE_INPUTS if key in encoded}
-    is_image = encoded["input_ids"] == families.image_token_id(model_config)
-    _require_image_tokens(is_image, model_config, text)
-    end = int(is_image.any(0).nonzero().max()) + 1
+    is_image, end = _image_tokens(encoded["input_ids"], model_config, text)
     for key in _text_inputs(family):
         inputs[key] = encoded[key][:, :end].contiguous()
-    return VisualBatch(inputs, len(images), _tower_rows(inputs, is_image.sum(1), model_config))
+    image, column = is_image[:, :end].nonzero(as_tuple=True)
+    entries = _tower_entries(inputs, is_image.sum(1), model_config)
+    tower_images = torch.arange(len(images)).repeat_interleave(entries)
+    return VisualBatch(inputs, len(images), image * end + column, image, tower_images)
 
 
 def encode_pixels(processor: Any, images: Sequence[Image.Image]) -> Tensor:
@@ -232,13 +243,20 @@ def batch_from_pixels(processor: Any, model_config: Any, pixel_values: Tensor, *
     count, _, height, width = pixel_values.shape
     text = chat_prompt(processor, question, image=True) if family.sees_suffix else visual_prefix(processor)
     row = _text_row(processor, family, text, height, width)
-    is_image = row["input_ids"] == families.image_token_id(model_config)
-    _require_image_tokens(is_image, model_config, text)
-    end = is_image.shape[1] if family.sees_suffix else int(is_image[0].nonzero().max()) + 1
+    is_image, end = _image_tokens(row["input_ids"], model_config, text)
+    if family.sees_suffix:
+        end = is_image.shape[1]
     device = pixel_values.device
     inputs = {key: value[:, :end].to(device).expand(count, -1).contiguous() for key, value in row.items()}
-    tower_rows = torch.ones(count, dtype=torch.int64, device=device)
-    return VisualBatch(inputs | {"pixel_values": pixel_values}, count, tower_rows)
+    column = is_image[0].nonzero().squeeze(1).to(device)
+    image = torch.arange(count, device=device)
+    return VisualBatch(
+        inputs | {"pixel_values": pixel_values},
+        count,
+        token_rows=(image[:, None] * end + column).flatten(),
+        token_images=image[:, None].expand(-1, len(column)).flatten(),
+        tower_images=image,
+    )
 
 
 _IMAGE_INPUTS = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask")
@@ -258,15 +276,18 @@ def _text_row(processor: Any, family: Family, text: str, height: int, width: int
     return {key: encoded[key] for key in _text_inputs(family)}
 
 
-def _require_image_tokens(is_image: Tensor, model_config: Any, text: str) -> None:
+def _image_tokens(input_ids: Tensor, model_config: Any, text: str) -> tuple[Tensor, int]:
+    """Where the visual tokens are, (B, T) bool, and the length up to the last of them."""
+    is_image = input_ids == families.image_token_id(model_config)
     if not bool(is_image.any(1).all()):
         raise ModelError(
             f"the processor writes no image token with id {families.image_token_id(model_config)} for {text!r}: "
             "take the processor that belongs to the model"
         )
+    return is_image, int(is_image.any(0).nonzero().max()) + 1
 
 
-def _tower_rows(inputs: dict[str, Tensor], tokens: Tensor, config: Any) -> Tensor:
+def _tower_entries(inputs: dict[str, Tensor], tokens: Tensor, config: Any) -> Tensor:
     """(B,) int64: entries of the tower's first dimension per image; `tokens` (B,) are the visual tokens per image."""
     if "image_grid_thw" in inputs:  # Qwen-VL: patches in one long sequence
         return inputs["image_grid_thw"].prod(-1)
@@ -278,16 +299,6 @@ def _tower_rows(inputs: dict[str, Tensor], tokens: Tensor, config: Any) -> Tenso
     if pixels.dim() == 5:  # Idefics3, SmolVLM: (B, crops, 3, S, S), and the model drops crops that are all zero
         return (pixels != 0).flatten(2).any(-1).sum(1)
     return tokens * len(pixels) // tokens.sum()  # InternVL: every crop has the same number of tokens
-
-
-def _tower_features(hidden: Tensor, tower_rows: Tensor, prefix_tokens: int) -> SiteFeatures:
-    """hidden (crops, S, H) or (patches, H): drops the CLS rows and says which image each row belongs to."""
-    image = torch.arange(len(tower_rows), device=hidden.device).repeat_interleave(tower_rows)
-    if hidden.dim() == 2:
-        return SiteFeatures(hidden, torch.arange(len(hidden), device=hidden.device), image)
-    crops, tokens, _ = hidden.shape
-    rows = torch.arange(crops * tokens, device=hidden.device).view(crops, tokens)[:, prefix_tokens:]
-    return SiteFeatures(hidden, rows.flatten(), image.repeat_interleave(tokens - prefix_tokens))
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

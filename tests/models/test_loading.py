@@ -1,5 +1,6 @@
 """Truncated loading reads only what it needs, knows old and new tensor names, and fails in one line."""
 
+import copy
 import json
 import re
 import shutil
@@ -60,6 +61,15 @@ def test_nothing_above_is_built(llava):
         assert type(model) is type(llava.model) and not model.training
         assert model.config.text_config.num_hidden_layers == layers
     assert llava.config.text_config.num_hidden_layers == tiny.DEPTH
+
+
+def test_a_truncated_model_can_be_copied_and_moved(llava):
+    """A teacher is a copy of the student; nothing in the copy points back at the original."""
+    model = load_model(llava.folder, llm_layers=1)
+    twin = copy.deepcopy(model).to(torch.float64)
+    assert {p.dtype for p in twin.parameters()} == {torch.float64} and model.dtype == torch.float32
+    assert (features(twin, llava, "llm:1") - features(model, llava, "llm:1")).abs().max() < 1e-5
+    assert list(model.state_dict()) == [name for name in llava.model.state_dict() if not is_above(name, 1)]
 
 
 def test_a_single_file_serves_as_well(case):

@@ -257,6 +257,9 @@ def test_cached_pixels_make_the_same_batch(case):
         assert batch.n_images == whole.n_images == 2
         assert batch.inputs.keys() == whole.inputs.keys()
         assert all(torch.equal(batch.inputs[key], whole.inputs[key]) for key in whole.inputs)
+        is_image = batch.inputs["input_ids"] == 4
+        assert torch.equal(batch.token_rows, is_image.flatten().nonzero().squeeze(1))
+        assert torch.equal(batch.token_images, is_image.nonzero()[:, 0])
     else:
         with pytest.raises(ModelError, match="collate_images"):
             batch_from_pixels(case.processor, case.config, whole.inputs["pixel_values"])
