@@ -117,10 +117,12 @@ class Embedder:
             return ids
         if self._visual_tokens is None:  # of whatever photo: these families make the same number of any
             self._visual_tokens = next(iter(self.features(photos[:1]).values())).shape[0]
-        expanded: list[int] = []
-        for token in ids:
-            expanded.extend([token] * self._visual_tokens if token == self.image_token_id else [token])
-        return expanded
+        expanded, start = [], 0
+        for _ in photos:
+            place = ids.index(self.image_token_id, start)
+            expanded += ids[start:place] + [self.image_token_id] * self._visual_tokens
+            start = place + 1
+        return expanded + ids[start:]
 
     def embeddings(self, ids_BT: Tensor, photos: Sequence[Sequence[Photo]]) -> Tensor:
         """(B, T, H) input embeddings: tokens, with the features of row b's photos at its image tokens, in order."""
