@@ -6,7 +6,7 @@ Module paths are relative to the *base* model (the one without lm_head); `base_m
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -18,32 +18,48 @@ Trainable = Literal["vision+projector", "projector", "vision"]
 
 @dataclass(frozen=True)
 class Family:
-    """The places of one family. Dotted paths; where releases differ, the first path that exists is taken."""
+    """The places of one family. Dotted paths; where towers differ, the first path that exists is taken."""
 
     name: str
     model_type: str
-    tower: str  # vision tower (a pre-trained vision model)
-    blocks: tuple[str, ...]  # candidate paths of the tower's transformer blocks, relative to the tower
-    projector: tuple[str, ...]  # modules or parameters between tower and LLM
-    language_model: str  # decoder without lm_head: has .layers and .norm
-    image_token_keys: tuple[str, ...]  # config keys that hold the id of the image placeholder token
-    causal: bool = True  # False: image tokens attend both ways, so text after the image changes their features
+    tower: str = "vision_tower"  # a pre-trained vision model
+    blocks: tuple[str, ...] = (
+        "encoder.layers",
+        "vision_model.encoder.layers",
+        "encoder.layer",
+    )  # relative to the tower
+    projector: tuple[str, ...] = ("multi_modal_projector",)  # modules and parameters between tower and LLM
+    deepstack: str | None = None  # list of projectors, the k-th of which adds to the visual tokens after LLM layer k
+    language_model: str = "language_model"  # decoder without lm_head: has .layers and .norm
+    token_types: str | None = None  # name of the input that tells image tokens from text, where the model needs one
     fixed_resolution: bool = False  # every image becomes one (3, S, S) tensor and the same number of visual tokens
+    causal: bool = True  # False: image tokens attend to each other both ways
+    sees_suffix: bool = False  # True: image tokens also attend to the text behind them, so it cannot be cut
+    normed_last_feature: bool = False  # vision_feature_layer -1 means: after the tower's post-norm
 
 
-_VIT_BLOCKS = ("encoder.layers", "vision_model.encoder.layers", "encoder.layer", "transformer.layers")
-_IMAGE_TOKEN = ("image_token_id", "image_token_index")
+_ANYRES = ("multi_modal_projector", "image_newline")
+_QWEN: dict[str, Any] = {
+    "tower": "visual",
+    "blocks": ("blocks",),
+    "projector": ("visual.merger",),
+    "token_types": "mm_token_type_ids",
+}
+_IDEFICS: dict[str, Any] = {"tower": "vision_model", "projector": ("connector",), "language_model": "text_model"}
 
 FAMILIES: tuple[Family, ...] = (
+    Family("LLaVA-1.5", "llava", fixed_resolution=True),
+    Family("LLaVA-NeXT", "llava_next", projector=_ANYRES),
+    Family("LLaVA-OneVision", "llava_onevision", projector=_ANYRES),
+    Family("Qwen2-VL", "qwen2_vl", **_QWEN),
+    Family("Qwen2.5-VL", "qwen2_5_vl", **_QWEN),
+    Family("Qwen3-VL", "qwen3_vl", **_QWEN, deepstack="visual.deepstack_merger_list"),
+    Family("InternVL", "internvl", normed_last_feature=True),
+    Family("Idefics3", "idefics3", **_IDEFICS),
+    Family("SmolVLM", "smolvlm", **_IDEFICS),
+    Family("Gemma 3", "gemma3", token_types="token_type_ids", fixed_resolution=True, causal=False),
     Family(
-        name="LLaVA-1.5",
-        model_type="llava",
-        tower="vision_tower",
-        blocks=_VIT_BLOCKS,
-        projector=("multi_modal_projector",),
-        language_model="language_model",
-        image_token_keys=_IMAGE_TOKEN,
-        fixed_resolution=True,
+        "PaliGemma", "paligemma", token_types="token_type_ids", fixed_resolution=True, causal=False, sees_suffix=True
     ),
 )
 _BY_TYPE = {family.model_type: family for family in FAMILIES}
@@ -72,8 +88,8 @@ def family_of_type(model_type: str) -> Family:
     if model_type in REFUSED:
         raise ModelError(f"model_type {model_type!r} is not supported: {REFUSED[model_type]}; use one of {known}")
     near = difflib.get_close_matches(model_type, _BY_TYPE, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ModelError(f"model_type {model_type!r} is not a known vision-language family{hint} Supported: {known}")
+    hint = f"did you mean {near[0]!r}? Supported" if near else "supported"
+    raise ModelError(f"model_type {model_type!r} is not a known vision-language family; {hint}: {known}")
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -107,12 +123,11 @@ def language_model(model: nn.Module, family: Family) -> nn.Module:
 
 def image_token_id(config: Any) -> int:
     """The id of the image placeholder token of a (top-level) config."""
-    family = family_of(config)
-    for key in family.image_token_keys:
+    for key in ("image_token_id", "image_token_index"):
         value = getattr(config, key, None)
         if value is not None:
             return int(value)
-    raise ModelError(f"config of a {family.name} model has none of {', '.join(family.image_token_keys)}: add one")
+    raise ModelError(f"config of a {family_of(config).name} model has no image_token_id: add it")
 
 
 def tower_prefix_tokens(module: nn.Module) -> int:
@@ -133,26 +148,38 @@ def llm_depth(config: Any) -> int:
     return int(config.text_config.num_hidden_layers)
 
 
-def visual_parameters(model: nn.Module, family: Family, trainable: Trainable) -> list[tuple[str, nn.Parameter]]:
-    """The (live name, parameter) pairs of the visual part that a feature loss at `projector` or `llm:<k>` reaches.
+def visual_parameters(
+    model: nn.Module, family: Family, trainable: Trainable, sites: Sequence[str] | None = None
+) -> list[tuple[str, nn.Parameter]]:
+    """The (live name, parameter) pairs of the visual part that a loss on features at `sites` reaches.
 
-    Parameters that take no part in those features are left out, because no gradient ever arrives there: blocks above
-    LLaVA's `vision_feature_layer` (-2 leaves out CLIP's last block), the tower's post-norm where features are taken
-    before it, and pooling heads. A site `vision:<k>` reaches fewer of them still.
+    `sites` defaults to the output of the whole LLM. Parameters that take no part in those features are left out,
+    because no gradient ever arrives there: tower blocks above LLaVA's `vision_feature_layer` (-2 leaves out CLIP's last
+    block), the tower's post-norm where features are taken before it, pooling heads; for `vision:<k>` alone also the
+    blocks above k and the projector; for `llm:<k>` Qwen3-VL's deepstack projectors after layer k.
+
+    Raises:
+        ModelError: `trainable` is none of its three values, or nothing in it is reached from `sites`.
     """
-    if trainable not in ("vision+projector", "projector", "vision"):
-        raise ModelError(f"trainable is {trainable!r}: allowed are 'vision+projector', 'projector', 'vision'")
+    if trainable not in get_args(Trainable):
+        raise ModelError(f"trainable is {trainable!r}: allowed are {', '.join(get_args(Trainable))}")
     base = base_model(model)
+    parsed = [parse_site(site) for site in sites] if sites else [("llm", llm_depth(base.config))]
+    projected = any(kind != "vision" for kind, _ in parsed)
+    projector = _projector_parameters(base, family, max((k for kind, k in parsed if kind == "llm"), default=0))
     wanted: set[int] = set()
     if trainable != "projector":
-        unreached = {id(p) for module in _unreached(model, family) for p in module.parameters()}
-        wanted |= {id(p) for p in tower(model, family).parameters()} - unreached
-    for path in family.projector:
-        part = _find(base, (path,))
-        ids = {id(part)} if isinstance(part, nn.Parameter) else {id(p) for p in part.parameters()} if part else set()
-        # a projector may live inside the tower module (Qwen's merger): then it belongs to the projector only
-        wanted = wanted | ids if trainable != "vision" else wanted - ids
-    return [(name, p) for name, p in model.named_parameters() if id(p) in wanted]
+        deepest = max((k for kind, k in parsed if kind == "vision"), default=0)
+        # Qwen keeps its projectors inside the tower's module: they count as projector only
+        wanted |= _tower_parameters(model, family, deepest, projected) - _projector_parameters(base, family, None)
+    if trainable != "vision" and projected:
+        wanted |= projector
+    found = [(name, p) for name, p in model.named_parameters() if id(p) in wanted]
+    if not found:
+        raise ModelError(
+            f"trainable {trainable!r} has no weights that act on sites {list(sites or [])}: train the vision"
+        )
+    return found
 
 
 def train_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
@@ -163,20 +190,58 @@ def train_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
             p.requires_grad_(id(p) in wanted)
 
 
-def _unreached(model: nn.Module, family: Family) -> Sequence[nn.Module]:
-    """Modules of the tower that do not take part in what enters the projector."""
+def parse_site(site: str) -> tuple[str, int]:
+    """`vision:3` -> ("vision", 3), `llm:8` -> ("llm", 8), `projector` -> ("projector", 0). ModelError when misspelt."""
+    if site == "projector":
+        return "projector", 0
+    kind, _, number = site.partition(":")
+    if kind not in ("vision", "llm") or not number.isdecimal():
+        raise ModelError(f"site {site!r} is not known: write vision:<k>, projector or llm:<k> with a number k >= 0")
+    return kind, int(number)
+
+
+def check_sites(sites: Iterable[str], config: Any) -> None:
+    """Raises ModelError when a site is misspelt or deeper than the model that `config` describes."""
+    depths = {"vision": ("tower blocks", tower_depth(config)), "llm": ("LLM layers", llm_depth(config))}
+    for site in sites:
+        kind, k = parse_site(site)
+        if kind in depths and k > depths[kind][1]:
+            what, depth = depths[kind]
+            raise ModelError(
+                f"site {site!r} is deeper than the model: this {family_of(config).name} has {depth} {what}; allowed: "
+                f"{kind}:0 to {kind}:{depth}"
+            )
+
+
+def _tower_parameters(model: nn.Module, family: Family, deepest: int, projected: bool) -> set[int]:
+    """Ids of the tower's parameters that act on the output of block `deepest` or, if `projected`, on the projector."""
     vision, blocks = tower(model, family), tower_blocks(model, family)
-    config: Any = base_model(model).config
-    found: list[nn.Module] = [part for path in ("head", "vision_model.head") if (part := _find(vision, (path,)))]
-    layer = getattr(config, "vision_feature_layer", None)
-    if layer is None:
-        return found
-    # hidden_states has len(blocks) + 1 entries, entry k is the output of block k, and none has passed the post-norm
-    layers = [layer] if isinstance(layer, int) else list(layer)
-    deepest = max(k if k >= 0 else len(blocks) + 1 + k for k in layers)
-    found += list(blocks[deepest:])
-    found += [part for path in ("post_layernorm", "vision_model.post_layernorm") if (part := _find(vision, (path,)))]
-    return found
+    layer = getattr(base_model(model).config, "vision_feature_layer", None)
+    normed = projected
+    if projected and layer is not None:
+        # hidden_states has len(blocks) + 1 entries: entry k is the output of block k, before the post-norm
+        layers = [layer] if isinstance(layer, int) else list(layer)
+        deepest = max(deepest, *(k if k >= 0 else len(blocks) + 1 + k for k in layers))
+        normed = family.normed_last_feature and layer == -1
+    elif projected:
+        deepest = len(blocks)
+    unreached: list[nn.Module] = list(blocks[deepest:])
+    # pooling heads read the sequence and feed nothing here
+    unused = ("head", "vision_model.head") + (
+        () if normed else ("post_layernorm", "vision_model.post_layernorm", "layernorm")
+    )
+    unreached += [part for path in unused if (part := _find(vision, (path,))) is not None]
+    skipped = {id(p) for module in unreached for p in module.parameters()}
+    # InternVL's mask token serves masked pre-training only
+    return {id(p) for name, p in vision.named_parameters() if id(p) not in skipped and not name.endswith("mask_token")}
+
+
+def _projector_parameters(base: nn.Module, family: Family, llm_layers: int | None) -> set[int]:
+    """Ids of the parameters between tower and LLM; of the deepstack projectors the first `llm_layers` (None: all)."""
+    parts: list[Any] = [_find(base, (path,)) for path in family.projector]
+    if family.deepstack is not None:
+        parts += list(_get(base, family.deepstack).children())[:llm_layers]
+    return {id(p) for part in parts for p in ([part] if isinstance(part, nn.Parameter) else part.parameters())}
 
 
 def _find(module: nn.Module, paths: Sequence[str]) -> Any:

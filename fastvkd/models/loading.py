@@ -27,12 +27,18 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    is_torchvision_available,
+    logging,
+)
 
 from fastvkd.errors import ModelError
 from fastvkd.models import families
-from fastvkd.models.families import Family, family_of, family_of_type
-from fastvkd.models.visual_path import check_sites, parse_site
+from fastvkd.models.families import Family, check_sites, family_of, family_of_type, parse_site
 
 Quantize = Literal["nf4", "int8"]
 ModelPath = str | os.PathLike[str]
@@ -97,15 +103,40 @@ def load_model(
 
 
 def load_processor(path: ModelPath) -> Any:
-    """The processor (tokenizer, image processor, chat template) of a model folder. ModelError when it has none."""
-    _require_folder(path, "config.json", "a model folder as save_pretrained writes it")
+    """The processor (tokenizer, image processor, chat template) of a model folder.
+
+    Without torchvision the video part is left out, which is all that needs it.
+
+    Raises:
+        ModelError: the folder has no (complete) processor, or a package is missing for it.
+    """
+    config = load_config(path)
     try:
+        processor_class: Any = PROCESSOR_MAPPING[type(config)]
+        if "video_processor" in processor_class.get_attributes() and not is_torchvision_available():
+            return image_only(processor_class).from_pretrained(str(path))
         return AutoProcessor.from_pretrained(str(path))
     except _LOADING_ERRORS as error:
         raise ModelError(
             f"{path}: its processor cannot be read ({_one_line(error)}); copy the processor and tokenizer files of the "
             "original model there"
         ) from error
+
+
+def image_only(processor_class: Any) -> Any:
+    """A processor class that takes no video processor, for images and text alone."""
+
+    class ImageOnly(processor_class):
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in super().get_attributes() if name != "video_processor"]
+
+        @classmethod
+        def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+            return super().from_args_and_dict(args, processor_dict | {"video_processor": None}, **kwargs)
+
+    ImageOnly.__name__ = ImageOnly.__qualname__ = processor_class.__name__  # the name that save_pretrained writes
+    return ImageOnly
 
 
 def llm_layers_needed(sites: Iterable[str], config: Any) -> int:
@@ -221,7 +252,7 @@ def _read(
     missing = sorted(set(info["missing_keys"]) - set(may_lack))
     if missing:
         raise ModelError(
-            f"{path}: {len(missing)} tensors are missing, first {missing[0]!r}; the checkpoint does not fit its config.json"
+            f"{path}: {len(missing)} tensors are missing, first {missing[0]!r}; they do not fit its config.json"
         )
     return model
 

@@ -5,20 +5,29 @@ Both come from one function, so the prefix of training is by construction the pr
 
 from typing import Any
 
+from transformers import PaliGemmaProcessor
+
 from fastvkd.errors import ModelError
 
 
 def chat_prompt(processor: Any, question: str, *, image: bool) -> str:
     """The prompt of a one-turn chat; ends where the answer begins, so an answer is appended without a space of its own.
 
-    With a chat template that template is used; without, LLaVA-1.5's `USER: <image>\\n{question} ASSISTANT:`.
+    With a chat template that template is used; without, LLaVA-1.5's `USER: <image>\\n{question} ASSISTANT:`, and for
+    PaliGemma, which is no chat model, its task prefix `<image>answer en {question}`.
     """
-    if _has_template(processor):
+    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    if isinstance(template, dict):  # several named templates
+        template = template.get("default")
+    if template:
         content: list[dict[str, str]] = [{"type": "image"}] if image else []
         content.append({"type": "text", "text": question})
-        return processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        # the tokenizer renders what the processor would; SmolVLM's own method wants a video processor for it
+        return processor.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], chat_template=template, add_generation_prompt=True, tokenize=False
         )
+    if isinstance(processor, PaliGemmaProcessor):
+        return f"{image_placeholder(processor) if image else ''}answer en {question}"
     placeholder = f"{image_placeholder(processor)}\n" if image else ""
     return f"USER: {placeholder}{question} ASSISTANT:"
 
@@ -48,7 +57,3 @@ def adds_special_tokens(processor: Any, prompt: str) -> bool:
     """Whether the tokenizer should add its own BOS: not when the template has already written it."""
     bos = processor.tokenizer.bos_token
     return not (bos and prompt.startswith(bos))
-
-
-def _has_template(processor: Any) -> bool:
-    return bool(getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None))

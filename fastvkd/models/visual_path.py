@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from fastvkd.errors import ModelError
 from fastvkd.models import families
-from fastvkd.models.families import family_of
-from fastvkd.models.prompts import adds_special_tokens, visual_prefix
+from fastvkd.models.families import Family, family_of, parse_site
+from fastvkd.models.prompts import adds_special_tokens, chat_prompt, visual_prefix
 
 
 @dataclass
@@ -28,17 +29,26 @@ class VisualBatch:
     `inputs` holds input_ids (B, T) int64, cut after the last image token and padded on the right, pixel_values and
     what else the family's base model takes. No attention mask: under causal attention padding on the right is never
     seen by what stands before it, and without a mask SDPA keeps its fast path.
-    `tower_rows` (B,) int64: how many entries of the tower's first dimension (crops, or patches) belong to each image.
+    Counted when the batch is made, so that a forward pass need not wait for the device:
+    token_rows (N,) int64: rows of (B, T) flattened that are visual tokens, in the order of the images;
+    token_images (N,) int64: the image of each of them;
+    tower_images (C,) int64: the image of each entry of the tower's first dimension (crops, or patches).
     """
 
     inputs: dict[str, Tensor]
     n_images: int
-    tower_rows: Tensor
+    token_rows: Tensor
+    token_images: Tensor
+    tower_images: Tensor
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "VisualBatch":
         """The same batch on `device`."""
-        moved = {key: value.to(device, non_blocking=non_blocking) for key, value in self.inputs.items()}
-        return VisualBatch(moved, self.n_images, self.tower_rows.to(device, non_blocking=non_blocking))
+        rows = (self.token_rows, self.token_images, self.tower_images)
+        return VisualBatch(
+            {key: value.to(device, non_blocking=non_blocking) for key, value in self.inputs.items()},
+            self.n_images,
+            *(value.to(device, non_blocking=non_blocking) for value in rows),
+        )
 
 
 @dataclass
@@ -67,8 +77,8 @@ class VisualPath(nn.Module):
     """Runs a model from pixels to the given sites, and no further.
 
     Sites: `vision:<k>` is the output of tower block k (k blocks have run; 0 = embeddings), without CLS; `projector` is
-    what enters the LLM at the image positions; `llm:<k>` is the visual tokens entering decoder layer k, before any norm.
-    Works on a full model and on one from `load_model(llm_layers=...)`. Never calls lm_head. The hooks live only
+    what enters the LLM at the image positions; `llm:<k>` is the visual tokens entering decoder layer k, before any
+    norm. Works on a full model and on one from `load_model(llm_layers=...)`. Never calls lm_head. The hooks live only
     during `forward`; the model is not changed.
 
     Raises:
@@ -83,9 +93,9 @@ class VisualPath(nn.Module):
         if not self.sites:
             raise ModelError("sites is empty: name at least one of vision:<k>, projector, llm:<k>")
         config: Any = families.base_model(model).config
+        families.check_sites(self.sites, config)
         self._parsed = [parse_site(site) for site in self.sites]
-        check_sites(self.sites, config)
-        self._image_token_id = families.image_token_id(config)
+        self._tower_prefix = families.tower_prefix_tokens(families.tower(model, self.family))
 
     def forward(self, batch: VisualBatch) -> dict[str, SiteFeatures]:
         """Features of every site for the images of `batch`; gradients flow when torch's grad mode is on."""
@@ -98,7 +108,10 @@ class VisualPath(nn.Module):
                     hooks.callback(self._hook(kind, k, functools.partial(hidden.__setitem__, site)).remove)
                 elif "llm" in kinds:
                     hooks.callback(self._hook("embeddings", 0, functools.partial(hidden.__setitem__, site)).remove)
-            hooks.callback(self._stop_hook().remove)
+            if (stop := self._stop_hook()) is not None:
+                hooks.callback(stop.remove)
+            if hasattr(base, "rope_deltas"):  # Qwen-VL remembers those of its last input for generation
+                hooks.callback(setattr, base, "rope_deltas", base.rope_deltas)
             try:
                 if "llm" in kinds:
                     base(**batch.inputs, use_cache=False)
@@ -108,7 +121,10 @@ class VisualPath(nn.Module):
                         hidden["projector"] = features
             except _DeepestSiteReached:
                 pass
-        return {site: self._features(site, hidden[site], batch) for site in self.sites}
+        return {
+            site: self._features(kind, hidden[site], batch)
+            for site, (kind, _) in zip(self.sites, self._parsed, strict=True)
+        }
 
     def _image_features(self, base: nn.Module, batch: VisualBatch) -> Tensor:
         """(N, H): tower and projector only."""
@@ -145,7 +161,7 @@ class VisualPath(nn.Module):
         decoder: Any = families.language_model(self.model, self.family)
         return decoder.layers[k] if k < len(decoder.layers) else decoder.norm
 
-    def _stop_hook(self) -> torch.utils.hooks.RemovableHandle:
+    def _stop_hook(self) -> torch.utils.hooks.RemovableHandle | None:
         """Ends the pass behind the deepest site; where nothing would run after it anyway, nothing is raised."""
         deepest_llm = max((k for kind, k in self._parsed if kind == "llm"), default=None)
         stop_at: nn.Module | None = None
@@ -158,64 +174,62 @@ class VisualPath(nn.Module):
             stop_at = blocks[deepest] if deepest < len(blocks) else None
         # ZeRO-3 releases gathered weights in hooks that an exception would skip
         if stop_at is None or any(hasattr(p, "ds_id") for p in stop_at.parameters()):
-            return self.register_forward_pre_hook(lambda module, args: None)
+            return None
 
         def stop(module: nn.Module, args: Any) -> None:
             raise _DeepestSiteReached
 
         return stop_at.register_forward_pre_hook(stop)
 
-    def _features(self, site: str, hidden: Tensor, batch: VisualBatch) -> SiteFeatures:
-        kind, _ = parse_site(site)
-        ids = batch.inputs["input_ids"]
-        if kind == "vision":
-            return _tower_features(hidden, batch.tower_rows, families.tower_prefix_tokens(self._tower()))
-        rows = (ids.flatten() == self._image_token_id).nonzero().squeeze(1)
-        image_of_row = rows // ids.shape[1]
-        if hidden.dim() == 2:
-            rows = torch.arange(len(rows), device=rows.device)
-        return SiteFeatures(hidden, rows, image_of_row)
-
-    def _tower(self) -> nn.Module:
-        return families.tower(self.model, self.family)
+    def _features(self, kind: str, hidden: Tensor, batch: VisualBatch) -> SiteFeatures:
+        if kind != "vision":
+            # without the LLM, `projector` has the visual tokens alone
+            rows = batch.token_rows if hidden.dim() == 3 else torch.arange(len(hidden), device=hidden.device)
+            return SiteFeatures(hidden, rows, batch.token_images)
+        rows = torch.arange(hidden.shape[:-1].numel(), device=hidden.device)
+        if hidden.dim() == 2:  # one long sequence of patches
+            return SiteFeatures(hidden, rows, batch.tower_images)
+        rows = rows.view(hidden.shape[:2])[:, self._tower_prefix :]
+        return SiteFeatures(hidden, rows.flatten(), batch.tower_images[:, None].expand_as(rows).flatten())
 
 
-def parse_site(site: str) -> tuple[str, int]:
-    """`vision:3` -> ("vision", 3), `llm:8` -> ("llm", 8), `projector` -> ("projector", 0). ModelError when misspelt."""
-    if site == "projector":
-        return "projector", 0
-    kind, _, number = site.partition(":")
-    if kind not in ("vision", "llm") or not number.isdecimal():
-        raise ModelError(f"site {site!r} is not known: write vision:<k>, projector or llm:<k> with a number k >= 0")
-    return kind, int(number)
+def collate_images(
+    processor: Any, model_config: Any, images: Sequence[Image.Image], *, question: str = ""
+) -> VisualBatch:
+    """A batch of one sequence for each RGB image, preprocessed by the family's own processor.
 
-
-def check_sites(sites: Sequence[str], config: Any) -> None:
-    """Raises ModelError when a site is misspelt or deeper than the model that `config` describes."""
-    family = family_of(config)
-    depths = {"vision": ("tower blocks", families.tower_depth(config)), "llm": ("layers", families.llm_depth(config))}
-    for site in sites:
-        kind, k = parse_site(site)
-        if kind in depths and k > depths[kind][1]:
-            what, depth = depths[kind]
-            raise ModelError(
-                f"site {site!r} is deeper than the model: this {family.name} has {depth} {what}, so {kind}:0 to "
-                f"{kind}:{depth} are allowed"
-            )
-
-
-def collate_images(processor: Any, model_config: Any, images: Sequence[Image.Image]) -> VisualBatch:
-    """One sequence of prefix + image tokens for each image, preprocessed by the family's own processor."""
-    return batch_from_pixels(processor, model_config, encode_pixels(processor, images))
+    The sequence is prefix + image tokens. Only where image tokens also see the text behind them (PaliGemma) it is the
+    whole prompt, and `question` matters.
+    """
+    family = family_of(model_config)
+    if family.fixed_resolution:
+        return batch_from_pixels(processor, model_config, encode_pixels(processor, images), question=question)
+    text = visual_prefix(processor)
+    encoded = processor(
+        text=[text] * len(images),
+        images=[[image] for image in images],
+        add_special_tokens=adds_special_tokens(processor, text),
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    )
+    inputs = {key: encoded[key] for key in _IMAGE_INPUTS if key in encoded}
+    is_image, end = _image_tokens(encoded["input_ids"], model_config, text)
+    for key in _text_inputs(family):
+        inputs[key] = encoded[key][:, :end].contiguous()
+    image, column = is_image[:, :end].nonzero(as_tuple=True)
+    entries = _tower_entries(inputs, is_image.sum(1), model_config)
+    tower_images = torch.arange(len(images)).repeat_interleave(entries)
+    return VisualBatch(inputs, len(images), image * end + column, image, tower_images)
 
 
 def encode_pixels(processor: Any, images: Sequence[Image.Image]) -> Tensor:
-    """pixel_values (B, 3, S, S) float32 of RGB images; for families of fixed resolution, where it can be cached."""
+    """pixel_values (B, 3, S, S) float32 of RGB images, for families of fixed resolution; worth caching."""
     return processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
 
 
-def batch_from_pixels(processor: Any, model_config: Any, pixel_values: Tensor) -> VisualBatch:
-    """A batch from preprocessed `pixel_values` (B, 3, S, S), for families of fixed resolution.
+def batch_from_pixels(processor: Any, model_config: Any, pixel_values: Tensor, *, question: str = "") -> VisualBatch:
+    """A batch from preprocessed `pixel_values` (B, 3, S, S) on any device, for families of fixed resolution.
 
     Raises:
         ModelError: the family cuts images into crops or patches of their own size: use `collate_images`.
@@ -223,42 +237,67 @@ def batch_from_pixels(processor: Any, model_config: Any, pixel_values: Tensor) -
     family = family_of(model_config)
     if not family.fixed_resolution or pixel_values.dim() != 4:
         raise ModelError(
-            f"{family.name} has no fixed resolution (pixel_values {tuple(pixel_values.shape)}): use collate_images"
+            f"{family.name} with pixel_values {tuple(pixel_values.shape)} has no fixed resolution: use collate_images"
         )
     count, _, height, width = pixel_values.shape
-    ids = _prefix_ids(processor, visual_prefix(processor), families.image_token_id(model_config), height, width)
-    input_ids = torch.tensor(ids, device=pixel_values.device).expand(count, -1).contiguous()
+    text = chat_prompt(processor, question, image=True) if family.sees_suffix else visual_prefix(processor)
+    row = _text_row(processor, family, text, height, width)
+    is_image, end = _image_tokens(row["input_ids"], model_config, text)
+    if family.sees_suffix:
+        end = is_image.shape[1]
+    device = pixel_values.device
+    inputs = {key: value[:, :end].to(device).expand(count, -1).contiguous() for key, value in row.items()}
+    column = is_image[0].nonzero().squeeze(1).to(device)
+    image = torch.arange(count, device=device)
     return VisualBatch(
-        inputs={"input_ids": input_ids, "pixel_values": pixel_values},
-        n_images=count,
-        tower_rows=torch.ones(count, dtype=torch.int64, device=pixel_values.device),
+        inputs | {"pixel_values": pixel_values},
+        count,
+        token_rows=(image[:, None] * end + column).flatten(),
+        token_images=image[:, None].expand(-1, len(column)).flatten(),
+        tower_images=image,
     )
+
+
+_IMAGE_INPUTS = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask")
+
+
+def _text_inputs(family: Family) -> tuple[str, ...]:
+    return ("input_ids", family.token_types) if family.token_types else ("input_ids",)
 
 
 @functools.lru_cache(maxsize=16)
-def _prefix_ids(processor: Any, prefix: str, image_token: int, height: int, width: int) -> tuple[int, ...]:
-    """The ids of prefix + image tokens: equal for all images of a size, so the processor counts them once."""
+def _text_row(processor: Any, family: Family, text: str, height: int, width: int) -> dict[str, Tensor]:
+    """The (1, T) text inputs of one image: the same for all images of a size, so the processor counts tokens once."""
     blank = Image.new("RGB", (width, height))
     encoded = processor(
-        text=[prefix], images=[[blank]], add_special_tokens=adds_special_tokens(processor, prefix), return_tensors="pt"
+        text=[text], images=[[blank]], add_special_tokens=adds_special_tokens(processor, text), return_tensors="pt"
     )
-    ids = encoded["input_ids"][0].tolist()
-    last = max((i for i, token in enumerate(ids) if token == image_token), default=None)
-    if last is None:
+    return {key: encoded[key] for key in _text_inputs(family)}
+
+
+def _image_tokens(input_ids: Tensor, model_config: Any, text: str) -> tuple[Tensor, int]:
+    """Where the visual tokens are, (B, T) bool, and the length up to the last of them."""
+    is_image = input_ids == families.image_token_id(model_config)
+    if not bool(is_image.any(1).all()):
         raise ModelError(
-            f"the processor writes no image token with id {image_token} for {prefix!r}: processor and model differ"
+            f"the processor writes no image token with id {families.image_token_id(model_config)} for {text!r}: "
+            "take the processor that belongs to the model"
         )
-    return tuple(ids[: last + 1])
+    return is_image, int(is_image.any(0).nonzero().max()) + 1
 
 
-def _tower_features(hidden: Tensor, tower_rows: Tensor, prefix_tokens: int) -> SiteFeatures:
-    """hidden (crops, S, H) or (patches, H): drops the CLS rows and says which image each row belongs to."""
-    image = torch.arange(len(tower_rows), device=hidden.device).repeat_interleave(tower_rows)
-    if hidden.dim() == 2:
-        return SiteFeatures(hidden, torch.arange(len(hidden), device=hidden.device), image)
-    crops, tokens, _ = hidden.shape
-    rows = torch.arange(crops * tokens, device=hidden.device).view(crops, tokens)[:, prefix_tokens:]
-    return SiteFeatures(hidden, rows.flatten(), image.repeat_interleave(tokens - prefix_tokens))
+def _tower_entries(inputs: dict[str, Tensor], tokens: Tensor, config: Any) -> Tensor:
+    """(B,) int64: entries of the tower's first dimension per image; `tokens` (B,) are the visual tokens per image."""
+    if "image_grid_thw" in inputs:  # Qwen-VL: patches in one long sequence
+        return inputs["image_grid_thw"].prod(-1)
+    if "image_sizes" in inputs:  # LLaVA-NeXT and -OneVision: the image itself and its crops on a grid
+        pinpoints, side = config.image_grid_pinpoints, config.vision_config.image_size
+        crops = [image_size_to_num_patches(size, pinpoints, side) for size in inputs["image_sizes"]]
+        return torch.tensor(crops, dtype=torch.int64)
+    pixels = inputs["pixel_values"]
+    if pixels.dim() == 5:  # Idefics3, SmolVLM: (B, crops, 3, S, S), and the model drops crops that are all zero
+        return (pixels != 0).flatten(2).any(-1).sum(1)
+    return tokens * len(pixels) // tokens.sum()  # InternVL: every crop has the same number of tokens
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
