@@ -101,6 +101,9 @@ def score_options(
     rows_by_length = sorted(range(len(rows)), key=lambda row: len(queries[rows[row][0]].prompt) + len(answers[row]))
     totals = [0.0] * len(rows)
     device = next(model.parameters()).device
+    # PaliGemma lets all tokens of type 0 see each other: an answer of that type would be read off instead of predicted.
+    config: Any = model.config
+    prefix_attends_both_ways = config.model_type == "paligemma"
     with evaluating(model):
         for start in range(0, len(rows), batch_size):
             part = rows_by_length[start : start + batch_size]
@@ -108,6 +111,9 @@ def score_options(
                 processor, [queries[rows[row][0]] for row in part], [answers[row] for row in part], device
             )
             longest = max(lengths[row] for row in part)
+            if prefix_attends_both_ways:
+                for place, row in enumerate(part):
+                    inputs["token_type_ids"][place, -lengths[row] :] = 1
             # Left padding puts every answer at the end: only its tokens and the one before them need logits.
             logits_BTV = model(**inputs, logits_to_keep=longest + 1, use_cache=False).logits
             for place, row in enumerate(part):
