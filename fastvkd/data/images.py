@@ -32,11 +32,15 @@ def decode_image(data: bytes, source: str) -> Image.Image:
     """
     if not data:
         raise DataError(f"{source}: the image is empty (0 bytes); replace it or drop the row")
+    with warnings.catch_warnings():
+        # Pillow warns of sizes that are an error here (checked below) and of tags that are not read.
+        warnings.simplefilter("ignore")
+        return _decode(data, source)
+
+
+def _decode(data: bytes, source: str) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of sizes that are an error here (checked below) and of tags that are not read.
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise DataError(f"{source}: image refused, {_one_line(error)}; resize it below 50 megapixels") from error
     except _DECODE_ERRORS as error:

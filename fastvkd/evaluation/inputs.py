@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,10 +118,12 @@ class Embedder:
             return ids
         if self._visual_tokens is None:  # of whatever photo: these families make the same number of any
             self._visual_tokens = next(iter(self.features(photos[:1]).values())).shape[0]
-        expanded: list[int] = []
-        for token in ids:
-            expanded.extend([token] * self._visual_tokens if token == self.image_token_id else [token])
-        return expanded
+        expanded, start = [], 0
+        for _ in photos:
+            place = ids.index(self.image_token_id, start)
+            expanded += ids[start:place] + [self.image_token_id] * self._visual_tokens
+            start = place + 1
+        return expanded + ids[start:]
 
     def embeddings(self, ids_BT: Tensor, photos: Sequence[Sequence[Photo]]) -> Tensor:
         """(B, T, H) input embeddings: tokens, with the features of row b's photos at its image tokens, in order."""
@@ -169,18 +172,22 @@ def processor_inputs(
         if tokenizer.eos_token is None:
             raise ModelError("the tokenizer has neither a pad nor an eos token; batches cannot be padded")
         tokenizer.pad_token = tokenizer.eos_token
+    if any(images):
+        ask = partial(processor, images=images)
+    elif (
+        type(processor).__name__ == "PaliGemmaProcessor"
+    ):  # refuses text alone, but its model needs the types of tokens
+        ask = partial(tokenizer, return_token_type_ids=True)
+    else:
+        ask = processor
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
-        inputs = processor(
-            text=texts,
-            **({"images": images} if any(images) else {}),
-            padding=True,
-            add_special_tokens=adds_special_tokens(processor, texts[0]),
-            return_tensors="pt",
-        )
+        special = adds_special_tokens(processor, texts[0])
+        inputs = dict(ask(text=texts, padding=True, add_special_tokens=special, return_tensors="pt").to(device))
     finally:
         tokenizer.padding_side = side
-    return dict(inputs.to(device))
+    inputs.pop("labels", None)  # PaliGemma's processor makes some
+    return inputs
 
 
 def eos_ids(model: Any, processor: Any) -> list[int]:

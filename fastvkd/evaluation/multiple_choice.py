@@ -6,7 +6,6 @@ Letters in tensor names: B rows, T tokens, H hidden size, M scored tokens, V voc
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -70,7 +69,7 @@ class _Pack:
     first_prompt: int = 0
 
     def add(self, tokens: list[int], answer_start: int, question: int, option: int) -> None:
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.tokens, tokens, strict=False)))
+        shared = _common(self.tokens, tokens)
         start = len(self.ids)
         self.ids.extend(tokens[shared:])
         self.positions.extend(range(shared, len(tokens)))
@@ -102,6 +101,9 @@ def score_options(
     rows_by_length = sorted(range(len(rows)), key=lambda row: len(queries[rows[row][0]].prompt) + len(answers[row]))
     totals = [0.0] * len(rows)
     device = next(model.parameters()).device
+    # PaliGemma lets all tokens of type 0 see each other: an answer of that type would be read off instead of predicted.
+    config: Any = model.config
+    prefix_attends_both_ways = config.model_type == "paligemma"
     with evaluating(model):
         for start in range(0, len(rows), batch_size):
             part = rows_by_length[start : start + batch_size]
@@ -109,6 +111,9 @@ def score_options(
                 processor, [queries[rows[row][0]] for row in part], [answers[row] for row in part], device
             )
             longest = max(lengths[row] for row in part)
+            if prefix_attends_both_ways:
+                for place, row in enumerate(part):
+                    inputs["token_type_ids"][place, -lengths[row] :] = 1
             # Left padding puts every answer at the end: only its tokens and the one before them need logits.
             logits_BTV = model(**inputs, logits_to_keep=longest + 1, use_cache=False).logits
             for place, row in enumerate(part):
@@ -120,17 +125,23 @@ def score_options(
 
 
 def _answer_lengths(processor: Any, prompts: Sequence[str], answers: Sequence[str]) -> list[int]:
-    """Tokens of each answer: those after what prompt and prompt-with-answer have in common."""
+    """Tokens of each answer: those after what prompt and prompt-with-answer have in common. (A tokenizer may merge
+    across the border; the answer then has the tokens that it changed.)"""
     alone = token_ids(processor, prompts)
     joint = token_ids(processor, [with_answer(p, a) for p, a in zip(prompts, answers, strict=True)])
     return [len(full) - _common(prompt, full) for prompt, full in zip(alone, joint, strict=True)]
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    # A tokenizer may merge across the border between prompt and answer; an answer is then longer by what it changed.
-    if list(other[: len(one)]) == list(one):
-        return len(one)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+def _common(one: list[int], other: list[int]) -> int:
+    """Length of the common prefix, by bisection: comparing slices is what lists do fast."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def score_options_packed(
