@@ -613,9 +613,10 @@ def _backward(ctx, grad_loss, grad_distances, grad_gradient):
             "call backward without create_graph=True"
         )
     (gradient,) = ctx.saved_tensors
-    # retain_graph=True: a second backward needs the saved gradient as it is
-    graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    if graph_is_kept or gradient.dtype != ctx.dtype:
+    # In place, unless retain_graph=True lets a second backward come for the saved gradient, or torch.compile traces
+    # this with a subclass of Tensor: mutation is then for the compiler to arrange.
+    traced = type(gradient) is not Tensor
+    if traced or gradient.dtype != ctx.dtype or torch._C._autograd._get_current_graph_task_keep_graph():
         gradient = _scale_gradient(gradient, grad_loss, ctx.dtype, ctx.backend)
     else:
         _scale_gradient_(gradient, grad_loss, ctx.backend)

@@ -170,7 +170,6 @@ MUTATIONS = {
     "target not mapped": ("target + target_row * stride_target", "target + (token % n_targets) * stride_target"),
     "outer stride dropped": ("(row // n_inner) * stride_outer + (row % n_inner)", "(row % n_inner)"),
     "last element of a row lost": ("m_h = o_h < readable", "m_h = o_h < readable - 1"),
-    "gradient where no token is": ("inside = token >= 0", "inside = token >= -1"),
 }
 
 

@@ -118,12 +118,18 @@ def check_distill_loss(implementation: Callable[..., Any], case: dict[str, Any])
     truth = _run(eager_loss, wide)
     eager = _run(eager_loss, case)
     ours = _run(lambda **kwargs: implementation(**kwargs, return_rows=True), case)
-    terms = eager_loss(**wide)[2]
-    gradient_scale = truth[2].abs().amax()
-    if case["distance"] == "cosine" and case["hidden"].shape[-1] == 1 and case["rows"].numel():
-        # a number's direction has no slope: what is left is the rounding of two terms of this size that cancel
-        gradient_scale = (1 / wide["hidden"].reshape(-1)[case["rows"]].abs()).max() * terms
-    scales = (terms, truth[1].abs().amax() if truth[1].numel() else terms, gradient_scale)
+    scales = [
+        eager_loss(**wide)[2],
+        truth[1].abs().amax() if truth[1].numel() else torch.zeros(()),
+        truth[2].abs().amax(),
+    ]
+    n = case["rows"].numel()
+    if case["distance"] == "cosine" and case["hidden"].shape[-1] == 1 and n:
+        # Directions of numbers: d is 0 or 2 and has no slope, so what is left of 1 - cos and of the gradient's two
+        # terms is their rounding. The scale is the size of what cancels.
+        weight = wide.get("weight", torch.full((n,), 1 / n)).abs()
+        x = wide["hidden"].reshape(-1)[case["rows"]].abs()
+        scales = [weight.sum(), torch.ones(()), (weight / x).max()]
     for name, value, reference, expected, scale in zip(
         ("loss", "distances", "gradient"), ours, eager, truth, scales, strict=True
     ):
@@ -158,3 +164,26 @@ def round_bfloat16_as_hardware_does() -> None:
 
     interpreter.InterpreterBuilder.cast_impl = cast_impl
     # the conversions are lambdas that look the method up on self, so they follow
+
+
+def eager_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As transformers writes it: float32 statistics, rounded to x's dtype before the weight is applied."""
+    wide = x.double() if x.dtype == torch.float64 else x.float()
+    normalised = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normalised.to(x.dtype)
+
+
+def eager_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def worst_error(
+    function: Callable[..., Tensor], truth: Callable[..., Tensor], inputs: list[Tensor], grad_y: Tensor
+) -> list[float]:
+    """Largest error of the output and of each input's gradient against `truth` in float64, over the truth's maximum."""
+    results = []
+    for f, dtype in ((function, inputs[0].dtype), (truth, torch.float64)):
+        leaves = [tensor.to(dtype).detach().requires_grad_() for tensor in inputs]
+        y = f(*leaves)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, grad_y.to(y.dtype))])
+    return [_error(value, expected, expected.abs().amax()) for value, expected in zip(*results, strict=True)]
