@@ -67,7 +67,7 @@ def record(variant: str, launches: list[Launch], function: Any, *args: Any, **kw
     """Call a host function with all kernels of its module replaced by recording ones."""
     module = sys.modules[function.__module__]
     kernels = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
-    replaced = {name: RecordingKernel(kernel, launches, variant) for name, kernel in kernels.items()}
+    replaced: dict[str, Any] = {name: RecordingKernel(kernel, launches, variant) for name, kernel in kernels.items()}
     if hasattr(module, "choose_backend"):
         replaced["choose_backend"] = lambda *_: "triton"
     with mock.patch.multiple(module, **replaced):
@@ -166,9 +166,9 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
     return signature, constants, attributes
 
 
-def usage(compiled: Any, target: GPUTarget) -> dict[str, int]:
-    """Registers and spills a thread (NVIDIA: bytes of stack and local memory; AMD: registers and private bytes), and
-    shared memory in bytes a block.
+def usage(compiled: Any, target: GPUTarget) -> dict[str, int | None]:
+    """Registers and spills a thread (NVIDIA: bytes of stack and local memory; AMD: registers and private bytes),
+    shared memory in bytes a block, and (NVIDIA) 16-byte loads and stores of global memory in the program's text.
     """
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
@@ -179,16 +179,22 @@ def usage(compiled: Any, target: GPUTarget) -> dict[str, int]:
             return int(found[1])
 
         spills = note("vgpr_spill_count") + note("sgpr_spill_count") + note("private_segment_fixed_size")
-        return {"registers": note("vgpr_count"), "spills": spills, "shared": note("group_segment_fixed_size")}
+        found = {"registers": note("vgpr_count"), "spills": spills, "shared": note("group_segment_fixed_size")}
+        return {**found, "loads_16": None, "stores_16": None}
+    ptx = compiled.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         command = [str(triton.knobs.nvidia.cuobjdump.path), "--dump-resource-usage", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
-    assert found, f"no resource usage in the output of cuobjdump: {text}"
-    registers, stack, shared, local = map(int, found.groups())
-    return {"registers": registers, "spills": stack + local, "shared": max(shared, compiled.metadata.shared)}
+    usage_line = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    assert usage_line, f"no resource usage in the output of cuobjdump: {text}"
+    registers, stack, shared, local = map(int, usage_line.groups())
+    wide = {
+        f"{kind}s_16": len(re.findall(rf"\b{name}\.global\S*\.v4\.b32", ptx))
+        for kind, name in (("load", "ld"), ("store", "st"))
+    }
+    return {"registers": registers, "spills": stack + local, "shared": max(shared, compiled.metadata.shared), **wide}
 
 
 def compile_all(targets: list[str]) -> list[dict[str, Any]]:
