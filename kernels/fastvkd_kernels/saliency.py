@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastvkd_kernels.backend import choose_backend
+from fastvkd_kernels.backend import ELEMENTS_PER_PROGRAM, LAUNCH_OPTIONS, choose_backend, jit, on_device, tl
 
 GRANULARITIES = ("weight", "neuron")
 
@@ -45,6 +45,46 @@ class SaliencyMask:
         return SaliencyMask(self.bits.to(device), self.shape, self.granularity)
 
 
+# ------------------------------------------------------------------------------------------------------------ kernels
+
+BYTES_PER_PROGRAM = 128  # of the mask, each made from 8 entries
+
+
+@jit
+def fisher_accumulate_kernel(fisher, grad, numel, scale, BLOCK: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < numel
+    g = tl.load(grad + o, mask=m, other=0).to(tl.float32)
+    tl.store(fisher + o, tl.load(fisher + o, mask=m, other=0) + scale * (g * g), mask=m)
+
+
+@jit
+def threshold_mask_kernel(forget, retain, bits, n_entries, threshold, BLOCK: tl.constexpr):
+    o_byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    o_bit = tl.arange(0, 8)
+    entry = o_byte[:, None] * 8 + o_bit[None, :]
+    m = entry < n_entries
+    f = tl.load(forget + entry, mask=m, other=0)
+    r = tl.load(retain + entry, mask=m, other=0)
+    trainable = ((f >= threshold * r) & (f > 0)).to(tl.int32)
+    byte = tl.sum(trainable << o_bit[None, :], 1)
+    tl.store(bits + o_byte, byte.to(tl.uint8), mask=o_byte * 8 < n_entries)
+
+
+@jit
+def apply_mask_kernel(grad, bits, numel, n_per_entry, PER_WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes zeros only; the gradient is not read."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < numel
+    entry = o if PER_WEIGHT else o // n_per_entry
+    byte = tl.load(bits + entry // 8, mask=m, other=0).to(tl.int32)
+    frozen = ((byte >> (entry % 8).to(tl.int32)) & 1) == 0
+    tl.store(grad + o, tl.zeros([BLOCK], grad.dtype.element_ty), mask=m & frozen)
+
+
+# --------------------------------------------------------------------------------------------------------- operations
+
+
 def fisher_accumulate_(fisher: Tensor, grad: Tensor, *, scale: float = 1.0, backend: str = "auto") -> Tensor:
     """fisher += scale * grad^2 in place and return it: the diagonal of the empirical Fisher information.
 
@@ -59,9 +99,19 @@ def fisher_accumulate_(fisher: Tensor, grad: Tensor, *, scale: float = 1.0, back
         )
     if not grad.is_floating_point():
         raise TypeError(f"grad has dtype {grad.dtype}: a float dtype is needed")
-    choose_backend(backend, fisher, grad)
-    grad32 = grad.detach().float()
-    return fisher.addcmul_(grad32, grad32, value=scale)
+    chosen = choose_backend(backend, fisher, grad)
+    grad = grad.detach()
+    # the kernel addresses dense row-major tensors; torch's own operation takes any other layout
+    if chosen == "torch" or not (fisher.is_contiguous() and grad.is_contiguous()):
+        grad32 = grad.float()
+        return fisher.addcmul_(grad32, grad32, value=scale)
+    n = fisher.numel()
+    if n:
+        with on_device(fisher):
+            fisher_accumulate_kernel[(-(-n // ELEMENTS_PER_PROGRAM),)](
+                fisher=fisher, grad=grad, numel=n, scale=scale, BLOCK=ELEMENTS_PER_PROGRAM, **LAUNCH_OPTIONS
+            )
+    return fisher
 
 
 def saliency_mask(
@@ -78,7 +128,7 @@ def saliency_mask(
     The score is the Fisher ratio F_forget / F_retain (MMUnlearner, arXiv 2502.11051), the Fisher values of a neuron's
     weights (dimension 0) being added first for granularity "neuron". Exactly one of the two rules is given:
 
-    - threshold >= 0: trainable where F_forget >= threshold * F_retain and F_forget > 0 (no division: F_retain = 0 is safe)
+    - threshold >= 0: trainable where F_forget >= threshold * F_retain and F_forget > 0 (no division by F_retain = 0)
     - 0 <= fraction <= 1: the round(fraction * entries) entries of highest ratio; of equal ones the first
 
     Both Fisher tensors are float32 of the parameter's shape, finite and not negative. ValueError otherwise.
@@ -102,32 +152,74 @@ def saliency_mask(
         # sum() is NaN or infinite if any value is, and needs no temporary of the tensor's size
         if fisher.numel() and not (torch.isfinite(fisher.sum()) and fisher.min() >= 0):
             raise ValueError(f"{name} holds values that are negative or not finite: accumulate it again in float32")
-    choose_backend(backend, fisher_forget, fisher_retain)
+    chosen = choose_backend(backend, fisher_forget, fisher_retain)
     forget, retain = fisher_forget.reshape(-1), fisher_retain.reshape(-1)
     if granularity == "neuron":
         forget, retain = (f.reshape(f.shape[0], -1).sum(1) for f in (fisher_forget, fisher_retain))
-    if threshold is not None:
-        trainable = (forget >= threshold * retain) & (forget > 0)
+    if fraction is not None:
+        bits = _pack(_highest(forget / retain.clamp_min(torch.finfo(torch.float32).tiny), fraction))
     else:
-        assert fraction is not None
-        ratio = forget / retain.clamp_min(torch.finfo(torch.float32).tiny)
-        k = round(fraction * ratio.numel())
-        trainable = torch.zeros_like(ratio, dtype=torch.bool)
-        trainable[torch.sort(ratio, descending=True, stable=True).indices[:k]] = True
-    return SaliencyMask(_pack(trainable), fisher_forget.shape, granularity)
+        assert threshold is not None
+        bits = _threshold_bits(forget, retain, threshold, chosen)
+    return SaliencyMask(bits, fisher_forget.shape, granularity)
+
+
+def _threshold_bits(forget: Tensor, retain: Tensor, threshold: float, backend: str) -> Tensor:
+    if backend == "torch":
+        return _pack((forget >= threshold * retain) & (forget > 0))
+    bits = forget.new_empty(-(-forget.numel() // 8), dtype=torch.uint8)
+    if bits.numel():
+        with on_device(forget):
+            threshold_mask_kernel[(-(-bits.numel() // BYTES_PER_PROGRAM),)](
+                forget=forget.contiguous(),
+                retain=retain.contiguous(),
+                bits=bits,
+                n_entries=forget.numel(),
+                threshold=threshold,
+                BLOCK=BYTES_PER_PROGRAM,
+                **LAUNCH_OPTIONS,
+            )
+    return bits
+
+
+def _highest(ratio: Tensor, fraction: float) -> Tensor:
+    """(n,) bool: the round(fraction * n) highest values; of those equal to the last one, the first in order."""
+    n = ratio.numel()
+    k = round(fraction * n)
+    if k == 0 or n == 0:
+        return torch.zeros_like(ratio, dtype=torch.bool)
+    last = ratio.kthvalue(n - k + 1).values  # cheaper than a sort: no index per weight
+    above, equal = ratio > last, ratio == last
+    return above | (equal & (equal.cumsum(0) <= k - above.sum()))
 
 
 def apply_mask_(grad: Tensor, mask: SaliencyMask, *, backend: str = "auto") -> Tensor:
     """Set `grad` to zero in place wherever the mask's bit is 0, and return it; other values stay bit-identical.
 
-    `grad` has the mask's shape, any dtype. A masked NaN or infinity becomes 0 too. ValueError if shape or device differ.
+    `grad` has the mask's shape, any dtype. A masked NaN or infinity becomes 0 too. ValueError if shape or device
+    differ.
     """
     if grad.shape != mask.shape or grad.device != mask.bits.device:
         raise ValueError(
-            f"grad {tuple(grad.shape)} on {grad.device} does not fit the mask of {tuple(mask.shape)} on {mask.bits.device}"
+            f"grad {tuple(grad.shape)} on {grad.device} does not fit the mask of {tuple(mask.shape)} "
+            f"on {mask.bits.device}"
         )
-    choose_backend(backend, grad, mask.bits)
-    return grad.masked_fill_(~mask.to_bool(), 0)
+    # the kernel addresses a dense row-major tensor; torch's own operation takes any other layout
+    if choose_backend(backend, grad, mask.bits) == "torch" or not grad.is_contiguous():
+        return grad.masked_fill_(~mask.to_bool(), 0)
+    n = grad.numel()
+    if n:
+        with on_device(grad):
+            apply_mask_kernel[(-(-n // ELEMENTS_PER_PROGRAM),)](
+                grad=grad,
+                bits=mask.bits,
+                numel=n,
+                n_per_entry=n // mask.entries,
+                PER_WEIGHT=mask.granularity == "weight",
+                BLOCK=ELEMENTS_PER_PROGRAM,
+                **LAUNCH_OPTIONS,
+            )
+    return grad
 
 
 def _pack(entries: Tensor) -> Tensor:

@@ -7,7 +7,15 @@ The forward pass already computes the gradient, so nothing but it is kept for ba
 import torch
 from torch import Tensor
 
-from fastvkd_kernels.backend import choose_backend
+from fastvkd_kernels.backend import (
+    ELEMENTS_PER_PROGRAM,
+    LAUNCH_OPTIONS,
+    block_and_warps,
+    choose_backend,
+    jit,
+    on_device,
+    tl,
+)
 
 DISTANCES = ("mse", "cosine", "smooth_l1")
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -192,7 +200,7 @@ def distill_rows_torch(
             continue
         factor = weight_N[chunk]
         if repel is not None:
-            factor = torch.where(repel[chunk], torch.where(d < margin, -factor, 0), factor)
+            factor = torch.where(repel[chunk], torch.where(d >= margin, 0, -factor), factor)
         if distance == "mse":
             slope = error.mul_((factor * (2 * scale / H)).unsqueeze(1))
         elif distance == "smooth_l1":
@@ -210,6 +218,325 @@ def distill_rows_torch(
 def _gradient_dtype(hidden_dtype: torch.dtype) -> torch.dtype:
     # An unscaled gradient of the order 1 / (N H) underflows in float16; backward rounds it after the loss scale.
     return torch.float32 if hidden_dtype == torch.float16 else hidden_dtype
+
+
+# ------------------------------------------------------------------------------------------------------------ kernels
+# p_ pointer, o_ offsets, m_ mask. A program handles one row: of hidden with a gradient to write, else one visual token.
+
+
+@jit
+def load_float32(p, m, FLOAT8: tl.constexpr):
+    """Masked load, widened to float32. float8 comes as uint8 and is decoded here, since GPUs before sm_89 cannot.
+
+    Moved to float16's bit positions an e4m3 number keeps its value but for the exponent bias: 15 - 7, a factor 256.
+    """
+    raw = tl.load(p, mask=m, other=0)
+    if FLOAT8 == "e4m3fn":
+        bits = ((raw & 0x80).to(tl.uint16) << 8) | ((raw & 0x7F).to(tl.uint16) << 7)
+        value = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        return tl.where((raw & 0x7F) == 0x7F, float("nan"), value)
+    elif FLOAT8 == "e5m2":
+        return (raw.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return raw.to(tl.float32)
+
+
+@jit
+def smooth_l1_slope(error, beta):
+    return tl.minimum(tl.maximum(error / beta, -1.0), 1.0)
+
+
+@jit
+def distance_sums(x, t, beta, DISTANCE: tl.constexpr):
+    """The element-wise terms whose sums over H make the distance: (|x|^2, |t|^2, x.t), or one of them used."""
+    if DISTANCE == "cosine":
+        return x * x, t * t, x * t
+    error = x - t
+    if DISTANCE == "mse":
+        return error * error, error, error
+    else:
+        # for |e| < beta: e^2 / 2 beta; beyond: |e| - beta / 2; both are c (e - beta c / 2), c = clamp(e / beta, -1, 1)
+        slope = smooth_l1_slope(error, beta)
+        return slope * (error - 0.5 * beta * slope), error, error
+
+
+@jit
+def distance_gradient(x, t, along_x, along_t, beta, DISTANCE: tl.constexpr):
+    if DISTANCE == "cosine":
+        return along_x * x - along_t * t
+    elif DISTANCE == "mse":
+        return along_x * (x - t)
+    else:
+        return along_x * smooth_l1_slope(x - t, beta)
+
+
+@jit
+def index_tokens_kernel(rows, token_of_row, distances, n_tokens, n_rows, BLOCK: tl.constexpr):
+    """token_of_row[rows[n]] = n, and NaN distances, which stay where a row is out of range or comes twice."""
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < n_tokens
+    row = tl.load(rows + o_n, mask=m_n, other=-1).to(tl.int64)
+    tl.store(token_of_row + row, o_n.to(tl.int32), mask=m_n & (row >= 0) & (row < n_rows))
+    tl.store(distances + o_n, tl.full([BLOCK], float("nan"), tl.float32), mask=m_n)
+
+
+@jit
+def distill_rows_kernel(
+    hidden,
+    rows,
+    target,
+    target_rows,
+    weight,
+    repel,
+    token_of_row,
+    distances,
+    gradient,
+    n_rows,
+    n_targets,
+    n_inner,
+    stride_outer,
+    stride_inner,
+    stride_target,
+    uniform_weight,
+    margin,
+    scale_per_element,
+    beta,
+    H: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Distance of one visual token, and its row of the gradient (zeros for a row that is no visual token)."""
+    if gradient is not None:
+        row = tl.program_id(0).to(tl.int64)
+        token = tl.load(token_of_row + row).to(tl.int64)
+        inside = token >= 0
+    else:
+        token = tl.program_id(0).to(tl.int64)
+        row = tl.load(rows + token).to(tl.int64)
+        inside = (row >= 0) & (row < n_rows)
+    target_row = token
+    if target_rows is not None:
+        target_row = tl.load(target_rows + token, mask=inside, other=0).to(tl.int64)
+    known_target = (target_row >= 0) & (target_row < n_targets)
+    # A row that is no visual token reads nothing: all its values are 0, and so are distance sums and gradient.
+    readable = tl.where(inside & known_target, H, 0)
+    p_x = hidden + (row // n_inner) * stride_outer + (row % n_inner) * stride_inner
+    p_t = target + target_row * stride_target
+
+    o_h = tl.arange(0, BLOCK)
+    m_h = o_h < readable
+    x = tl.load(p_x + o_h, mask=m_h, other=0).to(tl.float32)
+    t = load_float32(p_t + o_h, m_h, FLOAT8)
+    sum_0, sum_1, sum_2 = distance_sums(x, t, beta, DISTANCE)
+    if H > BLOCK:
+        for start in range(BLOCK, H, BLOCK):
+            o_b = start + o_h
+            m_b = o_b < readable
+            x_b = tl.load(p_x + o_b, mask=m_b, other=0).to(tl.float32)
+            t_b = load_float32(p_t + o_b, m_b, FLOAT8)
+            part_0, part_1, part_2 = distance_sums(x_b, t_b, beta, DISTANCE)
+            sum_0 += part_0
+            if DISTANCE == "cosine":
+                sum_1 += part_1
+                sum_2 += part_2
+
+    if DISTANCE == "cosine":
+        x_norm2, t_norm2 = tl.sum(sum_0, 0), tl.sum(sum_1, 0)
+        # a zero vector gets the factor 0, hence cos = 0 and no gradient
+        x_inverse = tl.where(x_norm2 == 0, 0.0, 1.0 / tl.sqrt(x_norm2))
+        t_inverse = tl.where(t_norm2 == 0, 0.0, 1.0 / tl.sqrt(t_norm2))
+        cosine = tl.sum(sum_2, 0) * x_inverse * t_inverse
+        d = 1.0 - cosine
+    else:
+        d = tl.sum(sum_0, 0) * scale_per_element
+    d = tl.where(inside & known_target, d, float("nan"))
+
+    if gradient is not None:
+        if weight is not None:
+            factor = tl.load(weight + token, mask=inside, other=0).to(tl.float32)
+        else:
+            factor = tl.where(inside, uniform_weight, 0.0)
+        if repel is not None:
+            pushed = tl.load(repel + token, mask=inside, other=0) != 0
+            factor = tl.where(pushed, tl.where(d >= margin, 0.0, -factor), factor)
+        factor = tl.where(inside & (known_target == 0), float("nan"), factor)
+        if DISTANCE == "cosine":
+            along_x = factor * cosine * x_inverse * x_inverse
+            along_t = factor * x_inverse * t_inverse
+        elif DISTANCE == "mse":
+            along_x = factor * (2.0 * scale_per_element)
+            along_t = 0.0
+        else:
+            along_x = factor * scale_per_element
+            along_t = 0.0
+        p_g = gradient + row * H
+        slope = distance_gradient(x, t, along_x, along_t, beta, DISTANCE)
+        tl.store(p_g + o_h, slope.to(gradient.dtype.element_ty), mask=o_h < H)
+        if H > BLOCK:
+            for start in range(BLOCK, H, BLOCK):
+                o_b = start + o_h
+                m_b = o_b < readable
+                x_b = tl.load(p_x + o_b, mask=m_b, other=0).to(tl.float32)
+                t_b = load_float32(p_t + o_b, m_b, FLOAT8)
+                slope_b = distance_gradient(x_b, t_b, along_x, along_t, beta, DISTANCE)
+                tl.store(p_g + o_b, slope_b.to(gradient.dtype.element_ty), mask=o_b < H)
+        tl.store(distances + token, d, mask=inside)
+    else:
+        tl.store(distances + token, d)
+
+
+@jit
+def reduce_loss_kernel(distances, weight, repel, loss, n_tokens, uniform_weight, margin, BLOCK: tl.constexpr):
+    """The weighted sum of all distances by one program, in a fixed order."""
+    o_n = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n_tokens, BLOCK):
+        m_n = start + o_n < n_tokens
+        d = tl.load(distances + start + o_n, mask=m_n, other=0)
+        if repel is not None:
+            pushed = tl.load(repel + start + o_n, mask=m_n, other=0) != 0
+            d = tl.where(pushed, tl.where(d >= margin, 0.0, margin - d), d)  # a NaN distance stays NaN
+        if weight is not None:
+            total += tl.load(weight + start + o_n, mask=m_n, other=0).to(tl.float32) * d
+        else:
+            total += tl.where(m_n, uniform_weight * d, 0.0)
+    tl.store(loss, tl.sum(total, 0))
+
+
+@jit
+def scale_gradient_kernel(gradient, factor, out, numel, BLOCK: tl.constexpr):
+    """out = gradient * factor; in place (`out` None) nothing is read or written where the factor is 1."""
+    f = tl.load(factor).to(tl.float32)
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if out is not None:
+        m = o < numel
+        tl.store(out + o, (tl.load(gradient + o, mask=m).to(tl.float32) * f).to(out.dtype.element_ty), mask=m)
+    else:
+        m = o < tl.where(f != 1.0, numel, 0)
+        tl.store(gradient + o, (tl.load(gradient + o, mask=m).to(tl.float32) * f).to(gradient.dtype.element_ty), mask=m)
+
+
+def fold_leading_dimensions(hidden: Tensor) -> tuple[Tensor, int, int, int]:
+    """(tensor, inner size, outer stride, inner stride): row r starts at r // inner * outer stride + r % inner * inner
+    stride. The tensor is `hidden` itself, or a copy where its last dimension is not dense or two strides do not do.
+    """
+    H = hidden.shape[-1]
+    if hidden.stride(-1) == 1 or H == 1:
+        folded: list[list[int]] = []  # [size, stride] with mergeable neighbours merged
+        for size, stride in zip(hidden.shape[:-1], hidden.stride()[:-1], strict=True):
+            if size == 1:
+                continue
+            if folded and folded[-1][1] == stride * size:
+                folded[-1] = [folded[-1][0] * size, stride]
+            else:
+                folded.append([size, stride])
+        if len(folded) <= 2:
+            (_, outer), (inner_size, inner) = [[1, 0], [1, 0], *folded][-2:]
+            return hidden, max(inner_size, 1), outer, inner
+    copy = hidden.contiguous()
+    return copy, max(copy.numel() // H, 1), 0, H
+
+
+def distill_rows_triton(
+    hidden: Tensor,
+    rows: Tensor,
+    target: Tensor,
+    target_rows: Tensor | None,
+    weight: Tensor | None,
+    repel: Tensor | None,
+    margin: float,
+    distance: str,
+    scale: float,
+    beta: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, (N,) distances, and hidden's gradient (empty without `with_gradient`), by the kernels above."""
+    H = hidden.shape[-1]
+    N = rows.shape[0]
+    T = hidden.numel() // H
+    hidden, inner_size, stride_outer, stride_inner = fold_leading_dimensions(hidden)
+    target = target if target.stride(-1) == 1 or H == 1 else target.contiguous()
+    float8 = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e5m2: "e5m2"}.get(target.dtype)
+    rows, target_rows, weight, repel = (  # type: ignore[assignment]
+        None if tensor is None else tensor.contiguous() for tensor in (rows, target_rows, weight, repel)
+    )
+    assert rows is not None
+    repel = None if repel is None else repel.view(torch.uint8)
+    uniform_weight = 1 / max(N, 1)
+
+    loss = hidden.new_zeros((), dtype=torch.float32)
+    distances_N = hidden.new_empty(N, dtype=torch.float32)
+    gradient = token_of_row_T = None
+    if with_gradient:
+        gradient = torch.empty(hidden.shape, dtype=_gradient_dtype(hidden.dtype), device=hidden.device)
+        token_of_row_T = hidden.new_full((T,), -1, dtype=torch.int32)
+    block, num_warps = block_and_warps(H)
+    with on_device(hidden):
+        if with_gradient and N:
+            index_tokens_kernel[(-(-N // ELEMENTS_PER_PROGRAM),)](
+                rows=rows,
+                token_of_row=token_of_row_T,
+                distances=distances_N,
+                n_tokens=N,
+                n_rows=T,
+                BLOCK=ELEMENTS_PER_PROGRAM,
+                **LAUNCH_OPTIONS,
+            )
+        programs = T if with_gradient else N
+        if programs:
+            distill_rows_kernel[(programs,)](
+                hidden=hidden,
+                rows=rows,
+                target=target if float8 is None else target.view(torch.uint8),
+                target_rows=target_rows,
+                weight=weight,
+                repel=repel,
+                token_of_row=token_of_row_T,
+                distances=distances_N,
+                gradient=gradient,
+                n_rows=T,
+                n_targets=target.shape[0],
+                n_inner=inner_size,
+                stride_outer=stride_outer,
+                stride_inner=stride_inner,
+                stride_target=target.stride(0),
+                uniform_weight=uniform_weight,
+                margin=margin,
+                scale_per_element=scale / H,
+                beta=beta,
+                H=H,
+                DISTANCE=distance,
+                FLOAT8=float8,
+                BLOCK=block,
+                num_warps=num_warps,
+                **LAUNCH_OPTIONS,
+            )
+        if N:
+            reduce_loss_kernel[(1,)](
+                distances=distances_N,
+                weight=weight,
+                repel=repel,
+                loss=loss,
+                n_tokens=N,
+                uniform_weight=uniform_weight,
+                margin=margin,
+                BLOCK=4096,
+                num_warps=8,
+                **LAUNCH_OPTIONS,
+            )
+    return loss, distances_N, hidden.new_empty(0) if gradient is None else gradient
+
+
+def scale_gradient_triton(gradient: Tensor, factor: Tensor, out: Tensor | None) -> None:
+    """out = gradient * factor, in place where `out` is None. Both are contiguous."""
+    n = gradient.numel()
+    if n == 0:
+        return
+    with on_device(gradient):
+        scale_gradient_kernel[(-(-n // ELEMENTS_PER_PROGRAM),)](
+            gradient=gradient, factor=factor, out=out, numel=n, BLOCK=ELEMENTS_PER_PROGRAM, **LAUNCH_OPTIONS
+        )
 
 
 # ------------------------------------------------------------------------------------------ registration with torch
@@ -230,7 +557,8 @@ def _forward(
     with_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return distill_rows_torch(
+    implementation = distill_rows_triton if backend == "triton" else distill_rows_torch
+    return implementation(
         hidden, rows, target, target_rows, weight, repel, margin, distance, scale, beta, with_gradient
     )
 
@@ -249,13 +577,25 @@ def _forward_fake(
 
 
 @torch.library.custom_op("fastvkd::scale_gradient", mutates_args=())
-def _scale_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    return (gradient * factor).to(dtype)
+def _scale_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    if backend != "triton":
+        return (gradient * factor).to(dtype)
+    out = torch.empty_like(gradient, dtype=dtype)
+    scale_gradient_triton(gradient, factor, out)
+    return out
 
 
 @_scale_gradient.register_fake
-def _scale_gradient_fake(gradient, factor, dtype):
+def _scale_gradient_fake(gradient, factor, dtype, backend):
     return torch.empty_like(gradient, dtype=dtype)
+
+
+@torch.library.custom_op("fastvkd::scale_gradient_", mutates_args={"gradient"})
+def _scale_gradient_(gradient: Tensor, factor: Tensor, backend: str) -> None:
+    if backend == "triton":
+        scale_gradient_triton(gradient, factor, None)
+    elif factor.device.type != "cpu" or factor.item() != 1:  # only on a CPU is looking at the factor free
+        gradient.mul_(factor)
 
 
 def _setup_context(ctx, inputs, output):
@@ -263,6 +603,7 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(distances, gradient)
     ctx.save_for_backward(gradient)
     ctx.dtype = inputs[0].dtype
+    ctx.backend = inputs[-1]
 
 
 def _backward(ctx, grad_loss, grad_distances, grad_gradient):
@@ -272,7 +613,14 @@ def _backward(ctx, grad_loss, grad_distances, grad_gradient):
             "call backward without create_graph=True"
         )
     (gradient,) = ctx.saved_tensors
-    return _scale_gradient(gradient, grad_loss, ctx.dtype), *(None,) * 11
+    # In place, unless retain_graph=True lets a second backward come for the saved gradient, or torch.compile traces
+    # this with a subclass of Tensor: mutation is then for the compiler to arrange.
+    traced = type(gradient) is not Tensor
+    if traced or gradient.dtype != ctx.dtype or torch._C._autograd._get_current_graph_task_keep_graph():
+        gradient = _scale_gradient(gradient, grad_loss, ctx.dtype, ctx.backend)
+    else:
+        _scale_gradient_(gradient, grad_loss, ctx.backend)
+    return gradient, *(None,) * 11
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)
