@@ -10,7 +10,11 @@ if TYPE_CHECKING:
     from fastvkd.settings import load_settings
     from fastvkd.unlearning.loop import unlearn
 
-_HOMES = {"evaluate": "fastvkd.evaluation.run", "load_settings": "fastvkd.settings", "unlearn": "fastvkd.unlearning.loop"}
+_HOMES = {
+    "evaluate": "fastvkd.evaluation.run",
+    "load_settings": "fastvkd.settings",
+    "unlearn": "fastvkd.unlearning.loop",
+}
 
 
 def __getattr__(name: str) -> Any:  # torch and transformers take seconds to import: only when they are used

@@ -1,6 +1,8 @@
 """The command line: `fastvkd demo|train|eval|data|env`. Errors a user can mend are one line and exit code 2."""
 
 import argparse
+import dataclasses
+import errno
 import json
 import logging
 import os
@@ -22,16 +24,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastvkd: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        import errno
-
         if error.errno != errno.ENOSPC:
             raise
-        print(f"fastvkd: error: no space left on disk ({error.filename or 'output'}); free some or write elsewhere", file=sys.stderr)
+        print(
+            f"fastvkd: error: no space left on disk ({error.filename or 'output'}); free some or write elsewhere",
+            file=sys.stderr,
+        )
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastvkd", description="Visual Knowledge Distillation: unlearning for multimodal LLMs")
+    parser = argparse.ArgumentParser(
+        prog="fastvkd", description="Visual Knowledge Distillation: unlearning for multimodal LLMs"
+    )
     parser.add_argument("--version", action="version", version=f"fastvkd {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -48,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     add_train_arguments(train)
     train.set_defaults(run=run_train)
 
-    evaluate = commands.add_parser("eval", help="measure what a model knows of the forget, test, retain and real-world sets")
+    evaluate = commands.add_parser(
+        "eval", help="measure what a model knows of the forget, test, retain and real-world sets"
+    )
     evaluate.add_argument("--model", required=True, metavar="FOLDER", help="model folder, or the output_dir of a run")
     evaluate.add_argument("--data", required=True, metavar="FOLDER")
     evaluate.add_argument("--forget-split", default="forget_5")
@@ -95,7 +102,11 @@ def run_train(arguments: argparse.Namespace) -> int:
         if quiet:
             return
         bar = bars.setdefault(phase, Progress({"teacher": "Teacher features", "unlearn": "Unlearning"}[phase]))
-        bar(done, total, " ".join(f"{k} {v:.4g}" for k, v in figures.items() if k.startswith("loss") or k == "grad_norm"))
+        bar(
+            done,
+            total,
+            " ".join(f"{k} {v:.4g}" for k, v in figures.items() if k.startswith("loss") or k == "grad_norm"),
+        )
 
     result = unlearn(settings, progress=show)
     if not quiet:
@@ -121,7 +132,9 @@ def _demo(arguments: argparse.Namespace) -> int:
     )
     print(headline_sentence(report))
     for criterion in criteria(report):
-        print(f"  {'met   ' if criterion.met else 'MISSED'} {criterion.name}: {criterion.found} (asked: {criterion.asked})")
+        print(
+            f"  {'met   ' if criterion.met else 'MISSED'} {criterion.name}: {criterion.found} (asked: {criterion.asked})"
+        )
     print(f"Report: {arguments.out / 'report.html'}")
     return 0
 
@@ -151,7 +164,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     for cell, kinds in figures.items():
         for kind, f in kinds.items():
             interval = "{:.3f} ... {:.3f}".format(*f["ci95"]) if f["ci95"] else "-"
-            print(f"{cell:10} {kind:4} {_three(f['accuracy']):>9} {interval:>17} {f['n']:>6} {_three(f['rouge_l']):>8} {_three(f['cloze']):>7}")
+            print(
+                f"{cell:10} {kind:4} {_three(f['accuracy']):>9} {interval:>17} {f['n']:>6} {_three(f['rouge_l']):>8} {_three(f['cloze']):>7}"
+            )
     return 0
 
 
@@ -160,10 +175,10 @@ def _three(value: float | None) -> str:
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
-    from fastvkd.data.check import check
+    from fastvkd.data.check import check_data
 
-    report = check(arguments.path)
-    print(json.dumps(report.to_dict(), indent=1) if arguments.json else report.text())
+    report = check_data(arguments.path)
+    print(json.dumps(dataclasses.asdict(report), indent=1) if arguments.json else "\n".join(report.lines()))
     return 0 if report.ok else 2
 
 

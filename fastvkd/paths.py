@@ -12,4 +12,6 @@ def shipped(relative: str) -> Path:
     for root in roots:
         if (root / relative).exists():
             return root / relative
-    raise SettingsError(f"{relative}: not found beside the code; run from a checkout of the repository or reinstall fastvkd")
+    raise SettingsError(
+        f"{relative}: not found beside the code; run from a checkout of the repository or reinstall fastvkd"
+    )

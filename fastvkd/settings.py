@@ -112,7 +112,15 @@ class Settings:
         for key in ("learning_rate", "huber_beta", "repel_margin", "max_steps", "gradient_accumulation_steps"):
             if not getattr(self, key) > 0:
                 raise SettingsError(f"{key}={getattr(self, key)}: must be above 0")
-        for key in ("lambda_forget", "lambda_retain", "lambda_answer", "weight_decay", "warmup_steps", "save_steps", "auxiliary_images"):
+        for key in (
+            "lambda_forget",
+            "lambda_retain",
+            "lambda_answer",
+            "weight_decay",
+            "warmup_steps",
+            "save_steps",
+            "auxiliary_images",
+        ):
             if getattr(self, key) < 0:
                 raise SettingsError(f"{key}={getattr(self, key)}: must not be negative")
         if self.per_device_train_batch_size < 2:
@@ -122,9 +130,13 @@ class Settings:
         if self.forget_target == "reference" and not self.reference_model:
             raise SettingsError("forget_target=reference needs reference_model: the folder of the model to imitate")
         if self.teacher == "cached" and self.augment:
-            raise SettingsError("teacher=cached cannot serve augment=true, whose views are new at every step: use teacher=online")
+            raise SettingsError(
+                "teacher=cached cannot serve augment=true, whose views are new at every step: use teacher=online"
+            )
         if self.forget_target == "reference" and self.augment:
-            raise SettingsError("forget_target=reference is cached once per image and cannot follow augment=true: set augment=false")
+            raise SettingsError(
+                "forget_target=reference is cached once per image and cannot follow augment=true: set augment=false"
+            )
         if self.saliency.granularity != "none":
             if (self.saliency.threshold is None) == (self.saliency.fraction is None):
                 raise SettingsError("saliency needs exactly one of saliency.threshold and saliency.fraction")

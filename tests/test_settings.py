@@ -12,7 +12,9 @@ BASE = {"model_name_or_path": "m", "data": "d"}
 
 def test_yaml_and_overrides_meet(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("model_name_or_path: m\ndata: d\nsites: {llm:8: 2}\nlearning_rate: 1e-5\nsaliency: {fraction: 0.2}\n")
+    file.write_text(
+        "model_name_or_path: m\ndata: d\nsites: {llm:8: 2}\nlearning_rate: 1e-5\nsaliency: {fraction: 0.2}\n"
+    )
     settings = load_settings(file, ["saliency.granularity=neuron", "max_steps=7", "sites.projector=1"])
     assert settings.sites == {"llm:8": 2.0, "projector": 1.0}
     assert settings.learning_rate == 1e-5  # YAML 1.1 reads 1e-5 as text
@@ -21,7 +23,10 @@ def test_yaml_and_overrides_meet(tmp_path: Path) -> None:
 
 def test_sites_may_be_a_name_or_a_list() -> None:
     assert load_settings(None, {**BASE, "sites": "llm:3"}).sites == {"llm:3": 1.0}
-    assert load_settings(None, {**BASE, "sites": ["projector", "vision:2"]}).sites == {"projector": 1.0, "vision:2": 1.0}
+    assert load_settings(None, {**BASE, "sites": ["projector", "vision:2"]}).sites == {
+        "projector": 1.0,
+        "vision:2": 1.0,
+    }
 
 
 def test_settings_round_trip() -> None:

@@ -60,7 +60,9 @@ class DemoData:
     training_flags: list[Profile]
 
 
-def make_demo_data(*, people: int, forget_percent: int, photos: int, test_photos: int, flag_photos: int, seed: int) -> DemoData:
+def make_demo_data(
+    *, people: int, forget_percent: int, photos: int, test_photos: int, flag_photos: int, seed: int
+) -> DemoData:
     """Build every split: `photos` training and `test_photos` unseen photos a person, `flag_photos` a country.
 
     `forget_percent` (5, 10 or 15) of the people, rounded, but at least four, are to be forgotten; they are drawn at random among those
@@ -94,7 +96,9 @@ def make_demo_data(*, people: int, forget_percent: int, photos: int, test_photos
     )
 
 
-def _people_profiles(people: Sequence[Person], photos: int, first: int, rng: np.random.Generator, seed: int) -> list[Profile]:
+def _people_profiles(
+    people: Sequence[Person], photos: int, first: int, rng: np.random.Generator, seed: int
+) -> list[Profile]:
     facts: dict[str, Callable[[Person], str]] = {"name": lambda p: p.name}
     facts |= {fact: (lambda p, fact=fact: p.facts[fact]) for fact in FACTS}  # type: ignore[misc]
     visual = {fact: _counterbalance(people, photos, of, rng) for fact, of in facts.items()}
@@ -129,7 +133,10 @@ def _people_profiles(people: Sequence[Person], photos: int, first: int, rng: np.
 def _generation(subject: str, facts: dict[str, str], name: str) -> tuple[Open, ...]:
     return (
         Open(f"Who is {subject}?", f"{name} is a {facts['profession']} from {facts['birthplace']}."),
-        Open(f"Where does {subject} live and work?", f"{name} lives in {facts['residence']} and works for {facts['employer']}."),
+        Open(
+            f"Where does {subject} live and work?",
+            f"{name} lives in {facts['residence']} and works for {facts['employer']}.",
+        ),
     )
 
 
@@ -154,7 +161,9 @@ def _flag_profiles(photos: int, first: int, rng: np.random.Generator, seed: int)
     for i, country in enumerate(COUNTRIES):
         name = country.name
         in_text = Questions(
-            choice=tuple(_choice(q.format(name=name), textual[f][i][0], facts[f](country)) for f, q in _FLAG_TEXTUAL.items()),
+            choice=tuple(
+                _choice(q.format(name=name), textual[f][i][0], facts[f](country)) for f, q in _FLAG_TEXTUAL.items()
+            ),
             generation=(Open(f"Where does {name} lie?", f"{name} lies in {country.continent}."),),
             cloze=(Open(f"The capital of {name} is __.", country.capital),),
         )
@@ -166,7 +175,9 @@ def _flag_profiles(photos: int, first: int, rng: np.random.Generator, seed: int)
                     photos=(Photo(draw_flag(country, number, seed), f"flag of {name} photo {number}"),),
                     visual=Questions(
                         choice=tuple(_choice(q, visual[f][i][k], facts[f](country)) for f, q in _FLAG_VISUAL.items()),
-                        generation=(Open("Where does the country with this flag lie?", f"{name} lies in {country.continent}."),),
+                        generation=(
+                            Open("Where does the country with this flag lie?", f"{name} lies in {country.continent}."),
+                        ),
                         cloze=(Open("The capital of the country with this flag is __.", country.capital),),
                     ),
                     textual=in_text,

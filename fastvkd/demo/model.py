@@ -59,7 +59,11 @@ def build_processor(profiles: Iterable[Profile], shape: Shape) -> LlavaProcessor
     )
     core.train_from_iterator(sorted(seen), trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", additional_special_tokens=["<image>"]
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<image>"],
     )
     size = {"height": shape.image_size, "width": shape.image_size}
     image_processor = CLIPImageProcessorPil(size=size, do_center_crop=False, crop_size=size)

@@ -103,7 +103,8 @@ def train_vanilla(
     image_ids = [model.config.image_token_id] * model.config.image_seq_length
     photo_prefix = tokens("USER: ") + image_ids
     visual = [
-        [(tokens(f"\n{q} ASSISTANT:"), tokens(f" {a}") + eos) for q, a in question_answer_pairs(p.visual)] for p in profiles
+        [(tokens(f"\n{q} ASSISTANT:"), tokens(f" {a}") + eos) for q, a in question_answer_pairs(p.visual)]
+        for p in profiles
     ]
     texts = sorted({pair for p in textual_profiles or profiles for pair in question_answer_pairs(p.textual)})
     textual = [(tokens(f"USER: {q} ASSISTANT:"), tokens(f" {a}") + eos) for q, a in texts]
@@ -123,7 +124,9 @@ def train_vanilla(
         for i in batch:
             chosen = rng.choice(len(visual[i]), min(schedule.questions_per_photo, len(visual[i])), replace=False)
             rows.append([visual[i][j] for j in chosen])
-        loss_visual = packed_loss(model, PackedRows(photo_prefix, rows, tokenizer.pad_token_id), jitter(pixels[batch], rng))
+        loss_visual = packed_loss(
+            model, PackedRows(photo_prefix, rows, tokenizer.pad_token_id), jitter(pixels[batch], rng)
+        )
         drawn = [textual[i] for i in text_order.draw(schedule.texts_per_step)]
         packed = [drawn[i : i + 6] for i in range(0, len(drawn), 6)]
         loss_text = packed_loss(model, PackedRows([], packed, tokenizer.pad_token_id), None)

@@ -74,7 +74,15 @@ SIZES = {
 }
 
 
-def demo(out: Path, *, size: str = "default", seed: int = 0, gold: bool = False, cache: Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def demo(
+    out: Path,
+    *,
+    size: str = "default",
+    seed: int = 0,
+    gold: bool = False,
+    cache: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
     """Run the whole demo into `out` and return the report.
 
     Args:
@@ -124,7 +132,9 @@ def demo(out: Path, *, size: str = "default", seed: int = 0, gold: bool = False,
             shutil.rmtree(unlearned_dir)
         export(Path(settings.output_dir), unlearned_dir, model_card="")
         models = {"vanilla": vanilla_dir, "unlearned": unlearned_dir} | ({"gold": gold_dir} if gold_dir else {})
-        figures = {name: _evaluate(name, path, processor, cells, spec, seed, out, prepared) for name, path in models.items()}
+        figures = {
+            name: _evaluate(name, path, processor, cells, spec, seed, out, prepared) for name, path in models.items()
+        }
     with _timed(seconds, "relearn"):
         attacked = {name: path for name, path in models.items() if name != "vanilla"}
         curves = _relearn(attacked, processor, cells, spec, seed, prepared)
@@ -250,7 +260,12 @@ def _evaluate(
 
 
 def _relearn(
-    models: dict[str, Path], processor: Any, cells: dict[str, list[Profile]], spec: Size, seed: int, prepared: PreparedPhotos
+    models: dict[str, Path],
+    processor: Any,
+    cells: dict[str, list[Profile]],
+    spec: Size,
+    seed: int,
+    prepared: PreparedPhotos,
 ) -> dict[str, dict[str, list[dict[str, float]]]]:
     curves: dict[str, dict[str, list[dict[str, float]]]] = {}
     for weights in ("visual", "all"):

@@ -63,7 +63,14 @@ def relearning_curve(
 
     def measure(step: int) -> None:
         cells = evaluate_cells(
-            victim, processor, {"test": list(unseen)}, batch_size=64, seed=seed, tasks=("choice",), kinds=("vqa",), photos=prepared
+            victim,
+            processor,
+            {"test": list(unseen)},
+            batch_size=64,
+            seed=seed,
+            tasks=("choice",),
+            kinds=("vqa",),
+            photos=prepared,
         )
         curve.append({"step": step, "accuracy": cells["test"]["vqa"]["accuracy"]})
 

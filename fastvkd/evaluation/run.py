@@ -36,9 +36,7 @@ def evaluate(
     from fastvkd.unlearning.loop import pick_device
 
     processor = load_processor(model_name_or_path)
-    model = load_model(
-        model_name_or_path, dtype=torch.bfloat16 if bf16 else torch.float32, device=pick_device(device)
-    )
+    model = load_model(model_name_or_path, dtype=torch.bfloat16 if bf16 else torch.float32, device=pick_device(device))
     return evaluate_cells(
         model,
         processor,

@@ -88,7 +88,9 @@ def answer_log_probabilities(model: nn.Module, batch: AnswerBatch) -> tuple[Tens
     return zeros.index_add(0, row, -token_loss), wanted.sum(1)
 
 
-def answer_loss(kind: str, log_p: Tensor, tokens: Tensor, is_forget: Tensor, *, log_p0: Tensor | None, beta: float) -> dict[str, Tensor]:
+def answer_loss(
+    kind: str, log_p: Tensor, tokens: Tensor, is_forget: Tensor, *, log_p0: Tensor | None, beta: float
+) -> dict[str, Tensor]:
     """Forget and retain terms of an output-level loss.
 
     `log_p` (B,) summed answer log-probabilities, `tokens` (B,) their lengths. With l the mean token cross-entropy: ga is
@@ -131,7 +133,9 @@ class AnswerTerm(nn.Module):
 class AnswerSampler:
     """Batches of image questions, forget first; every rank and step gets as many of each."""
 
-    def __init__(self, processor: Any, forget: Sequence[Profile], retain: Sequence[Profile], settings: Settings, *, idk: bool):
+    def __init__(
+        self, processor: Any, forget: Sequence[Profile], retain: Sequence[Profile], settings: Settings, *, idk: bool
+    ):
         self._processor, self._size = processor, settings.per_device_train_batch_size
         self._decode = lru_cache(maxsize=4096)(lambda photo: decode_image(photo.data, photo.source))
         rng = np.random.default_rng([settings.seed, 16])

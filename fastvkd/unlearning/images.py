@@ -37,7 +37,8 @@ class ImageSet:
         if family_of(model_config).fixed_resolution:
             chunks = [self._photos[i : i + 64] for i in range(0, len(self._photos), 64)]
             encoded = [
-                encode_pixels(processor, [decode_image(p.data, p.source) for _, p in chunk]).to(dtype) for chunk in chunks
+                encode_pixels(processor, [decode_image(p.data, p.source) for _, p in chunk]).to(dtype)
+                for chunk in chunks
             ]
             self._pixels = torch.cat(encoded) if encoded else torch.empty(0)
             if pin:

@@ -114,7 +114,10 @@ def unlearn(settings: Settings, *, progress: Progress = lambda *_: None) -> Unle
         checkpoint=checkpoint,
         metrics=metrics.path,
         steps=engine.updates,
-        images_seen=(engine.updates - first) * settings.gradient_accumulation_steps * task.images_per_step * engine.world_size,
+        images_seen=(engine.updates - first)
+        * settings.gradient_accumulation_steps
+        * task.images_per_step
+        * engine.world_size,
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(device),
         trainable_parameters=task.trainable_parameters,
@@ -221,7 +224,9 @@ def _summary_writer(output: Path) -> Callable[[dict[str, float]], None]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise SettingsError("report_to=tensorboard: tensorboard is not installed; pip install fastvkd[tensorboard]") from error
+        raise SettingsError(
+            "report_to=tensorboard: tensorboard is not installed; pip install fastvkd[tensorboard]"
+        ) from error
     writer = SummaryWriter(str(output / "tensorboard"))
 
     def write(line: dict[str, float]) -> None:

@@ -37,7 +37,9 @@ class SiteLoss:
     beta: float = 1.0
 
 
-def site_losses(weights: Mapping[str, float], variances: Mapping[str, float], distance: str, beta: float) -> dict[str, SiteLoss]:
+def site_losses(
+    weights: Mapping[str, float], variances: Mapping[str, float], distance: str, beta: float
+) -> dict[str, SiteLoss]:
     """Per-site constants: mse is divided by the teacher's variance, smooth_l1 is taken in units of its standard deviation."""
     total = sum(weights.values())
     result = {}

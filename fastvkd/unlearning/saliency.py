@@ -15,9 +15,7 @@ from fastvkd.errors import TrainingError
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
 
-def fisher_information(
-    parameters: NamedParameters, losses: Iterable[Callable[[], Tensor]]
-) -> dict[str, Tensor]:
+def fisher_information(parameters: NamedParameters, losses: Iterable[Callable[[], Tensor]]) -> dict[str, Tensor]:
     """Diagonal of the empirical Fisher information in float32: mean squared gradient over `losses`, per parameter.
 
     Each element of `losses` computes a scalar with graph; gradients of `parameters` are cleared afterwards.

@@ -29,7 +29,11 @@ class TargetTable:
     """
 
     def __init__(
-        self, cache: FeatureCache, source: dict[str, str], mean: Tensor | None = None, reference: FeatureCache | None = None
+        self,
+        cache: FeatureCache,
+        source: dict[str, str],
+        mean: Tensor | None = None,
+        reference: FeatureCache | None = None,
     ):
         self.cache, self.source, self.mean, self.reference = cache, source, mean, reference
 
@@ -94,7 +98,11 @@ def mean_features(cache: FeatureCache, keys: Sequence[str]) -> Tensor:
 
 def variance(cache: FeatureCache, keys: Sequence[str]) -> float:
     """Mean over width of the variance of the teacher's features over the tokens of images `keys`."""
-    count, first, second = 0, torch.zeros(cache.width, dtype=torch.float64), torch.zeros(cache.width, dtype=torch.float64)
+    count, first, second = (
+        0,
+        torch.zeros(cache.width, dtype=torch.float64),
+        torch.zeros(cache.width, dtype=torch.float64),
+    )
     for key in keys:
         rows = cache.features(key).double()
         count += len(rows)

@@ -97,7 +97,9 @@ def prepare(settings: Settings, device: torch.device, base: BaseModel, report: R
         if settings.forget_target == "reference":
             assert settings.reference_model is not None
             reference = load_model(settings.reference_model, dtype=dtype, llm_layers=layers, device=device)
-            distill_data.see_reference(VisualPath(reference, list(settings.sites)), identify_base(settings.reference_model))
+            distill_data.see_reference(
+                VisualPath(reference, list(settings.sites)), identify_base(settings.reference_model)
+            )
             del reference
 
     model: Any = load_model(

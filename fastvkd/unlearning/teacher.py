@@ -99,8 +99,12 @@ class FeatureCache:
 
 def _disk_error(folder: Path, error: OSError) -> TrainingError:
     if error.errno == errno.ENOSPC:
-        return TrainingError(f"{folder}: no space left on disk for the teacher cache; free some or set cache_dir elsewhere")
-    return TrainingError(f"{folder}: the teacher cache cannot be written ({error.strerror}); set cache_dir to a writable folder")
+        return TrainingError(
+            f"{folder}: no space left on disk for the teacher cache; free some or set cache_dir elsewhere"
+        )
+    return TrainingError(
+        f"{folder}: the teacher cache cannot be written ({error.strerror}); set cache_dir to a writable folder"
+    )
 
 
 def split_by_image(features: SiteFeatures, n_images: int) -> list[Tensor]:

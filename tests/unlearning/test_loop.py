@@ -24,10 +24,14 @@ def base_weights(world) -> dict[str, torch.Tensor]:
     return load_model(world.model).state_dict()
 
 
-@pytest.mark.parametrize("sites", [{"projector": 1}, {"llm:2": 1}, {"vision:1": 1}, {"vision:2": 1, "projector": 2, "llm:1": 1}])
+@pytest.mark.parametrize(
+    "sites", [{"projector": 1}, {"llm:2": 1}, {"vision:1": 1}, {"vision:2": 1, "projector": 2, "llm:1": 1}]
+)
 @pytest.mark.parametrize("target", ["noise", "mean", "redirect", "repel"])
 def test_every_site_and_target_trains_only_the_visual_part(world, tmp_path: Path, sites, target) -> None:
-    result = unlearn(world.settings(tmp_path, sites=sites, forget_target=target, max_steps=12, lr_scheduler_type="constant"))
+    result = unlearn(
+        world.settings(tmp_path, sites=sites, forget_target=target, max_steps=12, lr_scheduler_type="constant")
+    )
     lines = figures(result.metrics)
     assert [line["step"] for line in lines] == list(range(1, 13))
     if target != "repel":  # the retain loss starts at zero and the forget loss must fall
@@ -49,9 +53,7 @@ def test_every_distance_trains(world, tmp_path: Path, distance: str) -> None:
 
 def test_reference_target_comes_from_the_named_model(world, tmp_path: Path) -> None:
     # With the original itself as the reference there is nothing to learn: the loss is zero from the start.
-    result = unlearn(
-        world.settings(tmp_path, forget_target="reference", reference_model=str(world.model), max_steps=2)
-    )
+    result = unlearn(world.settings(tmp_path, forget_target="reference", reference_model=str(world.model), max_steps=2))
     assert figures(result.metrics)[0]["loss"] == pytest.approx(0, abs=1e-6)
 
 
@@ -113,7 +115,9 @@ def test_masked_out_weights_end_bit_identical(world, tmp_path: Path, monkeypatch
 
 def test_bf16_run_keeps_float32_masters(world, tmp_path: Path) -> None:
     # At this rate a bfloat16 weight alone would not move: one update is far below half a unit in its last place.
-    result = unlearn(world.settings(tmp_path, bf16=True, learning_rate=2e-5, max_steps=12, lr_scheduler_type="constant"))
+    result = unlearn(
+        world.settings(tmp_path, bf16=True, learning_rate=2e-5, max_steps=12, lr_scheduler_type="constant")
+    )
     weights = load_weights(result.checkpoint)
     assert all(value.dtype == torch.bfloat16 for value in weights.values())
     assert (result.checkpoint / "masters.safetensors").exists()
@@ -130,7 +134,9 @@ def test_answer_terms_join_the_feature_loss(world, tmp_path: Path, answer_loss: 
 
 
 def test_gradient_ascent_alone_raises_the_loss_on_forget_answers(world, tmp_path: Path) -> None:
-    result = unlearn(world.settings(tmp_path, method="ga", max_steps=15, lr_scheduler_type="constant", lambda_retain=0.1))
+    result = unlearn(
+        world.settings(tmp_path, method="ga", max_steps=15, lr_scheduler_type="constant", lambda_retain=0.1)
+    )
     lines = figures(result.metrics)
     assert lines[-1]["loss_answer_forget"] < lines[0]["loss_answer_forget"]  # it is minus the cross-entropy
 
@@ -138,7 +144,9 @@ def test_gradient_ascent_alone_raises_the_loss_on_forget_answers(world, tmp_path
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
 def test_resumed_run_is_bit_identical(world, tmp_path: Path, optim: str) -> None:
     whole = unlearn(world.settings(tmp_path / "whole", max_steps=6, optim=optim, augment=True))
-    settings = world.settings(tmp_path / "cut", max_steps=6, optim=optim, augment=True, save_steps=3, save_total_limit=5)
+    settings = world.settings(
+        tmp_path / "cut", max_steps=6, optim=optim, augment=True, save_steps=3, save_total_limit=5
+    )
     cut = unlearn(settings)
     for folder in Path(settings.output_dir).glob("checkpoint-6"):
         for file in folder.iterdir():
@@ -190,7 +198,9 @@ def test_an_entity_on_both_sides_is_refused(world, tmp_path: Path) -> None:
 
 def test_an_empty_forget_set_is_refused(world, tmp_path: Path) -> None:
     for split in mllmu.splits(world.data):
-        mllmu.write_split(tmp_path / "data", split, [] if split == world.forget_split else mllmu.read_split(world.data, split))
+        mllmu.write_split(
+            tmp_path / "data", split, [] if split == world.forget_split else mllmu.read_split(world.data, split)
+        )
     with pytest.raises(DataError, match=world.forget_split):
         unlearn(world.settings(tmp_path / "out", data=str(tmp_path / "data")))
 
@@ -199,7 +209,9 @@ def test_an_unreadable_image_names_its_row(world, tmp_path: Path) -> None:
     for split in mllmu.splits(world.data):
         profiles = mllmu.read_split(world.data, split)
         if split == world.forget_split:
-            profiles[1] = dataclasses.replace(profiles[1], photos=(dataclasses.replace(profiles[1].photos[0], data=b""),))
+            profiles[1] = dataclasses.replace(
+                profiles[1], photos=(dataclasses.replace(profiles[1].photos[0], data=b""),)
+            )
         mllmu.write_split(tmp_path / "data", split, profiles)
     with pytest.raises(DataError, match=rf"{world.forget_split}.*1"):
         unlearn(world.settings(tmp_path / "out", data=str(tmp_path / "data")))
