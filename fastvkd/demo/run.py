@@ -99,9 +99,9 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
 
     with _timed(seconds, "data"), Progress("Drawing people and flags"):
-        data, folder = _data(spec, seed, out)
-    vanilla_dir = _trained(spec, data, seed, cache, seconds, gold=False)
-    gold_dir = _trained(spec, data, seed, cache, seconds, gold=True) if gold else None
+        data, folder = build_data(spec, seed, out)
+    vanilla_dir = trained_model(spec, data, seed, cache, seconds, gold=False)
+    gold_dir = trained_model(spec, data, seed, cache, seconds, gold=True) if gold else None
 
     settings = load_settings(
         shipped("configs/demo.yaml"),
@@ -175,7 +175,7 @@ def _flat(settings: Settings) -> dict[str, Any]:
     return settings.to_dict()
 
 
-def _data(spec: Size, seed: int, out: Path) -> tuple[DemoData, Path]:
+def build_data(spec: Size, seed: int, out: Path) -> tuple[DemoData, Path]:
     data = make_demo_data(
         people=spec.people,
         forget_percent=spec.forget_percent,
@@ -190,7 +190,7 @@ def _data(spec: Size, seed: int, out: Path) -> tuple[DemoData, Path]:
     return data, folder
 
 
-def _trained(spec: Size, data: DemoData, seed: int, cache: Path, seconds: dict[str, float], *, gold: bool) -> Path:
+def trained_model(spec: Size, data: DemoData, seed: int, cache: Path, seconds: dict[str, float], *, gold: bool) -> Path:
     """The folder of the vanilla (or gold) model, trained now or found in the cache."""
     name = "gold" if gold else "vanilla"
     folder = cache / f"demo-{name}-{_fingerprint(spec, seed, gold)}"
@@ -277,7 +277,7 @@ def _relearn(
                     processor,
                     cells["forget"],
                     cells["test"],
-                    weights=weights,  # type: ignore[arg-type]
+                    weights=weights,
                     steps=spec.relearning_steps,
                     evaluate_every=max(1, spec.relearning_steps // 4),
                     photos=spec.relearning_photos,

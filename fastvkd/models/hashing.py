@@ -13,7 +13,7 @@ from fastvkd.models.loading import VISUAL_KEY
 
 def language_model_sha256(folder: str | os.PathLike[str]) -> str:
     """SHA-256 (hex) over name, dtype, shape and bytes of every tensor that is not part of the visual module, by name."""
-    where = {}
+    where: dict[str, Path] = {}
     for shard in shards_of(Path(folder)):
         with safe_open(shard, framework="pt") as file:
             where |= {key: shard for key in file.keys() if not VISUAL_KEY.search(key)}  # noqa: SIM118

@@ -6,6 +6,7 @@ What is trained (objective, targets, masks) is put together in `tasks.py`; how w
 import contextlib
 import json
 import logging
+import os
 import resource
 import signal
 import sys
@@ -55,7 +56,6 @@ def unlearn(settings: Settings, *, progress: Progress = lambda *_: None) -> Unle
     for settings, data or models that cannot be used; nothing is left half-written.
     """
     settings.check()
-    np.random.seed(settings.seed)
     torch.manual_seed(settings.seed)
     seconds: dict[str, float] = {}
     started = time.perf_counter()
@@ -64,8 +64,19 @@ def unlearn(settings: Settings, *, progress: Progress = lambda *_: None) -> Unle
     resume_from = _resume_folder(settings, output)
     base = identify_base(settings.model_name_or_path)
 
-    task = prepare(settings, device, base, lambda done, total: progress("teacher", done, total, {}))
-    engine = build_engine(settings, task, device)
+    ds_config, partitioning = _join_deepspeed(settings, device) if settings.engine == "deepspeed" else ({}, None)
+    if settings.engine == "deepspeed" and device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    task = prepare(
+        settings,
+        device,
+        base,
+        lambda done, total: progress("teacher", done, total, {}),
+        partitioned=partitioning is not None,
+    )
+    engine = build_engine(settings, task, device, ds_config)
+    if task.see_teacher is not None:
+        task.see_teacher(engine.forward_module)
     seconds["prepare"] = time.perf_counter() - started
 
     first = 0
@@ -127,10 +138,44 @@ def unlearn(settings: Settings, *, progress: Progress = lambda *_: None) -> Unle
     )
 
 
-def build_engine(settings: Settings, task: Task, device: torch.device) -> Engine:
+def _join_deepspeed(settings: Settings, device: torch.device) -> tuple[dict[str, Any], Any]:
+    """The completed DeepSpeed configuration, and what must stay alive while ZeRO-3 loads (None for other stages)."""
+    from fastvkd.engines.ds_config import complete_ds_config, read_ds_config
+
+    if "WORLD_SIZE" not in os.environ:
+        raise SettingsError("engine=deepspeed needs its launcher: start with `deepspeed fastvkd/train.py --config ...`")
+    ds_config = complete_ds_config(
+        read_ds_config(settings.deepspeed or "zero2"),
+        micro_batch=settings.per_device_train_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        optim=settings.optim,
+        quantize_llm=settings.quantize_llm,
+        world_size=int(os.environ["WORLD_SIZE"]),
+        on_gpu=device.type == "cuda",
+    )
+    from fastvkd.engines.deepspeed_engine import start_deepspeed
+
+    return ds_config, start_deepspeed(ds_config)
+
+
+def build_engine(settings: Settings, task: Task, device: torch.device, ds_config: dict[str, Any]) -> Engine:
     """The engine that `settings.engine` names, over the task's trainable parameters."""
     if settings.engine == "deepspeed":
-        raise SettingsError("engine=deepspeed is not available in this version: set engine=local")
+        from fastvkd.engines.deepspeed_engine import DeepSpeedEngine  # late: it takes seconds to import
+
+        return DeepSpeedEngine(
+            task.module,
+            task.parameters,
+            ds_config,
+            optim=settings.optim,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            warmup_steps=settings.warmup_steps,
+            max_steps=settings.max_steps,
+            lr_scheduler_type=settings.lr_scheduler_type,
+        )
     return LocalEngine(
         task.parameters,
         module=task.module,

@@ -65,7 +65,6 @@ class VisualDistillation(nn.Module):
     def __init__(
         self,
         path: VisualPath,
-        losses: Mapping[str, SiteLoss],
         *,
         distance: str,
         lambda_forget: float,
@@ -75,7 +74,7 @@ class VisualDistillation(nn.Module):
     ):
         super().__init__()
         self.path = path
-        self.losses = dict(losses)
+        self.losses: dict[str, SiteLoss] = {}  # set once the teacher's variance at the sites is known
         self.distance, self.repel, self.margin = distance, repel, margin
         self.lambda_forget, self.lambda_retain = lambda_forget, lambda_retain
 

@@ -16,7 +16,7 @@ from fastvkd.data.images import decode_image
 from fastvkd.data.records import Photo, Profile
 from fastvkd.data.sources import read_forget_retain
 from fastvkd.engines.checkpoints import BaseModel, identify_base
-from fastvkd.errors import ModelError
+from fastvkd.errors import ModelError, SettingsError
 from fastvkd.models import families
 from fastvkd.models.families import family_of
 from fastvkd.models.loading import llm_layers_needed, load_config, load_model, load_processor
@@ -48,7 +48,11 @@ class UnlearningModule(nn.Module):
         super().__init__()
         self.distill, self.answers, self.lambda_answer = distill, answers, lambda_answer
 
-    def forward(self, batch: StepBatch) -> dict[str, Tensor]:
+    def forward(self, batch: "StepBatch | VisualBatch") -> dict[str, Any]:
+        """Loss terms of a `StepBatch`; of a bare `VisualBatch` the features by site, for the teacher's pass."""
+        if isinstance(batch, VisualBatch):
+            assert self.distill is not None
+            return self.distill.path(batch)
         terms: dict[str, Tensor] = {}
         if self.distill is not None and batch.distill is not None:
             terms = self.distill(batch.distill)
@@ -71,6 +75,7 @@ class Task:
     batch: Callable[[int, int, int], StepBatch]
     images_per_step: int
     trained_share: float = 1.0
+    see_teacher: Callable[[Callable[[VisualBatch], Any]], None] | None = None  # still to be called, with what runs the model
 
     @property
     def trainable_parameters(self) -> int:
@@ -81,8 +86,21 @@ class Task:
         return sum(p.numel() for p in self.model.parameters()) - self.trainable_parameters
 
 
-def prepare(settings: Settings, device: torch.device, base: BaseModel, report: Report = lambda *_: None) -> Task:
-    """Load data and model, write down what the teacher sees, and put the objective together."""
+def prepare(
+    settings: Settings,
+    device: torch.device,
+    base: BaseModel,
+    report: Report = lambda *_: None,
+    *,
+    partitioned: bool = False,
+) -> Task:
+    """Load data and model, write down what the teacher sees, and put the objective together.
+
+    `partitioned` says that ZeRO-3 splits the weights while they are loaded. Then nothing can run before the engine is
+    there: the teacher's pass is left to the caller (`Task.see_teacher`), and what needs whole weights earlier is refused.
+    """
+    if partitioned:
+        _refuse_with_zero3(settings)
     uses_features = settings.method == "vkd"
     answer_kind = "ga" if settings.method == "ga" else settings.answer_loss
     config = load_config(settings.model_name_or_path)
@@ -116,16 +134,22 @@ def prepare(settings: Settings, device: torch.device, base: BaseModel, report: R
     distill: VisualDistillation | None = None
     if distill_data is not None:
         path = VisualPath(model, list(settings.sites))
-        distill_data.see_teacher(path, report)
         distill = VisualDistillation(
             path,
-            site_losses(settings.sites, distill_data.variances, settings.distance, settings.huber_beta),
             distance=settings.distance,
             lambda_forget=settings.lambda_forget,
             lambda_retain=settings.lambda_retain,
             repel=settings.forget_target == "repel",
             margin=settings.repel_margin,
         ).to(device)
+        data, objective = distill_data, distill
+
+        def see_teacher(run: Callable[[VisualBatch], Any]) -> None:
+            data.see_teacher(run, report, all_ranks_run=partitioned)
+            objective.losses = site_losses(settings.sites, data.variances, settings.distance, settings.huber_beta)
+
+        if not partitioned:
+            see_teacher(path)
         if settings.online_teacher:
             distill_data.teach_online(VisualPath(frozen_copy(model), list(settings.sites)))
         if settings.forget_target == "repel":
@@ -147,9 +171,25 @@ def prepare(settings: Settings, device: torch.device, base: BaseModel, report: R
         )
 
     task = Task(model, module, parameters, batch, settings.per_device_train_batch_size)
+    if distill is not None and partitioned:
+        task.see_teacher = see_teacher
     if settings.saliency.granularity != "none":
         task.trained_share = _apply_saliency(settings, task)
     return task
+
+
+def _refuse_with_zero3(settings: Settings) -> None:
+    """What needs whole weights before DeepSpeed has taken the model over."""
+    for found, key in (
+        (settings.saliency.granularity != "none", "saliency"),
+        (settings.online_teacher, "augment=true (an online teacher)"),
+        (settings.forget_target in ("reference", "repel"), f"forget_target={settings.forget_target}"),
+        (settings.answer_loss == "npo", "answer_loss=npo"),
+    ):
+        if found:
+            raise SettingsError(
+                f"{key} needs whole weights, which ZeRO-3 splits while loading: use deepspeed=zero2, or engine=local"
+            )
 
 
 def _trainable(model: nn.Module, settings: Settings) -> list[tuple[str, nn.Parameter]]:
@@ -177,7 +217,7 @@ def _random_start(parameters: list[tuple[str, nn.Parameter]], settings: Settings
     for _, parameter in parameters:
         if parameter.dim() >= 2:
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
-            parameter += noise * (settings.repel_start * parameter.norm() / noise.norm())
+            parameter.add_(noise * (settings.repel_start * parameter.norm() / noise.norm()))
 
 
 def _apply_saliency(settings: Settings, task: Task) -> float:
@@ -215,7 +255,7 @@ def _nudge(task: Task, settings: Settings) -> None:
     with torch.no_grad():
         for (_, parameter), gradient in zip(task.parameters, gradients, strict=True):
             if gradient is not None:
-                parameter -= settings.learning_rate * gradient.sign()
+                parameter.sub_(settings.learning_rate * gradient.sign())
 
 
 def _one_side(batch: StepBatch, forget_side: bool) -> StepBatch:
@@ -287,13 +327,22 @@ class _DistillData:
             self._reference, path, self.forget_keys, self._batch_of(self.forget_keys), batch_size=16, device=self.device
         )
 
-    def see_teacher(self, path: VisualPath, report: Report) -> None:
+    def see_teacher(self, path: Callable[[VisualBatch], Any], report: Report, *, all_ranks_run: bool = False) -> None:
         """Write down what the original sees, of every image and of the noise images, and derive the targets from it."""
         settings = self.settings
         noise = self._noise_keys() if settings.forget_target == "noise" else {}
         keys = [*self.images.hashes, *dict.fromkeys(noise.values())]
         self._caches = self._open_caches(self._base)
-        fill_caches(self._caches, path, keys, self._batch_of(keys), batch_size=16, device=self.device, progress=report)
+        fill_caches(
+            self._caches,
+            path,
+            keys,
+            self._batch_of(keys),
+            batch_size=16,
+            device=self.device,
+            progress=report,
+            all_ranks_run=all_ranks_run,
+        )
         source: dict[str, str] = dict(noise)
         if settings.forget_target == "mean":
             source = dict.fromkeys(self.forget_keys, "mean")

@@ -45,16 +45,21 @@ class FeatureCache:
         self._index_file, self._data_file = self.folder / "index.json", self.folder / "features.bin"
         self.width = 0
         self.spans: dict[str, tuple[int, int]] = {}  # key -> (first row, number of rows)
+        self._rows: Tensor | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self._index_file.exists():
-                index = json.loads(self._index_file.read_text())
-                self.width, self.spans = index["width"], {k: (a, b) for k, (a, b) in index["spans"].items()}
-            else:
+            if not self._index_file.exists():
                 (self.folder / "ingredients.json").write_text(json.dumps(ingredients, indent=1, sort_keys=True))
         except OSError as error:
             raise _disk_error(self.folder, error) from error
-        self._rows: Tensor | None = None
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the index again, which another rank may have written."""
+        if self._index_file.exists():
+            index = json.loads(self._index_file.read_text())
+            self.width, self.spans = index["width"], {k: (a, b) for k, (a, b) in index["spans"].items()}
+            self._rows = None
 
     def missing(self, keys: Sequence[str]) -> list[str]:
         return [key for key in dict.fromkeys(keys) if key not in self.spans]
@@ -116,29 +121,41 @@ def split_by_image(features: SiteFeatures, n_images: int) -> list[Tensor]:
 @torch.no_grad()
 def fill_caches(
     caches: dict[str, FeatureCache],
-    path: VisualPath,
+    path: Callable[[VisualBatch], Any],
     keys: Sequence[str],
     batch_of: Callable[[Sequence[int]], VisualBatch],
     *,
     batch_size: int,
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    all_ranks_run: bool = False,
 ) -> int:
     """Run the frozen model once on every image that some site's cache lacks; returns how many that were.
 
-    `batch_of(positions)` gives the images at those positions of `keys`.
+    `path` maps a batch to features by site; `batch_of(positions)` gives the images at those positions of `keys`. In a
+    distributed job rank 0 does the work and the others read its cache afterwards; with `all_ranks_run`, which ZeRO-3
+    needs, all of them compute and rank 0 alone writes.
     """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if distributed else 0
     lacking = {key for cache in caches.values() for key in cache.missing(keys)}
-    todo = [i for i, key in enumerate(keys) if key in lacking and keys.index(key) == i]
-    for start in range(0, len(todo), batch_size):
+    first = {key: i for i, key in reversed(list(enumerate(keys)))}
+    todo = sorted(first[key] for key in lacking)
+    if distributed:
+        torch.distributed.barrier()  # nobody writes before all have looked
+    for start in range(0, len(todo), batch_size) if rank == 0 or all_ranks_run else ():
         positions = todo[start : start + batch_size]
         features = path(batch_of(positions).to(device))
-        for site, cache in caches.items():
+        for site, cache in caches.items() if rank == 0 else ():
             rows = split_by_image(features[site], len(positions))
             fresh = [(keys[p], r) for p, r in zip(positions, rows, strict=True) if keys[p] not in cache.spans]
             if fresh:
                 cache.add([key for key, _ in fresh], [r for _, r in fresh])
         progress(min(start + batch_size, len(todo)), len(todo))
+    if distributed:
+        torch.distributed.barrier()
+        for cache in caches.values():
+            cache.reload()
     return len(todo)
 
 
