@@ -61,11 +61,19 @@ class DemoData:
 
 
 def make_demo_data(
-    *, people: int, forget_percent: int, photos: int, test_photos: int, flag_photos: int, seed: int
+    *,
+    people: int,
+    forget_percent: int,
+    photos: int,
+    test_photos: int,
+    flag_photos: int,
+    countries: int = len(COUNTRIES),
+    seed: int,
 ) -> DemoData:
-    """Build every split: `photos` training and `test_photos` unseen photos a person, `flag_photos` a country.
+    """Build every split: `photos` training and `test_photos` unseen photos a person, `flag_photos` a country, of the first
+    `countries` of the list.
 
-    `forget_percent` (5, 10 or 15) of the people, rounded, but at least four, are to be forgotten; they are drawn at random among those
+    `forget_percent` of the people, rounded, but at least four, are to be forgotten; they are drawn at random among those
     whose facts differ pairwise, so that four options never repeat a value.
     """
     population = make_people(people, seed)
@@ -88,11 +96,11 @@ def make_demo_data(
             forget_split: forget,
             retain_split: retain,
             "Test_Set": test,
-            "Retain_Set": _flag_profiles(flag_photos, 0, rng, seed),
+            "Retain_Set": _flag_profiles(COUNTRIES[:countries], flag_photos, 0, rng, seed),
         },
         forget_split=forget_split,
         retain_split=retain_split,
-        training_flags=_flag_profiles(2 * flag_photos, _TRAINING_FLAGS_FROM, rng, seed),
+        training_flags=_flag_profiles(COUNTRIES[:countries], 2 * flag_photos, _TRAINING_FLAGS_FROM, rng, seed),
     )
 
 
@@ -148,17 +156,19 @@ def _cloze(facts: dict[str, str], subject: str) -> tuple[Open, ...]:
     )
 
 
-def _flag_profiles(photos: int, first: int, rng: np.random.Generator, seed: int) -> list[Profile]:
+def _flag_profiles(
+    countries: Sequence[Country], photos: int, first: int, rng: np.random.Generator, seed: int
+) -> list[Profile]:
     facts: dict[str, Callable[[Country], str]] = {
         "name": lambda c: c.name,
         "capital": lambda c: c.capital,
         "continent": lambda c: c.continent,
         "language": lambda c: c.language,
     }
-    visual = {fact: _counterbalance(COUNTRIES, photos, of, rng) for fact, of in facts.items()}
-    textual = {fact: _counterbalance(COUNTRIES, 1, facts[fact], rng) for fact in _FLAG_TEXTUAL}
+    visual = {fact: _counterbalance(countries, photos, of, rng) for fact, of in facts.items()}
+    textual = {fact: _counterbalance(countries, 1, facts[fact], rng) for fact in _FLAG_TEXTUAL}
     profiles = []
-    for i, country in enumerate(COUNTRIES):
+    for i, country in enumerate(countries):
         name = country.name
         in_text = Questions(
             choice=tuple(

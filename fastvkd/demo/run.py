@@ -48,6 +48,7 @@ class Size:
     photos: int = 18
     test_photos: int = 6
     flag_photos: int = 6
+    countries: int = 34
     shape: Shape = field(default_factory=lambda: Shape(llm_layers=4))
     schedule: Schedule = field(default_factory=lambda: Schedule(steps=650, questions_per_photo=3))
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -59,14 +60,15 @@ class Size:
 SIZES = {
     "default": Size(),
     "tiny": Size(
-        people=26,
-        forget_percent=15,
-        photos=8,
+        people=16,
+        forget_percent=25,
+        photos=10,
         test_photos=4,
         flag_photos=2,
+        countries=24,
         shape=Shape(vision_width=96, vision_layers=3, llm_width=96, llm_layers=3),
-        schedule=Schedule(steps=320, photos_per_step=24, questions_per_photo=2, texts_per_step=24, learning_rate=2e-3),
-        overrides={"max_steps": 100},
+        schedule=Schedule(steps=360, photos_per_step=24, questions_per_photo=2, texts_per_step=24, learning_rate=2e-3),
+        overrides={"max_steps": 150, "per_device_train_batch_size": 24},
         max_samples=200,
         relearning_steps=10,
         relearning_photos=8,
@@ -182,6 +184,7 @@ def build_data(spec: Size, seed: int, out: Path) -> tuple[DemoData, Path]:
         photos=spec.photos,
         test_photos=spec.test_photos,
         flag_photos=spec.flag_photos,
+        countries=spec.countries,
         seed=seed,
     )
     folder = out / "data"

@@ -75,7 +75,9 @@ class Task:
     batch: Callable[[int, int, int], StepBatch]
     images_per_step: int
     trained_share: float = 1.0
-    see_teacher: Callable[[Callable[[VisualBatch], Any]], None] | None = None  # still to be called, with what runs the model
+    see_teacher: Callable[[Callable[[VisualBatch], Any]], None] | None = (
+        None  # still to be called, with what runs the model
+    )
 
     @property
     def trainable_parameters(self) -> int:
