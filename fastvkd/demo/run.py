@@ -309,7 +309,7 @@ def _examples(models: dict[str, Path], cells: dict[str, list[Profile]], out: Pat
     for group, profiles in cells.items():
         shown: set[str] = set()
         for position, profile in enumerate(profiles):
-            if profile.entity in shown or len(shown) == 4:
+            if profile.entity in shown or len(shown) == 5:
                 continue
             # Another question for each face, so that the gallery shows more than names.
             choices = profile.visual.choice
