@@ -56,6 +56,25 @@ class Resumed:
     notice: str
 
 
+def local_folder(model_name_or_path: str) -> Path:
+    """The folder of a model: the path itself, or where a hub id was (or now is) downloaded whole.
+
+    Raises ModelError when it is neither a folder nor a hub id that is cached or reachable.
+    """
+    if Path(model_name_or_path).is_dir():
+        return Path(model_name_or_path)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md"]
+    try:
+        return Path(snapshot_download(model_name_or_path, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{model_name_or_path}: neither a folder nor a hub id that is cached or reachable "
+            f"({' '.join(str(error).split())[:160]}); give the path of a model folder"
+        ) from error
+
+
 def shards_of(model_folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in order. Raises ModelError when there are none or one is missing."""
     index = model_folder / "model.safetensors.index.json"
@@ -83,7 +102,7 @@ def read_safetensors_header(shard: Path) -> tuple[dict[str, Any], int]:
 
 
 def identify_base(model_folder: str | Path) -> BaseModel:
-    """Fingerprint a model folder in well under a second, whatever its size.
+    """Fingerprint a local model folder (see `local_folder`) in well under a second, whatever its size.
 
     SHA-256 over config.json's values, every shard's header, and 256 bytes at the start, middle and end of every
     tensor: another fine-tune of the same architecture differs in nearly every tensor, so it differs here. This is an

@@ -84,18 +84,20 @@ class DeepSpeedEngine:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             groups = parameter_groups(named_parameters, weight_decay)
-            self._optimizer = DeepSpeedCPUAdam(groups, lr=learning_rate, adamw_mode=True)
+            self._optimizer = DeepSpeedCPUAdam(groups, lr=0.0, adamw_mode=True)
         else:
             self._optimizer = build_optimizer(
                 named_parameters,
                 optim=optim,
-                learning_rate=learning_rate,
+                learning_rate=0.0,  # set before every update; DeepSpeed makes one of its own while setting up
                 weight_decay=weight_decay,
                 max_steps=max_steps,
                 device=self.device,
             )
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=ds_config)
         self.forward_module: nn.Module = self._engine
+        if isinstance(self._engine.optimizer, FP16_UnfusedOptimizer):
+            self._optimizer.state.clear()  # that update would count as Adam's first and falsify its bias correction
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)

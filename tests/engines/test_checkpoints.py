@@ -236,6 +236,12 @@ def test_a_wrong_base_model_is_refused(tmp_path):
         load_checkpoint(folder, engine, base_model=identify_base(write_model(tmp_path / "b", seed=1)))
 
 
+def test_a_model_is_a_folder_or_a_hub_id(tmp_path):
+    assert checkpoints.local_folder(str(tmp_path)) == tmp_path
+    with pytest.raises(ModelError, match="/no/such/folder: neither a folder nor a hub id"):
+        checkpoints.local_folder("/no/such/folder")
+
+
 def test_folders_that_are_no_model_or_no_checkpoint_are_refused(tmp_path):
     with pytest.raises(ModelError, match=r"no config\.json"):
         identify_base(tmp_path)

@@ -17,12 +17,7 @@ from fastvkd.engines.ds_config import PRESETS, complete_ds_config, read_ds_confi
 from fastvkd.engines.local import LocalEngine
 from fastvkd.errors import SettingsError
 
-CASES = [
-    (preset, kind)
-    for preset in scenarios.PRESETS
-    for kind in scenarios.KINDS
-    if "offload" not in preset or kind.endswith("adamw_torch")
-]
+CASES = scenarios.CASES
 
 
 def local_engine(kind):
@@ -80,8 +75,8 @@ def test_two_ranks_end_where_one_process_does(ranks, preset, kind):
     out, results = ranks
     norms, masters, _ = results[kind]
     folder = out / preset / kind
-    # In bf16 ranks round their own sums, so they agree only as far as bf16 does; 8-bit moments see other blocks.
-    tolerance = 1e-5 if kind == "float32-adamw_torch" else 0.02
+    # In bf16 each rank rounds its own sums; ZeRO-0 also accumulates in bf16, the others in float32.
+    tolerance = 1e-5 if kind == "float32-adamw_torch" else (0.01 if preset == "zero0" else 0.002)
     assert relative_difference(load_file(folder / "masters.safetensors"), masters) < tolerance
     assert torch.load(folder / "report.pt")["norms"] == pytest.approx(norms, rel=max(tolerance, 1e-4))
 
