@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_score.rouge_scorer import RougeScorer
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from fastvkd.data.records import Open
-from fastvkd.evaluation.inputs import Embedder, Query, eos_ids, evaluating, processor_inputs
+from fastvkd.evaluation.inputs import Embedder, Query, Tokens, eos_ids, evaluating, processor_inputs
 from fastvkd.evaluation.multiple_choice import image_line, speaks_user_assistant
 from fastvkd.models.prompts import chat_prompt
 
@@ -73,14 +74,13 @@ def generate_embedded(embedder: Embedder, queries: Sequence[Query], max_new_toke
     distinct photo, logits exist for the last token only, and finished rows leave the batch and its key-value cache."""
     answers = [""] * len(queries)
     with evaluating(embedder.model):
-        ids = [
-            embedder.expand(prompt, query.photos)
-            for prompt, query in zip(embedder.token_ids([query.prompt for query in queries]), queries, strict=True)
-        ]
-        order = sorted(range(len(queries)), key=lambda index: len(ids[index]))
+        prompts = embedder.encode(queries)
+        order = sorted(range(len(queries)), key=lambda index: len(prompts[index].ids))
         for start in range(0, len(order), embedder.batch_size):
             part = order[start : start + embedder.batch_size]
-            new = _greedy(embedder, [ids[index] for index in part], [queries[index] for index in part], max_new_tokens)
+            new = _greedy(
+                embedder, [prompts[index] for index in part], [queries[index] for index in part], max_new_tokens
+            )
             ends = eos_ids(embedder.model, embedder.processor)
             for index, tokens in zip(part, new, strict=True):
                 answers[index] = _decode(embedder.processor, tokens, ends)
@@ -88,19 +88,21 @@ def generate_embedded(embedder: Embedder, queries: Sequence[Query], max_new_toke
 
 
 def _greedy(
-    embedder: Embedder, prompts: Sequence[list[int]], queries: Sequence[Query], max_new_tokens: int
+    embedder: Embedder, prompts: Sequence[Tokens], queries: Sequence[Query], max_new_tokens: int
 ) -> list[list[int]]:
     device = embedder.device
     model = embedder.model
-    lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    size = max(len(prompt) for prompt in prompts)
+    lengths_B = torch.tensor([len(prompt.ids) for prompt in prompts], device=device)
+    size = max(len(prompt.ids) for prompt in prompts)
     pad_id = 0 if embedder.image_token_id != 0 else 1
-    ids_BT = torch.tensor([[pad_id] * (size - len(prompt)) + prompt for prompt in prompts], device=device)
+    ids_BT = torch.tensor([[pad_id] * (size - len(prompt.ids)) + prompt.ids for prompt in prompts], device=device)
     # Left padding: every row's next token then sits in the same column.
     mask_BT = (torch.arange(size, device=device)[None, :] >= size - lengths_B[:, None]).long()
-    positions_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
+    # Padded on the left like the ids; axes (one, or three under M-RoPE) x rows x tokens.
+    positions = np.stack([np.pad(p.positions, ((0, 0), (size - len(p.ids), 0))) for p in prompts], axis=1)
+    last = positions[:, :, -1:]
     padded = bool((lengths_B < size).any())
-    past = DynamicCache(config=model.config.text_config)
+    past = DynamicCache(config=model.config.get_text_config(decoder=True))
     embeds = embedder.embeddings(ids_BT, [query.photos for query in queries])
     ends_E = torch.tensor(eos_ids(model, embedder.processor), device=device, dtype=torch.long)
     found: list[list[int]] = [[] for _ in prompts]
@@ -110,7 +112,7 @@ def _greedy(
         hidden = embedder.hidden(
             inputs_embeds=embeds,
             attention_mask=mask_BT if padded else None,
-            position_ids=positions_BT,
+            position_ids=embedder.position_ids(positions),
             past_key_values=past,
             use_cache=True,
         ).last_hidden_state[:, -1]
@@ -128,9 +130,10 @@ def _greedy(
             keep = active_B.nonzero().flatten()
             past.batch_select_indices(keep)
             rows = [rows[place] for place in keep.tolist()]
-            next_B, mask_BT, lengths_B, active_B = next_B[keep], mask_BT[keep], lengths_B[keep], active_B[keep]
+            next_B, mask_BT, active_B = next_B[keep], mask_BT[keep], active_B[keep]
+            last = last[:, keep.cpu().numpy()]
         embeds = model.get_input_embeddings()(next_B[:, None])
-        positions_BT = (lengths_B + step)[:, None]
+        positions = last + 1 + step
         mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], dim=1)
     return found
 

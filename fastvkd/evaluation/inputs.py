@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,10 +19,10 @@ from fastvkd.data.records import Photo
 from fastvkd.errors import ModelError
 from fastvkd.models.prompts import adds_special_tokens
 
-# Families in which image tokens are plain positions of a causal decoder: features in, 1-D positions, nothing else. The
-# others (tiled images, M-RoPE, deepstack, attention both ways) go through the processor.
-EMBEDDABLE = ("llava",)
-# Towers that make the same number of tokens from every photo; Pixtral, for one, follows the photo's size.
+# Families whose decoder is causal and takes nothing of an image but one feature per image token (and, in Qwen's, its
+# 3-D position). The others (tiled images, deepstack, attention both ways) go through the processor.
+EMBEDDABLE = ("llava", *(_MROPE := ("qwen2_vl", "qwen2_5_vl")))
+# LLaVA's towers whose photos can be stacked; Pixtral, for one, follows the photo's size.
 _FIXED_SIZE_TOWERS = ("clip_vision_model", "siglip_vision_model")
 # An arbitrary attention mask (the packed option scoring) is understood by these only.
 _MASKED_ATTENTION = ("sdpa", "eager")
@@ -43,12 +44,12 @@ def with_answer(prompt: str, answer: str) -> str:
 
 
 class PreparedPhotos:
-    """Pixel values by content hash: every distinct photo is decoded and preprocessed once. Weights play no part in it,
-    so one instance serves every evaluation of a run."""
+    """What the image processor makes of each distinct photo, by content hash: decoded and preprocessed once. Weights
+    play no part in it, so one instance serves every evaluation of a run."""
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
-        self._pixels: dict[str, Tensor] = {}
+        self._prepared: dict[str, dict[str, Tensor]] = {}
         self._hashes: dict[int, tuple[bytes, str]] = {}
 
     def key(self, photo: Photo) -> str:
@@ -58,19 +59,36 @@ class PreparedPhotos:
             known = self._hashes[id(photo.data)] = (photo.data, content_hash(photo.data))
         return known[1]
 
-    def pixels(self, photo: Photo) -> Tensor:
-        """(C, height, width) float32, on the CPU. Raises `DataError` for a photo that cannot be decoded."""
+    def tensors(self, photo: Photo) -> dict[str, Tensor]:
+        """The tower's inputs for one photo, on the CPU: those of several are concatenated along the first dimension.
+
+        Raises `DataError` for a photo that cannot be decoded.
+        """
         key = self.key(photo)
-        if key not in self._pixels:
+        if key not in self._prepared:
             image = decode_image(photo.data, photo.source)
-            values = self._processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
-            self._pixels[key] = values[0]
-        return self._pixels[key]
+            self._prepared[key] = dict(self._processor.image_processor(images=[image], return_tensors="pt"))
+        return self._prepared[key]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A text as the decoder takes it: ids with every image token in place, and the position of each token, an array of
+    (axes, length) with one axis, or three under M-RoPE."""
+
+    ids: list[int]
+    positions: np.ndarray
+
+    def with_ids(self, ids: list[int]) -> "Tokens":
+        """Another text with the same beginning, all of whose photos are in that beginning."""
+        shared = common_prefix(self.ids, ids)
+        after = self.positions[:, shared - 1 : shared] + np.arange(1, len(ids) - shared + 1)
+        return Tokens(ids, np.concatenate([self.positions[:, :shared], after], axis=1))
 
 
 class Embedder:
-    """Token ids and input embeddings for a family in `EMBEDDABLE`. Features are kept in host memory (4 GiB, the least
-    recently used go first), so an instance is valid only as long as the weights stay as they are."""
+    """Token ids, positions and input embeddings for a family in `EMBEDDABLE`. Features are kept in host memory (4 GiB,
+    the least recently used go first), so an instance is valid only as long as the weights stay as they are."""
 
     def __init__(self, model: nn.Module, processor: Any, batch_size: int, photos: PreparedPhotos | None = None) -> None:
         whole: Any = model
@@ -80,9 +98,10 @@ class Embedder:
         self.photos = photos if photos is not None else PreparedPhotos(processor)
         self.image_token_id: int = whole.config.image_token_id
         self.device: torch.device = whole.get_input_embeddings().weight.device
+        self.mrope = whole.config.model_type in _MROPE
         self._features: OrderedDict[str, Tensor] = OrderedDict()
         self._feature_bytes = 0
-        self._visual_tokens: int | None = None
+        self._visual_tokens: dict[str, int] = {}
 
     def features(self, photos: Iterable[Photo]) -> dict[str, Tensor]:
         """What enters the LLM for each photo, by `PreparedPhotos.key`: (visual tokens, H), on the CPU."""
@@ -91,12 +110,14 @@ class Embedder:
         missing = [(key, photo) for key, photo in wanted.items() if key not in found]
         for start in range(0, len(missing), self.batch_size):
             part = missing[start : start + self.batch_size]
-            pixels = torch.stack([self.photos.pixels(photo) for _, photo in part])
-            pixels = pixels.to(self.device, self.model.dtype)
-            features = self.model.get_image_features(pixel_values=pixels).pooler_output
+            tensors = [self.photos.tensors(photo) for _, photo in part]
+            batch = {name: torch.cat([one[name] for one in tensors]).to(self.device) for name in tensors[0]}
+            batch["pixel_values"] = batch["pixel_values"].to(self.model.dtype)
+            features = self.model.get_image_features(**batch).pooler_output
             for (key, _), feature in zip(part, features, strict=True):
-                # A clone, or one kept row would keep the memory of its whole batch.
+                # A copy, or one kept row would keep the memory of its whole batch.
                 found[key] = self._features[key] = feature.detach().to("cpu", copy=True)
+                self._visual_tokens[key] = feature.shape[0]
                 self._feature_bytes += feature.numel() * feature.element_size()
         for key in wanted:
             self._features.move_to_end(key)
@@ -105,25 +126,42 @@ class Embedder:
             self._feature_bytes -= old.numel() * old.element_size()
         return found
 
-    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, one per image placeholder (not yet expanded to the number of visual tokens)."""
-        return token_ids(self.processor, texts)
+    def encode(self, queries: Sequence[Query]) -> list[Tokens]:
+        """The prompts as the decoder takes them. Raises `ModelError` where placeholders and photos do not match."""
+        photos = [photo for query in queries for photo in query.photos]
+        self.features([photo for photo in photos if self.photos.key(photo) not in self._visual_tokens])
+        encoded = []
+        for ids, query in zip(token_ids(self.processor, [q.prompt for q in queries]), queries, strict=True):
+            expanded = self.expand(ids, query.photos)
+            encoded.append(Tokens(expanded, self._positions(expanded, query.photos)))
+        return encoded
 
     def expand(self, ids: list[int], photos: Sequence[Photo]) -> list[int]:
-        """Repeat each image placeholder once per visual token, as the processor does."""
+        """Repeat each image placeholder once per visual token, as the processor does; `encode` has seen the photos."""
         placeholders = ids.count(self.image_token_id)
         if placeholders != len(photos):
             raise ModelError(f"a prompt has {placeholders} image placeholders for {len(photos)} photos; write one each")
-        if not photos:
-            return ids
-        if self._visual_tokens is None:  # of whatever photo: these families make the same number of any
-            self._visual_tokens = next(iter(self.features(photos[:1]).values())).shape[0]
         expanded, start = [], 0
-        for _ in photos:
+        for photo in photos:
             place = ids.index(self.image_token_id, start)
-            expanded += ids[start:place] + [self.image_token_id] * self._visual_tokens
+            expanded += ids[start:place] + [self.image_token_id] * self._visual_tokens[self.photos.key(photo)]
             start = place + 1
         return expanded + ids[start:]
+
+    def _positions(self, ids: list[int], photos: Sequence[Photo]) -> np.ndarray:
+        if not self.mrope or not photos:
+            return np.arange(len(ids))[None].repeat(3 if self.mrope else 1, axis=0)
+        ids_1T = torch.tensor([ids])
+        grids = torch.cat([self.photos.tensors(photo)["image_grid_thw"] for photo in photos])
+        visual_1T = (ids_1T == self.image_token_id).int()
+        return self.model.model.get_rope_index(ids_1T, mm_token_type_ids=visual_1T, image_grid_thw=grids)[0][
+            :, 0
+        ].numpy()
+
+    def position_ids(self, positions: np.ndarray) -> Tensor:
+        """(axes, B, T) -> what the decoder takes: (B, T), or (3, B, T) under M-RoPE."""
+        tensor = torch.from_numpy(positions).to(self.device)
+        return tensor if self.mrope else tensor[0]
 
     def embeddings(self, ids_BT: Tensor, photos: Sequence[Sequence[Photo]]) -> Tensor:
         """(B, T, H) input embeddings: tokens, with the features of row b's photos at its image tokens, in order."""
@@ -142,13 +180,26 @@ class Embedder:
 
 
 def embeddable(model: nn.Module) -> bool:
-    """Whether the fast path is known to be right for this model."""
+    """Whether the fast path is known to be right for this model: family, tower, attention that takes any mask."""
     config: Any = model.config
     return (
         config.model_type in EMBEDDABLE
-        and config.vision_config.model_type in _FIXED_SIZE_TOWERS
+        and (config.model_type in _MROPE or config.vision_config.model_type in _FIXED_SIZE_TOWERS)
         and config.text_config._attn_implementation in _MASKED_ATTENTION
+        and getattr(config.text_config, "sliding_window", None) is None
     )
+
+
+def common_prefix(one: list[int], other: list[int]) -> int:
+    """Length of the common prefix, by bisection: comparing slices is what lists do fast."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def token_ids(processor: Any, texts: Sequence[str]) -> list[list[int]]:

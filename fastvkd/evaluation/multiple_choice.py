@@ -16,6 +16,8 @@ from fastvkd.data.records import Choice
 from fastvkd.evaluation.inputs import (
     Embedder,
     Query,
+    Tokens,
+    common_prefix,
     evaluating,
     processor_inputs,
     token_ids,
@@ -50,7 +52,7 @@ class OptionScores:
 
 @dataclass
 class _Pack:
-    """A tree of tokens laid out as one sequence: token n sees its ancestors only, and its depth is its position.
+    """A tree of tokens laid out as one sequence: token n sees its ancestors only, at the position of its own text.
 
     Questions about one photo share the photo's tokens, options share their question's. What a token sees is the very
     sequence it would have been given on its own, so the scores are the same and shared tokens are computed once.
@@ -58,7 +60,8 @@ class _Pack:
 
     photos: tuple[Any, ...]
     ids: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
+    # (axes, nodes of one branch), one array per branch.
+    positions: list[np.ndarray] = field(default_factory=list)
     # Each path added, as indices into `ids`, root first; only the last one is needed to branch off.
     path: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -68,11 +71,12 @@ class _Pack:
     targets: list[tuple[int, int, int, int]] = field(default_factory=list)
     first_prompt: int = 0
 
-    def add(self, tokens: list[int], answer_start: int, question: int, option: int) -> None:
-        shared = _common(self.tokens, tokens)
+    def add(self, text: Tokens, answer_start: int, question: int, option: int) -> None:
+        tokens = text.ids
+        shared = common_prefix(self.tokens, tokens)
         start = len(self.ids)
         self.ids.extend(tokens[shared:])
-        self.positions.extend(range(shared, len(tokens)))
+        self.positions.append(text.positions[:, shared:])
         self.branches.append((start, len(self.ids), self.path[:shared]))
         self.path = self.path[:shared] + list(range(start, len(self.ids)))
         self.tokens = tokens
@@ -129,19 +133,7 @@ def _answer_lengths(processor: Any, prompts: Sequence[str], answers: Sequence[st
     across the border; the answer then has the tokens that it changed.)"""
     alone = token_ids(processor, prompts)
     joint = token_ids(processor, [with_answer(p, a) for p, a in zip(prompts, answers, strict=True)])
-    return [len(full) - _common(prompt, full) for prompt, full in zip(alone, joint, strict=True)]
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """Length of the common prefix, by bisection: comparing slices is what lists do fast."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return [len(full) - common_prefix(prompt, full) for prompt, full in zip(alone, joint, strict=True)]
 
 
 def score_options_packed(
@@ -162,10 +154,11 @@ def score_options_packed(
 
 
 def _packs(embedder: Embedder, queries: Sequence[Query], options: Sequence[Sequence[str]]) -> Iterator[_Pack]:
-    prompts = embedder.token_ids([query.prompt for query in queries])
+    prompts = embedder.encode(queries)
     joint = iter(
-        embedder.token_ids(
-            [with_answer(q.prompt, text) for q, texts in zip(queries, options, strict=True) for text in texts]
+        token_ids(
+            embedder.processor,
+            [with_answer(q.prompt, text) for q, texts in zip(queries, options, strict=True) for text in texts],
         )
     )
     full = [[next(joint) for _ in texts] for texts in options]
@@ -174,7 +167,7 @@ def _packs(embedder: Embedder, queries: Sequence[Query], options: Sequence[Seque
     previous: tuple[str, ...] = ()
     for question in sorted(range(len(queries)), key=lambda index: (keys[index], index)):
         photos = queries[question].photos
-        prompt = embedder.expand(prompts[question], photos)
+        prompt = prompts[question]
         room = pack is not None and len(pack.ids) < pack.first_prompt + max(_PACK_TOKENS, pack.first_prompt)
         # Text questions share too little with each other to be worth a longer sequence.
         if pack is None or keys[question] != previous or not keys[question] or not room:
@@ -183,8 +176,8 @@ def _packs(embedder: Embedder, queries: Sequence[Query], options: Sequence[Seque
             pack = _Pack(photos)
         previous = keys[question]
         for option, ids in enumerate(full[question]):
-            tokens = embedder.expand(ids, photos)
-            pack.add(tokens, _common(prompt, tokens), question, option)
+            text = prompt.with_ids(embedder.expand(ids, photos))
+            pack.add(text, common_prefix(prompt.ids, text.ids), question, option)
     if pack is not None:
         yield pack
 
@@ -192,10 +185,10 @@ def _packs(embedder: Embedder, queries: Sequence[Query], options: Sequence[Seque
 def _score_packs(embedder: Embedder, packs: Sequence[_Pack]) -> Iterator[tuple[tuple[int, int], float]]:
     size = max(len(pack.ids) for pack in packs)
     ids = np.zeros((len(packs), size), dtype=np.int64)
-    positions = np.zeros((len(packs), size), dtype=np.int64)
+    positions = np.zeros((len(packs[0].positions[0]), len(packs), size), dtype=np.int64)
     for row, pack in enumerate(packs):
         ids[row, : len(pack.ids)] = pack.ids
-        positions[row, : len(pack.ids)] = pack.positions
+        positions[:, row, : len(pack.ids)] = np.concatenate(pack.positions, axis=1)
     device = embedder.device
     # Padding must not be taken for an image token, which id 0 may well be.
     padding_BT = torch.arange(size)[None, :] >= torch.tensor([len(pack.ids) for pack in packs])[:, None]
@@ -208,7 +201,7 @@ def _score_packs(embedder: Embedder, packs: Sequence[_Pack]) -> Iterator[tuple[t
     hidden_BTH = embedder.hidden(
         inputs_embeds=embeds_BTH,
         attention_mask=mask_B1TT,
-        position_ids=torch.from_numpy(positions).to(device),
+        position_ids=embedder.position_ids(positions),
         use_cache=False,
     ).last_hidden_state
     targets = [(row, *target) for row, pack in enumerate(packs) for target in pack.targets]

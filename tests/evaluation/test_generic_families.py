@@ -1,6 +1,7 @@
 """The processor path on a tiny model of every supported family: an option's score is what generation, forced to say
 that option one token at a time, gives it; and batches generate what single prompts do."""
 
+import io
 import sys
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from transformers import LogitsProcessor, LogitsProcessorList
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 import tiny
 
-from fastvkd.data.records import Choice, Profile, Questions
-from fastvkd.evaluation.generation import generate_with_processor
-from fastvkd.evaluation.inputs import Query, processor_inputs, token_ids, with_answer
-from fastvkd.evaluation.multiple_choice import score_options
+from fastvkd.data.images import decode_image
+from fastvkd.data.records import Choice, Photo, Profile, Questions
+from fastvkd.evaluation.generation import generate_embedded, generate_with_processor
+from fastvkd.evaluation.inputs import EMBEDDABLE, Embedder, Query, embeddable, processor_inputs, token_ids, with_answer
+from fastvkd.evaluation.multiple_choice import score_options, score_options_packed
 from fastvkd.evaluation.protocol import evaluate_cells
 from fastvkd.models.prompts import chat_prompt
 
@@ -79,6 +81,35 @@ def test_batches_generate_what_single_prompts_do(family):
     ] + [Query(chat_prompt(processor, text, image=False)) for text in texts[:2]]
     alone = [generate_with_processor(model, processor, [query], 1, 8)[0] for query in queries]
     assert generate_with_processor(model, processor, queries, 3, 8) == alone
+
+
+def wide(number):
+    """A photo of another shape: in Qwen's families the number of visual tokens follows it."""
+    image = decode_image(picture(number).data, "-").resize((16, 56))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return Photo(buffer.getvalue(), "wide")
+
+
+def test_the_embedding_path_equals_the_processor_path_where_it_is_used(family):
+    model, processor = family
+    assert embeddable(model) == (model.config.model_type in EMBEDDABLE)
+    if not embeddable(model):
+        return
+    photos = (picture(1), wide(2), picture(3))
+    queries = [
+        Query(chat_prompt(processor, text, image=True), (photo,))
+        for photo in photos
+        for text in ("who ?", "who is this person ?", "the photo : who is this person ?")
+    ] + [Query(chat_prompt(processor, "who is the person ?", image=False))]
+    embedder = Embedder(model, processor, 4)
+    packed = score_options_packed(embedder, queries, [OPTIONS] * len(queries))
+    plain = [score_options(model, processor, [query], [OPTIONS], batch_size=2)[0] for query in queries]
+    for one, other in zip(packed, plain, strict=True):
+        assert one.tokens == other.tokens
+        np.testing.assert_allclose(one.log_likelihood, other.log_likelihood, atol=1e-4, rtol=1e-4)
+    alone = [generate_with_processor(model, processor, [query], 1, 8)[0] for query in queries]
+    assert generate_embedded(embedder, queries, 8) == alone
 
 
 @pytest.mark.parametrize("mode", ["corrected", "paper"])

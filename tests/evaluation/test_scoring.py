@@ -13,7 +13,7 @@ from fastvkd.data.images import decode_image
 from fastvkd.data.records import Photo
 from fastvkd.errors import DataError, ModelError
 from fastvkd.evaluation.generation import generate_embedded, generate_with_processor
-from fastvkd.evaluation.inputs import Embedder, Query, embeddable, with_answer
+from fastvkd.evaluation.inputs import Embedder, Query, Tokens, embeddable, with_answer
 from fastvkd.evaluation.multiple_choice import OptionScores, _Pack, score_options, score_options_packed
 from fastvkd.models.prompts import chat_prompt
 
@@ -105,14 +105,15 @@ def test_eager_attention_gives_the_same_scores(tiny, people):
 def test_a_packed_token_sees_exactly_its_own_sequence(sequences):
     pack = _Pack(())
     for option, tokens in enumerate(sequences):
-        pack.add(tokens, 1, 0, option)
+        pack.add(Tokens(tokens, np.arange(len(tokens))[None]), 1, 0, option)
     visible = pack.visible(len(pack.ids) + 2)
+    positions = np.concatenate(pack.positions, axis=1)[0]
     scored = {}
     for _, option, parent, target in pack.targets:
         seen = np.flatnonzero(visible[parent])
-        in_order = seen[np.argsort([pack.positions[node] for node in seen])]
+        in_order = seen[np.argsort(positions[seen])]
         scored.setdefault(option, []).append(([pack.ids[node] for node in in_order], target))
-        assert sorted(pack.positions[node] for node in seen) == list(range(len(seen)))
+        assert sorted(positions[seen]) == list(range(len(seen)))
     for option, tokens in enumerate(sequences):
         assert scored[option] == [(tokens[:place], tokens[place]) for place in range(1, len(tokens))]
 
@@ -172,9 +173,9 @@ def test_the_tower_runs_once_per_distinct_photo(tiny, people, monkeypatch):
     seen = []
     inner = tiny.model.get_image_features
 
-    def counted(pixel_values, **keywords):
+    def counted(pixel_values):
         seen.append(len(pixel_values))
-        return inner(pixel_values=pixel_values, **keywords)
+        return inner(pixel_values=pixel_values)
 
     monkeypatch.setattr(tiny.model, "get_image_features", counted)
     embedder = Embedder(tiny.model, tiny.processor, 4)
@@ -184,10 +185,10 @@ def test_the_tower_runs_once_per_distinct_photo(tiny, people, monkeypatch):
     assert scores[-1] == pytest.approx(scores[0]) or np.allclose(scores[-1].normalised, scores[0].normalised, atol=1e-5)
 
 
-def test_a_bad_photo_and_a_missing_placeholder_are_named(tiny):
+def test_a_bad_photo_and_a_missing_placeholder_are_named(tiny, people):
     embedder = Embedder(tiny.model, tiny.processor, 4)
     bad = Query(chat_prompt(tiny.processor, "Who?", image=True), (Photo(b"", "forget.parquet:3"),))
     with pytest.raises(DataError, match=r"forget\.parquet:3"):
         score_options_packed(embedder, [bad], [["a", "b"]])
     with pytest.raises(ModelError, match="0 image placeholders for 1 photos"):
-        score_options_packed(embedder, [Query("USER: Who? ASSISTANT:", bad.photos)], [["a", "b"]])
+        score_options_packed(embedder, [Query("USER: Who? ASSISTANT:", people[0].photos)], [["a", "b"]])
