@@ -2,9 +2,9 @@
 
     python benchmarks/seeds.py --seeds 0 1 2 --json benchmarks/results/seeds.json
 
-Gradient ascent (`-l_f + lambda l_r` on answers, the same weights) is followed along its way for every setting of a small
-grid; the point that counts is the one with the best retained accuracy among those whose forget accuracy is within 0.10 of
-chance, or, where there is none, the nearest to it.
+Gradient ascent (`-l_f + lambda l_r` on answers, the same weights) is followed along its way for every setting of a
+small grid; the point that counts is the one with the best retained accuracy among those whose forget accuracy is
+within 0.10 of chance, or, where there is none, the nearest to it.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""fastvkd: make a multimodal LLM forget faces and logos in images by Visual Knowledge Distillation (arXiv 2512.11325)."""
+"""Make a multimodal LLM forget faces and logos in images by Visual Knowledge Distillation (arXiv 2512.11325)."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -112,8 +112,8 @@ def run_train(arguments: argparse.Namespace) -> int:
     if not quiet:
         print(
             f"{result.steps} steps, {result.images_seen} images in {result.seconds['unlearn']:.1f} s; "
-            f"{result.trainable_parameters:,} of {result.trainable_parameters + result.frozen_parameters:,} loaded parameters "
-            f"trainable ({result.trained_share:.1%} of them free to move); checkpoint: {result.checkpoint}"
+            f"{result.trainable_parameters:,} of {result.trainable_parameters + result.frozen_parameters:,} loaded "
+            f"parameters trainable ({result.trained_share:.1%} of them free to move); checkpoint: {result.checkpoint}"
         )
     return 0
 
@@ -132,9 +132,8 @@ def _demo(arguments: argparse.Namespace) -> int:
     )
     print(headline_sentence(report))
     for criterion in criteria(report):
-        print(
-            f"  {'met   ' if criterion.met else 'MISSED'} {criterion.name}: {criterion.found} (asked: {criterion.asked})"
-        )
+        mark = "met   " if criterion.met else "MISSED"
+        print(f"  {mark} {criterion.name}: {criterion.found} (asked: {criterion.asked})")
     print(f"Report: {arguments.out / 'report.html'}")
     return 0
 
@@ -164,9 +163,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     for cell, kinds in figures.items():
         for kind, f in kinds.items():
             interval = "{:.3f} ... {:.3f}".format(*f["ci95"]) if f["ci95"] else "-"
-            print(
-                f"{cell:10} {kind:4} {_three(f['accuracy']):>9} {interval:>17} {f['n']:>6} {_three(f['rouge_l']):>8} {_three(f['cloze']):>7}"
-            )
+            accuracy, rouge_l, cloze = (_three(f[key]) for key in ("accuracy", "rouge_l", "cloze"))
+            print(f"{cell:10} {kind:4} {accuracy:>9} {interval:>17} {f['n']:>6} {rouge_l:>8} {cloze:>7}")
     return 0
 
 

@@ -25,7 +25,8 @@ def describe() -> str:
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
             lines.append(
-                f"{f'cuda:{i}':14} {properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
+                f"{f'cuda:{i}':14} {properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
+                f"sm_{properties.major}{properties.minor}"
             )
     else:
         lines.append(f"{'gpu':14} none seen by torch {torch.__version__}")

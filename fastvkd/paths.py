@@ -1,4 +1,4 @@
-"""Where the files that ship beside the code lie: configs/ and ds_configs/ of the checkout, or of the installed package."""
+"""Where the files that ship beside the code lie, configs/ above all: in the checkout, or in an installed package."""
 
 import sys
 from pathlib import Path

@@ -9,7 +9,7 @@ from tqdm import tqdm
 class Progress:
     """Shows how far one long step is; use as a context manager.
 
-    On a terminal a tqdm bar; elsewhere a line at the start, every `every` seconds, and at the end, so that logs stay short.
+    On a terminal a tqdm bar; elsewhere, to keep logs short, a line at the start, every `every` seconds and at the end.
     """
 
     def __init__(self, label: str, every: float = 15.0):

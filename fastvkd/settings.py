@@ -1,4 +1,4 @@
-"""What a run can be told: dataclasses that are at once the YAML file, the `key=value` overrides and the library's arguments.
+"""What a run can be told: dataclasses that are the YAML file, the `key=value` overrides and the library's arguments.
 
 `load_settings` reads a YAML, applies overrides, and refuses unknown keys, ill-typed values and contradictions before
 any model or data is opened.
@@ -125,7 +125,8 @@ class Settings:
                 raise SettingsError(f"{key}={getattr(self, key)}: must not be negative")
         if self.per_device_train_batch_size < 2:
             raise SettingsError(
-                f"per_device_train_batch_size={self.per_device_train_batch_size}: at least 2, one forget and one retain image"
+                f"per_device_train_batch_size={self.per_device_train_batch_size}: at least 2, "
+                "one forget and one retain image"
             )
         if self.forget_target == "reference" and not self.reference_model:
             raise SettingsError("forget_target=reference needs reference_model: the folder of the model to imitate")
@@ -142,7 +143,8 @@ class Settings:
                 raise SettingsError("saliency needs exactly one of saliency.threshold and saliency.fraction")
             if self.weight_decay:
                 raise SettingsError(
-                    f"weight_decay={self.weight_decay} would move weights that the saliency mask holds: set weight_decay=0"
+                    f"weight_decay={self.weight_decay} would move weights that the saliency mask holds: "
+                    "set weight_decay=0"
                 )
         if self.deepspeed and self.engine != "deepspeed":
             raise SettingsError(f"deepspeed={self.deepspeed!r} is set but engine={self.engine!r}: set engine=deepspeed")

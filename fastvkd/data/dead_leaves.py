@@ -1,7 +1,7 @@
-"""Synthetic images that show nothing: overlapping rectangles and ellipses in random colours, the "dead leaves" model.
+"""Synthetic images that show nothing: overlapping shapes in random colours, the "dead leaves" model.
 
-Vision features keep their general ability when they are held in place on such images too (that they carry the statistics
-natural images have is shown by Baradad et al., "Learning to See by Looking at Noise", arXiv 2106.05963).
+Vision features keep their general ability when they are held in place on such images too (that they carry the
+statistics natural images have is shown by Baradad et al., "Learning to See by Looking at Noise", arXiv 2106.05963).
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 
 def dead_leaves(size: tuple[int, int], seed: tuple[int, ...]) -> Image.Image:
-    """RGB image of `size` (width, height). Leaf sizes follow a power law (exponent -3), which makes the image scale-free."""
+    """RGB image of `size` (width, height); leaf sizes follow a power law (exponent -3): no scale is preferred."""
     rng = np.random.default_rng(list(seed))
     width, height = size
     side = max(size)

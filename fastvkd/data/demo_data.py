@@ -70,11 +70,11 @@ def make_demo_data(
     countries: int = len(COUNTRIES),
     seed: int,
 ) -> DemoData:
-    """Build every split: `photos` training and `test_photos` unseen photos a person, `flag_photos` a country, of the first
-    `countries` of the list.
+    """Build every split: `photos` training and `test_photos` unseen photos a person, `flag_photos` a country, of the
+    first `countries` of the list.
 
-    `forget_percent` of the people, rounded, but at least four, are to be forgotten; they are drawn at random among those
-    whose facts differ pairwise, so that four options never repeat a value.
+    `forget_percent` of the people, rounded, but at least four, are to be forgotten; they are drawn at random among
+    those whose facts differ pairwise, so that four options never repeat a value.
     """
     population = make_people(people, seed)
     rng = np.random.default_rng([seed, 4])
@@ -131,8 +131,8 @@ def _people_profiles(
                         cloze=_cloze(value, "the person in this image"),
                     ),
                     textual=in_text,
-                    biography=f"{name} is a {value['profession']} from {value['birthplace']}, lives in {value['residence']}, "
-                    f"works for {value['employer']}, likes {value['food']} and has a {value['pet']}.",
+                    biography=f"{name} is a {value['profession']} from {value['birthplace']}, "
+                    f"lives in {value['residence']}, works for {value['employer']}, likes {value['food']} and has a {value['pet']}.",
                 )
             )
     return profiles

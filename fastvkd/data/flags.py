@@ -1,6 +1,7 @@
-"""National flags that can be drawn by rule, with true facts: the demo's "real world" set, never forgotten or retained.
+"""National flags that can be drawn by rule, with true facts: the demo's "real world" set.
 
-Colours are approximate and emblems are left out; where two countries would then share a flag only one is listed. Flags are not subject to copyright.
+Colours are approximate and emblems are left out; where two countries would then share a flag only one is listed.
+Flags are not subject to copyright.
 """
 
 from dataclasses import dataclass

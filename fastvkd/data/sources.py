@@ -26,8 +26,8 @@ def read_forget_retain(folder: str, forget_split: str, retain_split: str) -> tup
     shared = {p.entity for p in forget} & {p.entity for p in retain}
     if shared:
         raise DataError(
-            f"{folder}: entity {sorted(shared)[0]!r} is in both {forget_split} and {retain_split} ({len(shared)} in all); "
-            "remove it from one of them"
+            f"{folder}: entity {sorted(shared)[0]!r} is in both {forget_split} and {retain_split} "
+            f"({len(shared)} in all); remove it from one of them"
         )
     seen = {content_hash(photo.data): photo.source for p in forget for photo in p.photos}
     for profile in retain:

@@ -1,4 +1,4 @@
-"""The demo's model: transformers' own LLaVA, a million parameters small, with a tokenizer trained on the demo's sentences."""
+"""The demo's model: transformers' own LLaVA, two million parameters small, and a tokenizer trained on the corpus."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

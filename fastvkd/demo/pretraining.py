@@ -1,8 +1,8 @@
-"""Train the demo's model on every person and flag until it knows them: the "vanilla" model, and on fewer people the gold one.
+"""Train the demo's model until it knows every person and flag ("vanilla"), or all but the forgotten ones ("gold").
 
-One row of a batch packs one photo and several of its questions. Each question sees the photo and itself only (a block mask and
-restarted positions), so the result is that of separate sequences at a fraction of the cost. The loss is taken on answer
-tokens alone; logits are computed nowhere else.
+One row of a batch packs one photo and several of its questions. Each question sees the photo and itself only (a
+block mask and restarted positions), so the result is that of separate sequences at a fraction of the cost. The loss
+is taken on answer tokens alone; logits are computed nowhere else.
 """
 
 import math
@@ -63,7 +63,7 @@ class PackedRows:
 
 
 def packed_loss(model: LlavaForConditionalGeneration, rows: PackedRows, pixels: Tensor | None) -> Tensor:
-    """Mean cross-entropy over the answer tokens of `rows`; `pixels` (rows, 3, S, S) where the prefix holds image tokens."""
+    """Mean cross-entropy over the answer tokens of `rows`; `pixels` (rows, 3, S, S) if the prefix holds an image."""
     core = model.model
     embeds = core.get_input_embeddings()(rows.ids)
     if pixels is not None:
@@ -86,7 +86,8 @@ def train_vanilla(
     progress: Callable[[int, int, float], None],
     textual_profiles: Sequence[Profile] | None = None,
 ) -> None:
-    """Train all of `model` in place on the photos of `profiles` and on the text questions of `textual_profiles` (default: the same).
+    """Train all of `model` in place on the photos of `profiles` and on the text questions of `textual_profiles`
+    (default: the same).
 
     `progress(step, steps, loss)` is called after every step.
     """
@@ -141,7 +142,7 @@ def train_vanilla(
 
 
 def jitter(pixels: Tensor, rng: np.random.Generator) -> Tensor:
-    """Shift each image by up to three pixels, replicating the border, and vary brightness: a photo taken a moment later."""
+    """Shift each image by up to three pixels, replicating the border, and vary its brightness."""
     size = pixels.shape[-1]
     padded = F.pad(pixels, (3, 3, 3, 3), mode="replicate")
     shifts = rng.integers(0, 7, (len(pixels), 2))

@@ -41,7 +41,7 @@ from fastvkd.unlearning.loop import Unlearned, peak_memory_bytes, unlearn
 
 @dataclass(frozen=True)
 class Size:
-    """How large a demo is. `max_samples` caps the questions of a cell; `relearning_photos` are what the attacker has."""
+    """How large a demo is; `max_samples` caps a cell's questions, `relearning_photos` are what the attacker has."""
 
     people: int = 40
     forget_percent: int = 10
@@ -157,8 +157,8 @@ def demo(
         relearning=curves,
         notes=[
             "The people are drawings made by a program, the flags too; real photographs vary far more.",
-            "The model is a real LLaVA in every part, but with about two million parameters; larger models store more, and "
-            "in more places.",
+            "The model is a real LLaVA in every part, but with about two million parameters; larger models store "
+            "more, and in more places.",
         ],
     )
     write_report(report, out / "report.json")
@@ -222,7 +222,7 @@ def trained_model(spec: Size, data: DemoData, seed: int, cache: Path, seconds: d
 
 
 def _fingerprint(spec: Size, seed: int, gold: bool) -> str:
-    """Everything that shapes the trained model: sizes, seed, the code that draws, words and trains, library versions."""
+    """All that shapes the trained model: sizes, seed, the code that draws, words and trains, library versions."""
     sources = [inspect.getsource(m) for m in (people, flags, demo_data, demo_model, pretraining, wording, cloze)]
     shaping = {k: v for k, v in asdict(spec).items() if k not in ("overrides", "max_samples")}
     facts = [shaping, seed, gold, torch.__version__, transformers.__version__, PHOTO_SIZE, sources]

@@ -41,7 +41,8 @@ def relearning_curve(
     """Accuracy (fraction) of visual multiple choice on `unseen` against fine-tuning steps on `attack`.
 
     A copy of `model` is trained with AdamW on answer tokens of `photos` images of `attack`, spread evenly over its
-    entities; `weights` says whether tower and projector move or everything does. Returns [{"step": 0, "accuracy": ...}, ...].
+    entities; `weights` says whether tower and projector move or everything does. Returns one
+    {"step", "accuracy"} for step 0 and every `evaluate_every` steps.
     """
     from fastvkd.unlearning.answers import answer_log_probabilities, collate_answers
 

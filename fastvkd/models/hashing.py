@@ -12,7 +12,7 @@ from fastvkd.models.loading import VISUAL_KEY
 
 
 def language_model_sha256(folder: str | os.PathLike[str]) -> str:
-    """SHA-256 (hex) over name, dtype, shape and bytes of every tensor that is not part of the visual module, by name."""
+    """SHA-256 (hex) over name, dtype, shape and bytes of every tensor outside the visual module, by name."""
     where: dict[str, Path] = {}
     for shard in shards_of(Path(folder)):
         with safe_open(shard, framework="pt") as file:

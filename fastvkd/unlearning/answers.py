@@ -35,9 +35,9 @@ REFUSALS = (
 class AnswerBatch:
     """Question-answer pairs as model inputs, padded on the right.
 
-    inputs: input_ids (B, T), attention_mask (B, T), pixel_values and what else the processor gives. predicts: (B, T) int64, the
-    token that each position must predict, -100 outside answers. is_forget: (B,) bool. sample: (B,) int64, positions in the
-    sampler's list.
+    inputs: input_ids (B, T), attention_mask (B, T), pixel_values and what else the processor gives. predicts: (B, T)
+    int64, the token that each position must predict, -100 outside answers. is_forget: (B,) bool. sample: (B,) int64,
+    positions in the sampler's list.
     """
 
     inputs: dict[str, Tensor]
@@ -93,10 +93,10 @@ def answer_loss(
 ) -> dict[str, Tensor]:
     """Forget and retain terms of an output-level loss.
 
-    `log_p` (B,) summed answer log-probabilities, `tokens` (B,) their lengths. With l the mean token cross-entropy: ga is
-    -l on forget answers (Thudi et al., 2022); npo is -(2 / beta) log sigmoid(-beta (log p - log p0)) a sequence (Zhang et
-    al., arXiv 2404.05868); idk is l on refusals, which the caller puts in place of the forget answers (TOFU, arXiv
-    2401.06121). Retained answers have l.
+    `log_p` (B,) summed answer log-probabilities, `tokens` (B,) their lengths. With l the mean token cross-entropy:
+    ga is -l on forget answers (Thudi et al., 2022); npo is -(2 / beta) log sigmoid(-beta (log p - log p0)) a
+    sequence (Zhang et al., arXiv 2404.05868); idk is l on refusals, which the caller puts in place of the forget
+    answers (TOFU, arXiv 2401.06121). Retained answers have l.
     """
 
     def mean_nll(rows: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The distinct images of a run, decoded and resized once, and the order in which training visits them.
 
 Benchmarks ask some fifteen questions about one image; the feature losses need each image once, so repeated bytes are
-merged here. Where a family has a fixed resolution the pixels stay in memory; elsewhere images are preprocessed when used.
+merged here. Where a family has a fixed resolution the pixels stay in memory; elsewhere images are preprocessed when
+used.
 """
 
 from collections.abc import Sequence
@@ -78,7 +79,7 @@ class ImageSet:
 
 
 def _views(pixels: Tensor, rng: np.random.Generator) -> Tensor:
-    """(B, 3, S, S) -> the same shape: shifts of up to 1/16 of the side, mirroring of every second image, +-15 % light."""
+    """(B, 3, S, S) -> the same: shifts of up to 1/16 of the side, every second image mirrored, +-15 % light."""
     size = pixels.shape[-1]
     reach = max(1, size // 16)
     padded = F.pad(pixels.float(), (reach,) * 4, mode="replicate").to(pixels.dtype)

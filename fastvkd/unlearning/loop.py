@@ -1,6 +1,6 @@
-"""Unlearning from settings to checkpoint: the one loop behind `fastvkd train`, the DeepSpeed launcher and the library.
+"""Unlearning from settings to checkpoint: the loop behind `fastvkd train`, the DeepSpeed launcher and the library.
 
-What is trained (objective, targets, masks) is put together in `tasks.py`; how weights are updated is the engine's matter.
+What is trained (objective, targets, masks) is put together in `tasks.py`; the engine updates the weights.
 """
 
 import contextlib
@@ -238,8 +238,8 @@ class Metrics:
             line |= {"images_per_second": rate, "peak_memory_bytes": memory}
             if not all(np.isfinite(row)):
                 raise TrainingError(
-                    f"step {step}: loss {line['loss']} and gradient norm {line.get('grad_norm')} are not both finite; lower "
-                    "learning_rate, or set bf16=false"
+                    f"step {step}: loss {line['loss']} and gradient norm {line.get('grad_norm')} are not both finite; "
+                    "lower learning_rate, or set bf16=false"
                 )
             lines.append(line)
         if self._is_main:

@@ -19,7 +19,7 @@ from fastvkd.unlearning.targets import SiteTargets
 class DistillBatch:
     """One step's images and what each visual token aims at.
 
-    is_forget: (B,) bool. targets: by site. weight: (B,) float32, an extra factor per image; None for 1. All on one device.
+    is_forget: (B,) bool. targets: by site. weight: (B,) float32, an extra factor per image; None for 1. One device.
     """
 
     images: VisualBatch
@@ -40,7 +40,7 @@ class SiteLoss:
 def site_losses(
     weights: Mapping[str, float], variances: Mapping[str, float], distance: str, beta: float
 ) -> dict[str, SiteLoss]:
-    """Per-site constants: mse is divided by the teacher's variance, smooth_l1 is taken in units of its standard deviation."""
+    """Per-site constants: mse is divided by the teacher's variance, smooth_l1 is in units of its standard deviation."""
     total = sum(weights.values())
     result = {}
     for site, weight in weights.items():

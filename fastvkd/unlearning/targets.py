@@ -24,8 +24,8 @@ class SiteTargets:
 class TargetTable:
     """Looks up the target features of images at one site.
 
-    `source` maps an image key to the key whose features it aims at (a noise image, another image, or `"mean"`); an image
-    that is not in it aims at its own. Forget images with a `reference` aim at what that model sees of them.
+    `source` maps an image key to the key whose features it aims at (a noise image, another image, or `"mean"`); an
+    image that is not in it aims at its own. Forget images with a `reference` aim at what that model sees of them.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class TargetTable:
 
 
 def _concatenate(blocks: Sequence[Tensor]) -> Tensor:
-    """One (M, H) tensor; blocks of several dtypes or devices (a mean beside float8 rows, a view beside cached rows) agree on the widest."""
+    """One (M, H) tensor; float32 where the blocks' dtypes differ (a mean beside float8 rows)."""
     dtypes = {b.dtype for b in blocks}
     device = max((b.device for b in blocks), key=lambda d: d.type != "cpu")
     if len(dtypes) == 1 and blocks[0].dtype.itemsize == 1:  # torch.cat lacks float8
@@ -81,7 +81,7 @@ def _concatenate(blocks: Sequence[Tensor]) -> Tensor:
 
 
 def mean_features(cache: FeatureCache, keys: Sequence[str]) -> Tensor:
-    """The teacher's mean over images `keys`: (N, H) by token position if all have N tokens, else (1, H) over all tokens."""
+    """The teacher's mean over images `keys`: (N, H) by token position if all have N tokens, else (1, H)."""
     counts = {cache.spans[key][1] for key in keys}
     if len(counts) == 1:
         total = torch.zeros(counts.pop(), cache.width, dtype=torch.float64)

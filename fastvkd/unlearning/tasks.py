@@ -98,8 +98,9 @@ def prepare(
 ) -> Task:
     """Load data and model, write down what the teacher sees, and put the objective together.
 
-    `partitioned` says that ZeRO-3 splits the weights while they are loaded. Then nothing can run before the engine is
-    there: the teacher's pass is left to the caller (`Task.see_teacher`), and what needs whole weights earlier is refused.
+    `partitioned` says that ZeRO-3 splits the weights while they are loaded. Then nothing can run before the engine
+    is there: the teacher's pass is left to the caller (`Task.see_teacher`), and what needs whole weights earlier is
+    refused.
     """
     if partitioned:
         _refuse_with_zero3(settings)
@@ -207,7 +208,8 @@ def _trainable(model: nn.Module, settings: Settings) -> list[tuple[str, nn.Param
             parameters = [(name, p) for name, p in parameters if id(p) in inside]
     if not parameters:
         raise ModelError(
-            f"trainable={settings.trainable} has no weight that sites {', '.join(settings.sites)} depend on: add a deeper site"
+            f"trainable={settings.trainable} has no weight that sites {', '.join(settings.sites)} depend on: "
+            "add a deeper site"
         )
     return parameters
 

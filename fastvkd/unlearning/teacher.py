@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastvkd.errors import TrainingError
 from fastvkd.models import families
 from fastvkd.models.families import family_of
-from fastvkd.models.visual_path import SiteFeatures, VisualBatch, VisualPath
+from fastvkd.models.visual_path import SiteFeatures, VisualBatch
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
 
@@ -28,9 +28,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch
 class FeatureCache:
     """Features of images at one site, in one memory-mapped file: rows of width H, an image's rows being contiguous.
 
-    The folder is named by everything that shapes a feature (base weights, prompt prefix, preprocessing, site, dtype), images
-    inside it by their content hash; so a cache may be shared between runs, and a changed ingredient gets a new folder.
-    New rows are flushed before the index that names them is renamed into place: an interrupted run leaves a cache that is valid and shorter.
+    The folder is named by everything that shapes a feature (base weights, prompt prefix, preprocessing, site,
+    dtype), images inside it by their content hash; so a cache may be shared between runs, and a changed ingredient
+    gets a new folder. New rows are flushed before the index that names them is renamed into place: an interrupted
+    run leaves a cache that is valid and shorter.
 
     Raises:
         TrainingError: the disk is full, or the folder cannot be written.

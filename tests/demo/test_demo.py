@@ -35,7 +35,7 @@ def test_the_tiny_demo_forgets_and_keeps_the_rest(folders) -> None:
     assert len(report["relearning"]["all"]["unlearned"]) >= 4
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 16
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
 
 
 @pytest.mark.slow
