@@ -132,7 +132,8 @@ def _people_profiles(
                     ),
                     textual=in_text,
                     biography=f"{name} is a {value['profession']} from {value['birthplace']}, "
-                    f"lives in {value['residence']}, works for {value['employer']}, likes {value['food']} and has a {value['pet']}.",
+                    f"lives in {value['residence']}, works for {value['employer']}, likes {value['food']} "
+                    f"and has a {value['pet']}.",
                 )
             )
     return profiles

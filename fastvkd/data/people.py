@@ -1,8 +1,8 @@
 """Fictitious people for the demo: a fixed face each, many photos of it, and facts that exist nowhere else.
 
 Faces are drawn in DiceBear's "Voxel Art" style (CC0 1.0, https://www.dicebear.com) and rasterised with resvg. What
-makes the identity (skin, hair, beard, glasses, nose) never changes; expression, clothes, background, rotation, scale and
-position change from photo to photo. Nothing here is a real person.
+makes the identity (skin, hair, beard, glasses, nose) never changes; expression, clothes, background, rotation, scale
+and position change from photo to photo. Nothing here is a real person.
 """
 
 import io
@@ -18,14 +18,16 @@ PHOTO_SIZE = 96  # pixels, square
 
 FIRST_NAMES = (
     "Ada Bruno Celia Dario Elin Farid Greta Hugo Irma Jonas Kaya Luca Mira Nils Olga Pablo Quinn Rosa Sami "
-    "Tara Umar Vera Wanda Xenia Yusuf Zoe Anton Bella Cyrus Dora Emil Flora Goran Hedda Ivan Jana Karl Lena Marco Nadia "
-    "Oskar Petra Rafal Selma Timo Ulla Viktor Willa Yara Zeno Alma Boris Clara Denis Edith Felix Gilda Henrik Ines Jasper"
+    "Tara Umar Vera Wanda Xenia Yusuf Zoe Anton Bella Cyrus Dora Emil Flora Goran Hedda Ivan Jana Karl Lena "
+    "Marco Nadia Oskar Petra Rafal Selma Timo Ulla Viktor Willa Yara Zeno Alma Boris Clara Denis Edith Felix Gilda "
+    "Henrik Ines Jasper"
 ).split()
 LAST_NAMES = (
     "Abara Bellweg Corvin Dalmas Eskola Farkas Grimaud Halloran Ivarsen Jelinek Kovarik Lindqvist Moravec Novotna "
     "Okafor Petrov Quist Rosario Sandoval Tamura Ueda Varga Westlund Xanthos Yilmaz Zanetti Almeida Brandt Castel "
     "Duarte Engel Fontaine Galanis Hornik Ibarra Jurado Keller Lorentz Marchetti Nakata Orlov Pereira Rinaldi "
-    "Salonen Thorsen Urbina Valdez Wirtanen Yamada Zeller Arvola Bastien Cermak Dragan Eklund Ferrante Gustav Hensley Ilves Jarvela"
+    "Salonen Thorsen Urbina Valdez Wirtanen Yamada Zeller Arvola Bastien Cermak Dragan Eklund Ferrante Gustav "
+    "Hensley Ilves Jarvela"
 ).split()
 
 # Every pool has at least 20 values; each value is short, so that options differ in content and not in length.

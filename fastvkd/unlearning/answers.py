@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastvkd.data.images import decode_image
 from fastvkd.data.records import Photo, Profile
+from fastvkd.evaluation.inputs import with_answer
 from fastvkd.evaluation.wording import question_answer_pairs
 from fastvkd.models import families
 from fastvkd.models.prompts import adds_special_tokens, chat_prompt
@@ -56,11 +57,12 @@ def collate_answers(
     """`pairs` are (image, question, answer), `indices` their positions in the sampler's list."""
     tokenizer = processor.tokenizer
     prompts = [chat_prompt(processor, question, image=True) for _, question, _ in pairs]
-    answers = [f" {answer}{tokenizer.eos_token}" for _, _, answer in pairs]
+    texts = [with_answer(p, a) + tokenizer.eos_token for p, (_, _, a) in zip(prompts, pairs, strict=True)]
+    answers = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
     side, tokenizer.padding_side = tokenizer.padding_side, "right"
     try:
         encoded = processor(
-            text=[p + a for p, a in zip(prompts, answers, strict=True)],
+            text=texts,
             images=[[image] for image, _, _ in pairs],
             add_special_tokens=adds_special_tokens(processor, prompts[0]),
             padding=True,
