@@ -1,4 +1,5 @@
-"""The command line: `fastvkd demo|train|eval|data|env`. Errors a user can mend are one line and exit code 2."""
+"""The command line: `fastvkd demo|train|eval|plan|export|data|env`. What a user can mend is one line
+and exit code 2."""
 
 import argparse
 import dataclasses
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "eval", help="measure what a model knows of the forget, test, retain and real-world sets"
     )
-    evaluate.add_argument("--model", required=True, metavar="FOLDER", help="model folder, or the output_dir of a run")
+    evaluate.add_argument("--model", required=True, metavar="FOLDER")
     evaluate.add_argument("--data", required=True, metavar="FOLDER")
     evaluate.add_argument("--forget-split", default="forget_5")
     evaluate.add_argument("--retain-split", default="retain_95")
@@ -68,6 +69,23 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--bf16", action="store_true")
     evaluate.add_argument("--out", type=Path, default=Path("out/eval"), help="folder of results.json and samples.jsonl")
     evaluate.set_defaults(run=_eval)
+
+    plan = commands.add_parser("plan", help="FLOPs and memory of a run before anything is loaded")
+    plan.add_argument("--config", type=Path, metavar="YAML")
+    plan.add_argument("--gpu", help='a card, for example "RTX 4090"')
+    plan.add_argument("--memory", help="or its memory, for example 24GiB")
+    plan.add_argument("--world-size", type=int, default=1, metavar="N", help="number of GPUs")
+    plan.add_argument("--json", action="store_true")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.set_defaults(run=_plan)
+
+    export = commands.add_parser("export", help="write the trained model as an ordinary model folder")
+    export.add_argument(
+        "--run", dest="run_folder", type=Path, required=True, metavar="FOLDER", help="a run's output_dir"
+    )
+    export.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="new folder")
+    export.add_argument("--base", type=Path, help="the base model's folder, if it moved since")
+    export.set_defaults(run=_export)
 
     data = commands.add_parser("data", help="look at data before training on it")
     data_commands = data.add_subparsers(required=True, metavar="COMMAND")
@@ -170,6 +188,28 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _three(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from fastvkd.planning import plan
+    from fastvkd.settings import load_settings
+
+    settings = load_settings(arguments.config, arguments.overrides)
+    result = plan(settings, gpu=arguments.gpu, memory=arguments.memory, world_size=arguments.world_size)
+    print(json.dumps(result.to_dict(), indent=1) if arguments.json else result.table())
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from fastvkd.exporting import export
+    from fastvkd.reporting.model_card import run_card
+
+    done = export(arguments.run_folder, arguments.to, model_card=run_card(arguments.run_folder), base=arguments.base)
+    print(
+        f"{done.folder}: {done.tensors} tensors replaced in {len(done.rewritten_shards)} shard(s), "
+        f"{len(done.copied_shards)} shard(s) copied untouched" + (" (blocks shared)" if done.reflinked else "")
+    )
+    return 0
 
 
 def _data_check(arguments: argparse.Namespace) -> int:

@@ -3,10 +3,13 @@
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from fastvkd.engines.checkpoints import find_latest, read_manifest
+from fastvkd.errors import TrainingError
 from fastvkd.reporting.html import SET_NAMES, TEXT_SET_NAMES, duration, flatten, limits, relearning_sentence
-from fastvkd.reporting.report import criteria, headline_sentence, measured_cells, percent
+from fastvkd.reporting.report import criteria, headline_sentence, measured_cells, percent, read_report
 
 
 def _markdown(text: Any) -> str:
@@ -19,6 +22,45 @@ def _markdown(text: Any) -> str:
 def _code(text: Any) -> str:
     """Inline code; a backtick inside would end it."""
     return "`" + " ".join(str(text).split()).replace("`", "'").replace("|", "\\|") + "`"
+
+
+def run_card(run: Path) -> str:
+    """A model card for a training run that no evaluation has judged: its settings and last figures.
+
+    Args:
+        run: the run's output folder, or one checkpoint in it. Where a report.json lies beside, `model_card` of that.
+
+    Raises:
+        TrainingError: no checkpoint there. DataError: a report.json that cannot be used.
+    """
+    checkpoint = run if run.name.startswith("checkpoint-") else find_latest(run)
+    if checkpoint is None:
+        raise TrainingError(f"{run}: no checkpoint-<step> folder in it; give the output_dir of a training run")
+    for report in (checkpoint.parent / "report.json", checkpoint.parent.parent / "report.json"):
+        if report.is_file():
+            return model_card(read_report(report))
+    manifest = read_manifest(checkpoint)
+    settings = manifest["settings"]
+    lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]
+    lines += ["tags:", "- machine-unlearning", "- visual-knowledge-distillation", "- fastvkd", "---", ""]
+    lines += [
+        f"# {_markdown(str(settings['model_name_or_path']).rstrip('/').rsplit('/', 1)[-1])}, unlearned",
+        "",
+        f"Trained for {manifest['updates']} steps to stop recognising the images of `{settings['forget_split']}` by "
+        "Visual Knowledge Distillation; only the visual part was changed. **Nobody has evaluated this model yet**: run",
+        "`fastvkd eval` on it before you rely on it.",
+        "",
+    ]
+    metrics = checkpoint.parent / "metrics.jsonl"
+    written = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    last = next((line for line in reversed(written) if line["step"] <= manifest["updates"]), None)
+    if last is not None:
+        lines += ["## Last training step", "", "| figure | value |", "|---|---:|"]
+        lines += [f"| {_markdown(key)} | {value:.6g} |" for key, value in last.items()]
+        lines.append("")
+    lines += ["## Settings", "", "| setting | value |", "|---|---|"]
+    lines += [f"| {_code(key)} | {_code(value)} |" for key, value in flatten(settings).items()]
+    return "\n".join(lines) + "\n"
 
 
 def model_card(report: Mapping[str, Any]) -> str:

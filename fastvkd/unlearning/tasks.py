@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastvkd.data.dead_leaves import dead_leaves
 from fastvkd.data.images import decode_image
@@ -134,6 +135,9 @@ def prepare(
     parameters = _trainable(model, settings)
     families.train_only(model, [p for _, p in parameters])
 
+    if settings.gradient_checkpointing:
+        _checkpoint_layers(model)
+
     distill: VisualDistillation | None = None
     if distill_data is not None:
         path = VisualPath(model, list(settings.sites))
@@ -179,6 +183,18 @@ def prepare(
     if settings.saliency.granularity != "none":
         task.trained_share = _apply_saliency(settings, task)
     return task
+
+
+def _checkpoint_layers(model: Any) -> None:
+    """Recompute tower blocks and decoder layers in the backward pass instead of keeping what is inside them.
+
+    transformers checkpoints a layer only where its `training` flag is set; the flag of the layer alone is, not of what
+    is in it, so dropout stays off.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 def _refuse_with_zero3(settings: Settings) -> None:

@@ -169,6 +169,15 @@ def test_accumulated_micro_batches_equal_one_batch(world, tmp_path: Path) -> Non
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("site", ["projector", "llm:2", "vision:1"])
+def test_gradient_checkpointing_changes_nothing_but_memory(world, tmp_path: Path, site: str) -> None:
+    plain = unlearn(world.settings(tmp_path / "plain", sites=site))
+    saved = unlearn(world.settings(tmp_path / "saved", sites=site, gradient_checkpointing=True))
+    expected, found = load_weights(plain.checkpoint), load_weights(saved.checkpoint)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
+
+
 def test_auxiliary_images_are_retained(world, tmp_path: Path) -> None:
     result = unlearn(world.settings(tmp_path, auxiliary_images=5, auxiliary_share=0.5))
     assert figures(result.metrics)[0]["loss_retain"] == pytest.approx(0, abs=1e-6)
