@@ -139,22 +139,22 @@ class VisualPath(nn.Module):
 
     def _hook(self, kind: str, k: int, capture: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
         """Hands the hidden state of a site to `capture` during the forward pass."""
+        if kind == "vision" and k > 0:
+            block = families.tower_blocks(self.model, self.family)[k - 1]
+            return block.register_forward_hook(
+                lambda module, args, output: capture(output[0] if isinstance(output, tuple) else output)
+            )
         if kind == "embeddings":
-            return families.language_model(self.model, self.family).register_forward_pre_hook(
-                lambda module, args, kwargs: capture(kwargs["inputs_embeds"]), with_kwargs=True
-            )
-        if kind == "llm":
+            entered = families.language_model(self.model, self.family)
+        elif kind == "llm":
             # the *input* of layer k, not the output of layer k - 1: Qwen3-VL adds deepstack features in between
-            return self._llm_entry(k).register_forward_pre_hook(
-                lambda module, args, kwargs: capture(_first(args, kwargs)), with_kwargs=True
-            )
-        blocks = families.tower_blocks(self.model, self.family)
-        if k == 0:
-            return blocks[0].register_forward_pre_hook(
-                lambda module, args, kwargs: capture(_first(args, kwargs)), with_kwargs=True
-            )
-        return blocks[k - 1].register_forward_hook(
-            lambda module, args, output: capture(output[0] if isinstance(output, tuple) else output)
+            entered = self._llm_entry(k)
+        else:
+            entered = families.tower_blocks(self.model, self.family)[0]
+        # first of the hooks: ZeRO-3's own would hand on a copy that belongs to the backward pass of a module whose
+        # output the loss never sees
+        return entered.register_forward_pre_hook(
+            lambda module, args, kwargs: capture(_first(args, kwargs)), with_kwargs=True, prepend=True
         )
 
     def _llm_entry(self, k: int) -> nn.Module:
@@ -302,4 +302,6 @@ def _tower_entries(inputs: dict[str, Tensor], tokens: Tensor, config: Any) -> Te
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
+    if args:
+        return args[0]
+    return kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else kwargs["hidden_states"]
