@@ -17,7 +17,7 @@ from fastvkd.data.images import decode_image
 from fastvkd.data.records import Photo, Profile
 from fastvkd.data.sources import read_forget_retain
 from fastvkd.engines.checkpoints import BaseModel, identify_base
-from fastvkd.errors import ModelError, SettingsError
+from fastvkd.errors import SettingsError
 from fastvkd.models import families
 from fastvkd.models.families import family_of
 from fastvkd.models.loading import llm_layers_needed, load_config, load_model, load_processor
@@ -212,22 +212,9 @@ def _refuse_with_zero3(settings: Settings) -> None:
 
 
 def _trainable(model: nn.Module, settings: Settings) -> list[tuple[str, nn.Parameter]]:
-    """Visual parameters that the deepest site reaches: those behind it would never get a gradient."""
-    family = family_of(model)
-    parameters = families.visual_parameters(model, family, settings.trainable)
-    if settings.method == "vkd" and settings.answer_loss == "none":
-        kinds = {site.partition(":")[0] for site in settings.sites}
-        if kinds == {"vision"}:
-            deepest = max(int(site.partition(":")[2]) for site in settings.sites)
-            unreached = {id(p) for block in families.tower_blocks(model, family)[deepest:] for p in block.parameters()}
-            inside = {id(p) for p in families.tower(model, family).parameters()} - unreached
-            parameters = [(name, p) for name, p in parameters if id(p) in inside]
-    if not parameters:
-        raise ModelError(
-            f"trainable={settings.trainable} has no weight that sites {', '.join(settings.sites)} depend on: "
-            "add a deeper site"
-        )
-    return parameters
+    """Visual parameters that the sites reach; an answer, at the end of the model, reaches all."""
+    reached = list(settings.sites) if settings.method == "vkd" and settings.answer_loss == "none" else None
+    return families.visual_parameters(model, family_of(model), settings.trainable, reached)
 
 
 @torch.no_grad()
