@@ -165,7 +165,7 @@ def copy_ceiling(device: str, seconds: float) -> float:
 
 
 def extra_memory(function: Callable[[], Any], device: str) -> int | None:
-    """Peak bytes allocated above what was there before, gradients included; None on a CPU: nothing counts them there."""
+    """Peak bytes allocated above what was there before, gradients included; None on a CPU, which counts none."""
     if device != "cuda":
         return None
     torch.cuda.synchronize()
