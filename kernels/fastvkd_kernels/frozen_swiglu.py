@@ -102,8 +102,8 @@ def swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu_backward_torch(gate: Tensor, up: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:
     g, u, dy = _widened(gate, up, grad_y)
-    s = torch.sigmoid(g)
-    grad_gate, grad_up = dy * u * s * (1 + g * (1 - s)), dy * g * s
+    grad_gate = torch.ops.aten.silu_backward(dy * u, g)
+    grad_up = torch.nn.functional.silu(g).mul_(dy)
     return grad_gate.to(gate.dtype).contiguous(), grad_up.to(up.dtype).contiguous()
 
 

@@ -391,7 +391,8 @@ def reduce_loss_kernel(distances, weight, repel, loss, n_tokens, uniform_weight,
     """The weighted sum of all distances by one program, in a fixed order."""
     o_n = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, n_tokens, BLOCK):
+    start = 0
+    while start < n_tokens:  # not range: Triton 3.6's interpreter cannot take a bound from an argument
         m_n = start + o_n < n_tokens
         d = tl.load(distances + start + o_n, mask=m_n, other=0)
         if repel is not None:
@@ -401,6 +402,7 @@ def reduce_loss_kernel(distances, weight, repel, loss, n_tokens, uniform_weight,
             total += tl.load(weight + start + o_n, mask=m_n, other=0).to(tl.float32) * d
         else:
             total += tl.where(m_n, uniform_weight * d, 0.0)
+        start += BLOCK
     tl.store(loss, tl.sum(total, 0))
 
 

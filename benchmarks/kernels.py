@@ -1,0 +1,274 @@
+"""Speed of the kernels, forward + backward: milliseconds, GB/s beside a copy ceiling of the same run, and extra memory.
+
+An implementation's row appears only where the correctness gate of the same run, device, dtype and width is green. On a
+CPU what runs is the plain-torch twin, and the rows say so; such figures tell nothing about a GPU.
+
+    python benchmarks/kernels.py --device cuda --json benchmarks/results/kernels-<device>.json
+"""
+
+# ruff: noqa: E402
+import os
+import sys
+
+# A script's folder comes first in the import path, where this file would answer to `import kernels`: transformers and
+# bitsandbytes (which Liger imports) look for a public package of that name.
+sys.path[:] = [
+    entry for entry in sys.path if os.path.realpath(entry or ".") != os.path.dirname(os.path.realpath(__file__))
+]
+
+import argparse
+import datetime
+import importlib.util
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from fastvkd_kernels import frozen_rms_norm, frozen_swiglu, visual_distill_loss
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows of the sequence and visual tokens among them for one image; hidden and MLP size."""
+
+    rows: int
+    visual_tokens: int
+    hidden: int
+    mlp: int
+
+
+SHAPES = {
+    "CLIP-L/14-336": Shape(577, 576, 1024, 4096),
+    "LLaVA-7B": Shape(611, 576, 4096, 11008),
+    "LLaVA-13B": Shape(611, 576, 5120, 13824),
+    "LLaVA-34B": Shape(611, 576, 7168, 20480),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LOSSES = ("mse", "cosine", "smooth_l1")
+OPERATIONS = (*LOSSES, "rms_norm", "swiglu")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One operation at one shape: tensors to differentiate, implementations, and the bytes that have to move."""
+
+    leaves: list[Tensor]
+    implementations: dict[str, Any]
+    upstream: Tensor | None  # gradient of the output; None for a scalar loss
+    bytes_moved: int
+    gate: Callable[[], None]
+
+
+def load_gate() -> ModuleType:
+    path = Path(__file__).resolve().parents[1] / "tests" / "kernels" / "kernel_gate.py"
+    spec = importlib.util.spec_from_file_location("kernel_gate", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def loss_work(gate: ModuleType, distance: str, shape: Shape, batch: int, dtype: torch.dtype, device: str) -> Work:
+    T, N, H = batch * shape.rows, batch * shape.visual_tokens, shape.hidden
+    hidden = torch.randn(batch, shape.rows, H, device=device, dtype=dtype, requires_grad=True)
+    target = torch.randn(N, H, device=device, dtype=dtype)
+    first = shape.rows - shape.visual_tokens  # the prefix comes before the image
+    rows = torch.cat([torch.arange(first, shape.rows, device=device) + b * shape.rows for b in range(batch)])
+    ours = partial(visual_distill_loss, rows=rows, target=target, distance=distance)
+
+    def eager(hidden: Tensor) -> Tensor:
+        return gate.eager_loss(hidden, rows, target, distance=distance)[0]
+
+    def check() -> None:
+        for options in (False, True):
+            case = gate.make_case(H, dtype, distance, options=options)
+            case = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in case.items()}
+            gate.check_distill_loss(visual_distill_loss, case)
+
+    size = hidden.element_size()
+    # read every visual token and its target, write the gradient of every row
+    return Work([hidden], {"eager": eager, "ours": ours}, None, (2 * N + T) * H * size, check)
+
+
+def frozen_work(gate: ModuleType, operation: str, shape: Shape, batch: int, dtype: torch.dtype, device: str) -> Work:
+    norm = operation == "rms_norm"
+    H = shape.hidden if norm else shape.mlp
+    new = partial(torch.randn, batch, shape.rows, H, device=device, dtype=dtype)
+    weight = torch.randn(H, device=device, dtype=dtype)
+    implementations: dict[str, Any]
+    if norm:
+        implementations = {
+            "eager": partial(gate.eager_rms_norm, weight=weight, eps=1e-6),
+            "ours": partial(frozen_rms_norm, weight=weight, eps=1e-6),
+        }
+        truth: Callable[..., Tensor] = partial(gate.eager_rms_norm, weight=weight.double(), eps=1e-6)
+    else:
+        implementations, truth = {"eager": gate.eager_swiglu, "ours": frozen_swiglu}, gate.eager_swiglu
+    if device == "cuda" and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+        if norm:
+            implementations["Liger"] = lambda x: LigerRMSNormFunction.apply(x, weight, 1e-6)
+        else:
+            implementations["Liger"] = LigerSiLUMulFunction.apply
+    leaves = [new(requires_grad=True) for _ in range(1 if norm else 2)]
+
+    def check() -> None:
+        few = [leaf.detach()[:1, :32] for leaf in leaves]
+        grad_y = torch.randn_like(few[0])
+        ours, eager = (gate.worst_error(implementations[name], truth, few, grad_y) for name in ("ours", "eager"))
+        for value, allowed in zip(ours, eager, strict=True):
+            assert value <= allowed + gate.SLACK, f"{operation}: error {value:.2e}, eager {allowed:.2e}"
+
+    # forward reads the inputs and writes y; backward reads inputs and dy and writes the inputs' gradients
+    n_tensors = len(leaves) + 1 + len(leaves) + 1 + len(leaves)
+    bytes_moved = n_tensors * leaves[0].numel() * leaves[0].element_size()
+    return Work(leaves, implementations, torch.randn_like(leaves[0]), bytes_moved, check)
+
+
+def milliseconds(function: Callable[[], Any], device: str, seconds: float) -> float:
+    """Median time of a call; on a GPU by events, with the cache overwritten before each call."""
+    function()
+    times: list[float] = []
+    flush = torch.empty(2**28, dtype=torch.int8, device=device) if device == "cuda" else None
+    end = time.perf_counter() + seconds
+    while len(times) < 5 or (time.perf_counter() < end and len(times) < 200):
+        if flush is not None:
+            flush.zero_()
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            stop.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(stop))
+        else:
+            begin = time.perf_counter()
+            function()
+            times.append((time.perf_counter() - begin) * 1e3)
+    return statistics.median(times)
+
+
+def copy_ceiling(device: str, seconds: float) -> float:
+    """GB/s of a plain copy: bytes read and written over time."""
+    source = torch.empty(2**30 if device == "cuda" else 2**28, dtype=torch.uint8, device=device).fill_(1)
+    destination = torch.empty_like(source)
+    return 2 * source.numel() / milliseconds(lambda: destination.copy_(source), device, seconds) / 1e6
+
+
+def extra_memory(function: Callable[[], Any], device: str) -> int | None:
+    """Peak bytes allocated above what was there before, gradients included; None on a CPU, which counts none."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    kept = function()
+    torch.cuda.synchronize()
+    del kept
+    return torch.cuda.max_memory_allocated() - before
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {torch.get_num_threads()} thread(s)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="write all rows here")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time budget of one measurement")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU is visible to torch; use --device cpu, which measures the torch twin")
+
+    torch.manual_seed(0)
+    gate = load_gate()
+    ceiling = copy_ceiling(args.device, args.seconds)
+    ours_label = "ours" if args.device == "cuda" else "ours (torch twin)"
+    report: dict[str, Any] = {
+        "device": device_name(args.device),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+        "copy_gb_per_s": round(ceiling, 2),
+        "gate": "passed for every row listed: error against float64 <= eager's + 1e-5",
+        "rows": [],
+        "gate_failed": [],
+    }
+    if args.device == "cuda":
+        import triton
+
+        report["triton"] = triton.__version__
+    else:
+        print("CPU: 'ours' is the plain-torch twin; nothing here tells how fast the Triton kernels are on a GPU.")
+    print(f"{report['device']}, torch {torch.__version__}; copy ceiling {ceiling:.1f} GB/s")
+    print(
+        f"{'operation':<10} {'shape':<14} {'batch':>5} {'dtype':<5} {'implementation':<18} {'ms':>9} {'GB/s':>8}",
+        end="",
+    )
+    print(f" {'of copy':>8} {'extra MB':>9}")
+    for operation in args.operations:
+        for shape_name in args.shapes:
+            for dtype_name in args.dtypes:
+                gate_is_green: bool | None = None
+                for batch in args.batches:
+                    make = loss_work if operation in LOSSES else frozen_work
+                    work = make(gate, operation, SHAPES[shape_name], batch, DTYPES[dtype_name], args.device)
+                    if gate_is_green is None:
+                        try:
+                            work.gate()
+                            gate_is_green = True
+                        except AssertionError as error:
+                            gate_is_green = False
+                            report["gate_failed"].append([operation, shape_name, dtype_name, str(error)])
+                            print(f"{operation:<10} {shape_name:<14} {'':>5} {dtype_name:<5} gate is red: {error}")
+                    if not gate_is_green:
+                        continue
+                    implementations = dict(work.implementations)
+                    if not args.no_compile:
+                        torch._dynamo.reset()
+                        implementations["torch.compile"] = torch.compile(work.implementations["eager"], dynamic=False)
+                    for name, function in implementations.items():
+
+                        def forward_backward(f=function, work=work) -> tuple[Tensor, ...]:
+                            return torch.autograd.grad(f(*work.leaves), work.leaves, work.upstream)
+
+                        ms = milliseconds(forward_backward, args.device, args.seconds)
+                        rate = work.bytes_moved / ms / 1e6
+                        extra = extra_memory(forward_backward, args.device)
+                        label = ours_label if name == "ours" else name
+                        report["rows"].append(
+                            dict(operation=operation, shape=shape_name, batch=batch, dtype=dtype_name)
+                            | dict(implementation=label, ms=round(ms, 4), gb_per_s=round(rate, 2))
+                            | dict(of_copy=round(rate / ceiling, 4), extra_bytes=extra)
+                        )
+                        memory = "-" if extra is None else f"{extra / 1e6:.1f}"
+                        print(
+                            f"{operation:<10} {shape_name:<14} {batch:>5} {dtype_name:<5} {label:<18} {ms:>9.3f} "
+                            f"{rate:>8.1f} {rate / ceiling:>8.1%} {memory:>9}",
+                            flush=True,
+                        )
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    sys.exit(1 if report["gate_failed"] else 0)
+
+
+if __name__ == "__main__":
+    main()
