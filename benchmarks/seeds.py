@@ -1,0 +1,106 @@
+"""The demo over several seeds, and VKD beside gradient ascent with retain at equal forgetting.
+
+    python benchmarks/seeds.py --seeds 0 1 2 --json benchmarks/results/seeds.json
+
+Gradient ascent (`-l_f + lambda l_r` on answers, the same weights) is followed along its way for every setting of a
+small grid; the point that counts is the one with the best retained accuracy among those whose forget accuracy is
+within 0.10 of chance, or, where there is none, the nearest to it.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from world import World, about, write
+
+from fastvkd.data.demo_data import CHANCE
+from fastvkd.demo.run import demo
+from fastvkd.engines.checkpoints import load_weights
+from fastvkd.models.loading import load_model
+from fastvkd.settings import load_settings
+from fastvkd.unlearning.loop import unlearn
+
+GRID = [{"learning_rate": lr, "lambda_retain": weight} for lr in (1e-4, 3e-4) for weight in (1.0, 4.0)]
+STEPS, EVERY = 160, 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/seeds.json"))
+    parser.add_argument("--out", type=Path, default=Path("out/seeds"))
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--skip-gradient-ascent", action="store_true")
+    arguments = parser.parse_args()
+    rows = []
+    for seed in arguments.seeds:
+        report = demo(arguments.out / f"demo-{seed}", seed=seed)
+        row: dict[str, Any] = {"seed": seed, "seconds": report["seconds"]}
+        for name in ("vanilla", "unlearned"):
+            row[name] = {c: {k: f["accuracy"] for k, f in kinds.items()} for c, kinds in report[name].items()}
+        row["language_model_unchanged"] = len(set(report["language_model_sha256"].values())) == 1
+        row["relearning"] = report["relearning"]
+        if not arguments.skip_gradient_ascent:
+            row["gradient_ascent"] = gradient_ascent(World(seed, arguments.out))
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        write(arguments.json, {**about(), "rows": rows})
+    arguments.json.with_suffix(".md").write_text(table(rows))
+
+
+def gradient_ascent(world: World) -> dict[str, Any]:
+    """Every point of the grid's runs, and the one at equal forgetting."""
+    points = []
+    for number, setting in enumerate(GRID):
+        folder = world.out / f"ga-{number}"
+        settings = load_settings(
+            None,
+            {
+                "method": "ga",
+                "model_name_or_path": str(world.vanilla),
+                "data": str(world.folder),
+                "forget_split": world.data.forget_split,
+                "retain_split": world.data.retain_split,
+                "output_dir": str(folder),
+                "per_device_train_batch_size": 32,
+                "lr_scheduler_type": "constant",
+                "max_steps": STEPS,
+                "save_steps": EVERY,
+                "save_total_limit": STEPS // EVERY,
+                "seed": world.seed,
+                **setting,
+            },
+        )
+        unlearn(settings)
+        for step in range(EVERY, STEPS + 1, EVERY):
+            model = load_model(world.vanilla)
+            model.load_state_dict(load_weights(folder / f"checkpoint-{step}"), strict=False)
+            points.append({**setting, "step": step, **world.accuracy(model, max_samples=504)})
+            print("  ga", json.dumps(points[-1]), flush=True)
+    forgot = [p for p in points if abs(p["forget"] - CHANCE) <= 0.10]
+    chosen = max(forgot, key=lambda p: p["retain"]) if forgot else min(points, key=lambda p: abs(p["forget"] - CHANCE))
+    return {"chosen": chosen, "points": points}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| seed | model | forget VQA | test VQA | retain VQA | real-world VQA | text QA, worst set | LLM unchanged |",
+        "|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        for name in ("vanilla", "unlearned"):
+            cells = [row[name][c]["vqa"] for c in ("forget", "test", "retain", "realworld")]
+            worst = min(kinds["qa"] for kinds in row[name].values())
+            unchanged = "" if name == "vanilla" else ("yes" if row["language_model_unchanged"] else "NO")
+            figures = " | ".join(f"{100 * v:.1f}" for v in [*cells, worst])
+            lines.append(f"| {row['seed']} | {name} | {figures} | {unchanged} |")
+        if "gradient_ascent" in row:
+            p = row["gradient_ascent"]["chosen"]
+            cells = " | ".join(f"{100 * p[c]:.1f}" for c in ("forget", "test", "retain", "realworld"))
+            name = f"GA + retain (lr {p['learning_rate']:g}, lambda {p['lambda_retain']:g}, {p['step']} steps)"
+            lines.append(f"| {row['seed']} | {name} | {cells} | | yes |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The demo's data and vanilla model, for benchmarks that train on them: build once, run many, measure alike."""
+
+import json
+import os
+import platform
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvkd.data.sources import evaluation_cells
+from fastvkd.demo.run import SIZES, build_data, trained_model
+from fastvkd.engines.checkpoints import load_weights
+from fastvkd.evaluation.inputs import PreparedPhotos
+from fastvkd.evaluation.protocol import evaluate_cells
+from fastvkd.models.loading import load_model, load_processor
+from fastvkd.paths import shipped
+from fastvkd.reporting.report import library_versions
+from fastvkd.settings import load_settings
+from fastvkd.unlearning.loop import Unlearned, unlearn
+
+
+class World:
+    """Data, vanilla model and evaluation cells of one seed; `out` keeps data, caches and runs."""
+
+    def __init__(self, seed: int, out: Path, *, size: str = "default"):
+        self.seed, self.out, self.spec = seed, out / f"seed-{seed}", SIZES[size]
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastvkd"
+        self.data, self.folder = build_data(self.spec, seed, self.out)
+        self.vanilla = trained_model(self.spec, self.data, seed, self.cache, {}, gold=False)
+        self.processor = load_processor(self.vanilla)
+        self.prepared = PreparedPhotos(self.processor)
+        self.cells = evaluation_cells(str(self.folder), self.data.forget_split, self.data.retain_split)
+
+    def gold(self) -> Path:
+        """The model that never saw the forgotten people."""
+        return trained_model(self.spec, self.data, self.seed, self.cache, {}, gold=True)
+
+    def unlearn(self, overrides: dict[str, Any], *, config: str | None = "configs/demo.yaml") -> tuple[Any, Unlearned]:
+        """Run with the demo's recipe and `overrides`; returns the unlearned model and the run's figures."""
+        with tempfile.TemporaryDirectory(dir=self.out) as folder:
+            settings = load_settings(
+                shipped(config) if config else None,
+                {
+                    "model_name_or_path": str(self.vanilla),
+                    "data": str(self.folder),
+                    "forget_split": self.data.forget_split,
+                    "retain_split": self.data.retain_split,
+                    "output_dir": folder,
+                    "cache_dir": str(self.out / "teacher_cache"),
+                    "seed": self.seed,
+                    "logging_steps": 50,
+                    **overrides,
+                },
+            )
+            result = unlearn(settings)
+            model = load_model(self.vanilla)
+            model.load_state_dict(load_weights(result.checkpoint), strict=False)
+        return model, result
+
+    def accuracy(self, model: Any, max_samples: int | None = 1008) -> dict[str, float]:
+        """Visual multiple-choice accuracy of every cell."""
+        cells = evaluate_cells(
+            model,
+            self.processor,
+            self.cells,
+            batch_size=64,
+            seed=self.seed,
+            max_samples=max_samples,
+            tasks=("choice",),
+            kinds=("vqa",),
+            photos=self.prepared,
+        )
+        return {name: kinds["vqa"]["accuracy"] for name, kinds in cells.items()}
+
+
+def about() -> dict[str, Any]:
+    """Device, versions and date, for a committed result."""
+    return {
+        "device": f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "versions": library_versions(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,191 @@
+"""The command line: `fastvkd demo|train|eval|data|env`. Errors a user can mend are one line and exit code 2."""
+
+import argparse
+import dataclasses
+import errno
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastvkd import __version__
+from fastvkd.errors import FastVKDError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 1 for a negative verdict, 2 for an error the user can mend."""
+    logging.basicConfig(level=logging.WARNING, format="fastvkd: %(message)s")
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except FastVKDError as error:
+        print(f"fastvkd: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(
+            f"fastvkd: error: no space left on disk ({error.filename or 'output'}); free some or write elsewhere",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastvkd", description="Visual Knowledge Distillation: unlearning for multimodal LLMs"
+    )
+    parser.add_argument("--version", action="version", version=f"fastvkd {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="watch a small LLaVA forget faces, from drawing them to the report")
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the report (default: %(default)s)")
+    demo.add_argument("--size", default="default", help="default or tiny")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--gold", action="store_true", help="also train a model that never saw the forgotten people")
+    demo.add_argument("--cache", type=Path, help="folder of trained demo models (default: ~/.cache/fastvkd)")
+    demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the unlearning run")
+    demo.set_defaults(run=_demo)
+
+    train = commands.add_parser("train", help="make a model forget")
+    add_train_arguments(train)
+    train.set_defaults(run=run_train)
+
+    evaluate = commands.add_parser(
+        "eval", help="measure what a model knows of the forget, test, retain and real-world sets"
+    )
+    evaluate.add_argument("--model", required=True, metavar="FOLDER", help="model folder, or the output_dir of a run")
+    evaluate.add_argument("--data", required=True, metavar="FOLDER")
+    evaluate.add_argument("--forget-split", default="forget_5")
+    evaluate.add_argument("--retain-split", default="retain_95")
+    evaluate.add_argument("--mode", default="corrected", help="corrected (default) or paper")
+    evaluate.add_argument("--batch-size", type=int, default=32)
+    evaluate.add_argument("--max-samples", type=int, help="at most so many questions a cell and task")
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--device", default="auto")
+    evaluate.add_argument("--bf16", action="store_true")
+    evaluate.add_argument("--out", type=Path, default=Path("out/eval"), help="folder of results.json and samples.jsonl")
+    evaluate.set_defaults(run=_eval)
+
+    data = commands.add_parser("data", help="look at data before training on it")
+    data_commands = data.add_subparsers(required=True, metavar="COMMAND")
+    check = data_commands.add_parser("check", help="validate every row of a data folder")
+    check.add_argument("path", type=Path)
+    check.add_argument("--json", action="store_true", help="print the findings as JSON")
+    check.set_defaults(run=_data_check)
+
+    env = commands.add_parser("env", help="versions, devices and what is optional, for a bug report")
+    env.set_defaults(run=_env)
+    return parser
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `fastvkd train`, which `fastvkd/train.py` under the DeepSpeed launcher shares."""
+    parser.add_argument("--config", type=Path, metavar="YAML", help="settings; see configs/")
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the YAML's")
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    from fastvkd.progress import Progress
+    from fastvkd.settings import load_settings
+
+    settings = load_settings(arguments.config, arguments.overrides)
+    from fastvkd.unlearning.loop import unlearn  # late: a wrong setting should not wait for torch
+
+    quiet = int(os.environ.get("RANK", "0")) != 0
+    bars: dict[str, Progress] = {}
+
+    def show(phase: str, done: int, total: int, figures: dict[str, float]) -> None:
+        if quiet:
+            return
+        bar = bars.setdefault(phase, Progress({"teacher": "Teacher features", "unlearn": "Unlearning"}[phase]))
+        bar(
+            done,
+            total,
+            " ".join(f"{k} {v:.4g}" for k, v in figures.items() if k.startswith("loss") or k == "grad_norm"),
+        )
+
+    result = unlearn(settings, progress=show)
+    if not quiet:
+        print(
+            f"{result.steps} steps, {result.images_seen} images in {result.seconds['unlearn']:.1f} s; "
+            f"{result.trainable_parameters:,} of {result.trainable_parameters + result.frozen_parameters:,} loaded "
+            f"parameters trainable ({result.trained_share:.1%} of them free to move); checkpoint: {result.checkpoint}"
+        )
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from fastvkd.demo.run import demo
+    from fastvkd.reporting.report import criteria, headline_sentence
+
+    report = demo(
+        arguments.out,
+        size=arguments.size,
+        seed=arguments.seed,
+        gold=arguments.gold,
+        cache=arguments.cache,
+        overrides=arguments.overrides,
+    )
+    print(headline_sentence(report))
+    for criterion in criteria(report):
+        mark = "met   " if criterion.met else "MISSED"
+        print(f"  {mark} {criterion.name}: {criterion.found} (asked: {criterion.asked})")
+    print(f"Report: {arguments.out / 'report.html'}")
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from fastvkd.evaluation.run import evaluate
+    from fastvkd.progress import Progress
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with Progress("Evaluating") as bar:
+        figures = evaluate(
+            arguments.model,
+            arguments.data,
+            forget_split=arguments.forget_split,
+            retain_split=arguments.retain_split,
+            mode=arguments.mode,
+            batch_size=arguments.batch_size,
+            max_samples=arguments.max_samples,
+            seed=arguments.seed,
+            log_path=arguments.out / "samples.jsonl",
+            device=arguments.device,
+            bf16=arguments.bf16,
+            progress=bar,
+        )
+    (arguments.out / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
+    print(f"{'set':10} {'kind':4} {'accuracy':>9} {'95 % interval':>17} {'n':>6} {'ROUGE-L':>8} {'cloze':>7}")
+    for cell, kinds in figures.items():
+        for kind, f in kinds.items():
+            interval = "{:.3f} ... {:.3f}".format(*f["ci95"]) if f["ci95"] else "-"
+            accuracy, rouge_l, cloze = (_three(f[key]) for key in ("accuracy", "rouge_l", "cloze"))
+            print(f"{cell:10} {kind:4} {accuracy:>9} {interval:>17} {f['n']:>6} {rouge_l:>8} {cloze:>7}")
+    return 0
+
+
+def _three(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _data_check(arguments: argparse.Namespace) -> int:
+    from fastvkd.data.check import check_data
+
+    report = check_data(arguments.path)
+    print(json.dumps(dataclasses.asdict(report), indent=1) if arguments.json else "\n".join(report.lines()))
+    return 0 if report.ok else 2
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    from fastvkd.environment import describe
+
+    print(describe())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

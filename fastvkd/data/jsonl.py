@@ -1,0 +1,136 @@
+"""Reader of people's own data: `<folder>/<split>.jsonl`, one image-question (or text question) per line.
+
+    {"image": "photos/ann-1.jpg", "entity": "ann", "question": "Where was she born?", "answer": "Rome",
+     "options": ["Oslo", "Rome"]}
+
+`image` is relative to the folder; a line without it is a text question. `options` makes a multiple-choice question,
+`__` in the question a cloze question, and anything else a generation question.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastvkd.data.records import Choice, Open, Photo, Profile, Questions
+from fastvkd.errors import DataError
+
+SPLITS = ("forget", "retain", "test", "realworld")
+_KEYS = ("image", "entity", "question", "answer", "options")
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def splits(folder: str | os.PathLike[str]) -> list[str]:
+    """Those of `SPLITS` whose file exists."""
+    return [name for name in SPLITS if (Path(folder) / f"{name}.jsonl").is_file()]
+
+
+def read_split(folder: str | os.PathLike[str], split: str) -> list[Profile]:
+    """One `Profile` per (entity, image), and one without photos per entity that has text questions, in file order.
+
+    Raises `DataError` naming file and line: no such split, a line that is no JSON object, an unknown or missing key, an
+    answer that is no option, an image outside the folder or unreadable as a file.
+    """
+    file = split_file(folder, split)
+    return group(parse_line(line, source, Path(folder)) for source, line in lines(file))
+
+
+def split_file(folder: str | os.PathLike[str], split: str) -> Path:
+    file = Path(folder) / f"{split}.jsonl"
+    if not file.is_file():
+        raise DataError(
+            f"{file}: no such file; own data is forget.jsonl, retain.jsonl, and optionally test.jsonl, realworld.jsonl"
+        )
+    return file
+
+
+def lines(file: Path) -> Iterator[tuple[str, str]]:
+    """`('file:line', text)` of every line that is not blank, counted from 1 as editors do."""
+    try:
+        with file.open(encoding="utf-8") as opened:
+            for number, line in enumerate(opened, start=1):
+                if line.strip():
+                    yield f"{file}:{number}", line
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+
+
+def parse_line(line: str, source: str, folder: Path) -> Profile:
+    """One line -> a profile with one question."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{source}: not JSON ({error.msg} at column {error.colno}); one object per line") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{source}: a {type(row).__name__}; expected an object with the keys {', '.join(_KEYS)}")
+    for key in row:
+        if key not in _KEYS:
+            nearest = difflib.get_close_matches(key, _KEYS, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise DataError(f"{source}: unknown key {key!r}; allowed: {', '.join(_KEYS)}{hint}")
+    entity, question, answer = (_text(row, key, source) for key in ("entity", "question", "answer"))
+    photos = (_photo(row["image"], source, folder),) if row.get("image") is not None else ()
+    if row.get("options") is not None:
+        questions = Questions(choice=(_choice(question, answer, row["options"], source),))
+    elif "__" in question:
+        questions = Questions(cloze=(Open(question, answer),))
+    else:
+        questions = Questions(generation=(Open(question, answer),))
+    visual, textual = (questions, Questions()) if photos else (Questions(), questions)
+    return Profile(entity, photos, visual, textual, source=source)
+
+
+def group(single: Iterator[Profile] | list[Profile]) -> list[Profile]:
+    """Profiles of one question each -> one per (entity, photo), so a photo is encoded once for all its questions."""
+    grouped: dict[tuple[str, bytes | None], Profile] = {}
+    for profile in single:
+        key = (profile.entity, profile.photos[0].data if profile.photos else None)
+        known = grouped.get(key)
+        grouped[key] = (
+            profile
+            if known is None
+            else Profile(
+                known.entity,
+                known.photos,
+                _joined(known.visual, profile.visual),
+                _joined(known.textual, profile.textual),
+                source=known.source,
+            )
+        )
+    return list(grouped.values())
+
+
+def _joined(one: Questions, other: Questions) -> Questions:
+    return Questions(one.choice + other.choice, one.generation + other.generation, one.cloze + other.cloze)
+
+
+def _text(row: dict[str, Any], key: str, source: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        found = repr(value) if key in row else "missing"
+        raise DataError(f"{source}: {key} is {found}; a text is needed")
+    return value
+
+
+def _choice(question: str, answer: str, options: Any, source: str) -> Choice:
+    if not isinstance(options, list) or not all(isinstance(text, str) and text.strip() for text in options):
+        raise DataError(f"{source}: options is {options!r}; expected a list of texts")
+    if not 2 <= len(options) <= len(_LETTERS) or len(set(options)) != len(options):
+        raise DataError(f"{source}: {len(options)} options {options!r}; 2 to {len(_LETTERS)} different ones are needed")
+    if answer not in options:
+        raise DataError(f"{source}: answer {answer!r} is no option; options: {options}")
+    return Choice(question, dict(zip(_LETTERS, options, strict=False)), _LETTERS[options.index(answer)])
+
+
+def _photo(name: Any, source: str, folder: Path) -> Photo:
+    if not isinstance(name, str):
+        raise DataError(f"{source}: image is {name!r}; expected a path relative to {folder}")
+    path = (folder / name).resolve()
+    if Path(name).is_absolute() or not path.is_relative_to(folder.resolve()):
+        raise DataError(f"{source}: image {name!r} is outside the data folder; put it there and give a relative path")
+    try:
+        return Photo(path.read_bytes(), f"{source} ({name})")
+    except OSError as error:
+        raise DataError(f"{source}: image {name!r} cannot be read ({error.strerror}); check the path") from error

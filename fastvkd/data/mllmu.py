@@ -1,0 +1,284 @@
+"""Reader and writer of folders in the schema of MLLMU-Bench: `<folder>/<split>/train-00000-of-00001.parquet`.
+
+One reader serves the public benchmark and the demo, because the demo is written in exactly this schema. Only parquet
+is read (pyarrow, no pickles). `data.check` validates; this module refuses the first row it cannot understand.
+"""
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastvkd.data.records import Choice, Open, Photo, Profile, Questions
+from fastvkd.errors import DataError
+
+TEST_SPLIT = "Test_Set"
+LETTERS = ("A", "B", "C", "D")
+
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_CHOICE = pa.struct(
+    [
+        ("Question", pa.string()),
+        ("Options", pa.struct([(letter, pa.string()) for letter in LETTERS])),
+        ("Correct_Answer", pa.string()),
+    ]
+)
+_OPEN = pa.struct([("Type", pa.string()), ("Question", pa.string()), ("Ground_Truth", pa.string())])
+_AFTER_IMAGE = [
+    ("ID", pa.string()),
+    ("biography", pa.string()),
+    ("question", pa.string()),
+    ("answer", pa.string()),
+    (
+        "Classification_Task",
+        pa.struct([("Image_Textual_Questions", pa.list_(_CHOICE)), ("Pure_Text_Questions", pa.list_(_CHOICE))]),
+    ),
+    ("Generation_Task", pa.list_(_OPEN)),
+    ("Mask_Task", pa.list_(_OPEN)),
+]
+MLLMU_SCHEMA = pa.schema([("image", _IMAGE), *_AFTER_IMAGE])
+MLLMU_TEST_SCHEMA = pa.schema([("images", pa.list_(_IMAGE)), *_AFTER_IMAGE])
+
+# `Directory` and `metadata` exist in some releases only, `question` and `answer` are not in all of them.
+_REQUIRED = ("ID", "Classification_Task", "Generation_Task", "Mask_Task")
+_VISUAL, _TEXTUAL = "Image_Textual", "Pure_Text"
+
+
+def splits(folder: str | os.PathLike[str]) -> list[str]:
+    """Names of the sub-folders that hold parquet files, sorted."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; give the folder that holds Full_Set/, forget_10/ ...")
+    return sorted(child.name for child in root.iterdir() if child.is_dir() and any(child.glob("*.parquet")))
+
+
+def read_split(folder: str | os.PathLike[str], split: str) -> list[Profile]:
+    """All rows of a split, in file order, images still encoded.
+
+    Raises `DataError` naming file, row and column: unknown split, a file that is no parquet, a missing column, a
+    question without text, an answer that is empty or no option, an image cell without bytes.
+    """
+    profiles: list[Profile] = []
+    for file in split_files(folder, split):
+        profiles.extend(profile_of_row(row, source) for source, row in rows(file))
+    return profiles
+
+
+def split_files(folder: str | os.PathLike[str], split: str) -> list[Path]:
+    """The parquet files of a split, sorted; `DataError` with the nearest name when there is none."""
+    files = sorted((Path(folder) / split).glob("*.parquet"))
+    if not files:
+        known = splits(folder)
+        nearest = difflib.get_close_matches(split, known, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise DataError(f"{folder}: no split {split!r} with parquet files; found: {', '.join(known) or 'none'}{hint}")
+    return files
+
+
+def rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`('file:row', row)` for every row, read a few at a time since images are large. Columns are checked first."""
+    try:
+        parquet = pq.ParquetFile(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{file}: not a readable parquet file ({_one_line(error)}); download it again") from error
+    with parquet:
+        present = parquet.schema_arrow.names
+        missing = [name for name in _REQUIRED if name not in present]
+        if "image" not in present and "images" not in present:
+            missing.insert(0, "image (or images)")
+        if missing:
+            raise DataError(
+                f"{file}: missing column {', '.join(missing)}; found: {', '.join(present)}; "
+                "MLLMU-Bench's columns are listed in docs/data.md"
+            )
+        wanted = {"image", "images", "biography", *_REQUIRED}
+        columns = [name for name in present if name in wanted]
+        index = 0
+        try:
+            for batch in parquet.iter_batches(batch_size=64, columns=columns):
+                for row in batch.to_pylist():
+                    yield f"{file}:{index}", row
+                    index += 1
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{file}:{index}: damaged parquet data ({_one_line(error)}); download it again") from error
+
+
+def profile_of_row(row: dict[str, Any], source: str) -> Profile:
+    """One parquet row (as Python objects) -> `Profile`; `source` ('file:row') opens every message."""
+    if row["ID"] is None or str(row["ID"]).strip() == "":
+        raise DataError(f"{source}: column ID is empty; every row needs the id of its entity")
+    photos = _photos(row, source)
+    tasks = row["Classification_Task"]
+    if not isinstance(tasks, dict):
+        raise DataError(
+            f"{source}: column Classification_Task is {_kind(tasks)}; expected a struct with "
+            "Image_Textual_Questions and Pure_Text_Questions"
+        )
+    opens = {column: _open_questions(row[column], source, column) for column in ("Generation_Task", "Mask_Task")}
+    visual, textual = (
+        Questions(
+            choice=_choice_questions(tasks.get(key), source, f"Classification_Task.{key}"),
+            generation=tuple(question for kind, question in opens["Generation_Task"] if kind == wanted),
+            cloze=tuple(question for kind, question in opens["Mask_Task"] if kind == wanted),
+        )
+        for wanted, key in ((_VISUAL, "Image_Textual_Questions"), (_TEXTUAL, "Pure_Text_Questions"))
+    )
+    if not photos and (visual.choice or visual.generation or visual.cloze):
+        raise DataError(f"{source}: questions about the image, but the row has no image; add it or drop the questions")
+    return Profile(
+        entity=str(row["ID"]),
+        photos=photos,
+        visual=visual,
+        textual=textual,
+        biography=row.get("biography") or "",
+        source=source,
+    )
+
+
+def _photos(row: dict[str, Any], source: str) -> tuple[Photo, ...]:
+    several = row.get("images") is not None
+    column = "images" if several else "image"
+    cells = row["images"] if several else [row.get("image")] if row.get("image") is not None else []
+    if not isinstance(cells, list):
+        raise DataError(f"{source}: column images is {_kind(cells)}; expected a list of images")
+    photos = []
+    for position, cell in enumerate(cells):
+        place = f"{source}:{position}" if several else source
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if not isinstance(data, bytes):
+            raise DataError(f"{place}: column {column} holds {_kind(data)}; expected encoded image bytes")
+        photos.append(Photo(data, place))
+    return tuple(photos)
+
+
+def _choice_questions(cells: Any, source: str, column: str) -> tuple[Choice, ...]:
+    questions = []
+    for position, cell in _entries(cells, source, column):
+        place = f"{source}: {column}[{position}]"
+        question = _text(cell, "Question", place)
+        given = cell.get("Options")
+        if not isinstance(given, dict):
+            raise DataError(f"{place}: Options is {_kind(given)}; expected a struct of letters A, B, C, D")
+        # A struct column carries every letter on every row: the unused ones are null.
+        options = {letter: str(text) for letter, text in sorted(given.items()) if text is not None}
+        empty = [letter for letter, text in options.items() if not text.strip()]
+        if empty or len(options) < 2:
+            what = f"option {empty[0]} is empty" if empty else f"{len(options)} option(s)"
+            raise DataError(f"{place}: {what}; at least two options, each with a text, are needed")
+        answer = _text(cell, "Correct_Answer", place).strip()
+        if answer not in options:
+            # Some releases give the option's text in place of its letter.
+            letters = [letter for letter, text in options.items() if text.strip() == answer]
+            if len(letters) != 1:
+                raise DataError(f"{place}: Correct_Answer {answer!r} is no option; options: {options}")
+            answer = letters[0]
+        questions.append(Choice(question, options, answer))
+    return tuple(questions)
+
+
+def _open_questions(cells: Any, source: str, column: str) -> list[tuple[str, Open]]:
+    questions = []
+    for position, cell in _entries(cells, source, column):
+        place = f"{source}: {column}[{position}]"
+        kind = cell.get("Type")
+        if kind not in (_VISUAL, _TEXTUAL):
+            raise DataError(f"{place}: Type is {kind!r}; allowed: {_VISUAL}, {_TEXTUAL}")
+        questions.append((kind, Open(_text(cell, "Question", place), _text(cell, "Ground_Truth", place))))
+    return questions
+
+
+def _entries(cells: Any, source: str, column: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    if cells is None:
+        return
+    if not isinstance(cells, list):
+        raise DataError(f"{source}: column {column} is {_kind(cells)}; expected a list of structs")
+    for position, cell in enumerate(cells):
+        if not isinstance(cell, dict):
+            raise DataError(f"{source}: {column}[{position}] is {_kind(cell)}; expected a struct")
+        yield position, cell
+
+
+def _text(cell: dict[str, Any], key: str, place: str) -> str:
+    value = cell.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{place}: {key} is {_kind(value)}; a text is needed")
+    return value
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    return repr(value) if value == "" else f"a {type(value).__name__}"
+
+
+def write_split(folder: str | os.PathLike[str], split: str, profiles: Sequence[Profile]) -> Path:
+    """Write profiles as `<folder>/<split>/train-00000-of-00001.parquet` in `MLLMU_SCHEMA` (`Test_Set`: in
+    `MLLMU_TEST_SCHEMA`, several photos a row) and return the file's path.
+
+    The columns `question` and `answer` repeat the row's first generation question, as a caption-style sample; the
+    reader does not use them. The file appears whole or not at all. Raises `DataError` where a profile does not fit the
+    schema (other letters than A-D, an answer that is no option, not exactly one photo outside `Test_Set`) and when the
+    disk refuses.
+    """
+    test = split == TEST_SPLIT
+    schema = MLLMU_TEST_SCHEMA if test else MLLMU_SCHEMA
+    table = pa.Table.from_pylist([_row_of_profile(profile, test) for profile in profiles], schema=schema)
+    target = Path(folder) / split / "train-00000-of-00001.parquet"
+    partial = target.with_suffix(".partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Small row groups: a reader then never holds more than a few dozen images at once.
+        pq.write_table(table, partial, compression="zstd", row_group_size=256)
+        os.replace(partial, target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise DataError(
+            f"{target}: cannot be written ({_one_line(error)}); free space or choose another folder"
+        ) from error
+    return target
+
+
+def _row_of_profile(profile: Profile, test: bool) -> dict[str, Any]:
+    place = f"entity {profile.entity!r}"
+    images = [{"bytes": photo.data, "path": None} for photo in profile.photos]
+    if not test and len(images) != 1:
+        raise DataError(f"{place}: {len(images)} photos in one row; only {TEST_SPLIT} holds several: one row per photo")
+    generation = [*profile.visual.generation, *profile.textual.generation]
+    return {
+        **({"images": images} if test else {"image": images[0]}),
+        "ID": profile.entity,
+        "biography": profile.biography,
+        "question": generation[0].question if generation else "",
+        "answer": generation[0].answer if generation else "",
+        "Classification_Task": {
+            "Image_Textual_Questions": [_choice_row(question, place) for question in profile.visual.choice],
+            "Pure_Text_Questions": [_choice_row(question, place) for question in profile.textual.choice],
+        },
+        "Generation_Task": _open_rows(profile.visual.generation, profile.textual.generation),
+        "Mask_Task": _open_rows(profile.visual.cloze, profile.textual.cloze),
+    }
+
+
+def _choice_row(question: Choice, place: str) -> dict[str, Any]:
+    if not set(question.options) <= set(LETTERS) or question.answer not in question.options:
+        raise DataError(
+            f"{place}: question {question.question!r} has options {list(question.options)} and answer "
+            f"{question.answer!r}; letters A to D are allowed and the answer is one of them"
+        )
+    return {"Question": question.question, "Options": question.options, "Correct_Answer": question.answer}
+
+
+def _open_rows(visual: Iterable[Open], textual: Iterable[Open]) -> list[dict[str, str]]:
+    return [
+        {"Type": kind, "Question": question.question, "Ground_Truth": question.answer}
+        for kind, questions in ((_VISUAL, visual), (_TEXTUAL, textual))
+        for question in questions
+    ]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

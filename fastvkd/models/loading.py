@@ -1,0 +1,296 @@
+"""Loading models and processors from a folder (or a hub id): whole, or only the LLM layers that the sites need.
+
+A truncated model is read through a folder of links to the shards that it needs, with an index that lists only its
+own tensors. So transformers' loader does the work (old and new tensor names, quantisation, ZeRO-3), and the layers
+above, the final norm and lm_head are never read from disk, nor allocated.
+"""
+
+import copy
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    is_torchvision_available,
+    logging,
+)
+
+from fastvkd.errors import ModelError
+from fastvkd.models import families
+from fastvkd.models.families import Family, check_sites, family_of, family_of_type, parse_site
+
+Quantize = Literal["nf4", "int8"]
+ModelPath = str | os.PathLike[str]
+VISUAL_KEY = re.compile(r"(^|\.)(vision_tower|vision_model|visual|multi_modal_projector|connector|mlp1)\.")
+_LAYER_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_FINAL_NORM_KEY = re.compile(r"(?:^|\.)norm\.(?:weight|bias)$")
+_HEAD_KEY = re.compile(r"(?:^|\.)lm_head\.")
+_EMBEDDING_KEY = re.compile(r"(?:^|\.)embed_tokens\.weight$")
+# what transformers and safetensors raise for a folder, a file or a config that cannot be used
+_LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError)
+
+
+def load_config(path: ModelPath) -> PreTrainedConfig:
+    """The config of a supported model folder.
+
+    Raises:
+        ModelError: no such folder, no config.json in it, or a family that is unknown or refused.
+    """
+    _require_folder(path, "config.json", "a model folder as save_pretrained writes it")
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(str(path))
+        family_of_type(str(raw.get("model_type")))
+        return AutoConfig.from_pretrained(str(path))
+    except _LOADING_ERRORS as error:
+        raise ModelError(f"{path}: its config cannot be read: {_one_line(error)}") from error
+
+
+def load_model(
+    path: ModelPath,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+    llm_layers: int | None = None,
+    device: torch.device | str | None = None,
+    quantize_llm: Quantize | None = None,
+) -> PreTrainedModel:
+    """A vision-language model in evaluation mode.
+
+    Args:
+        dtype: of all weights that are not quantised.
+        llm_layers: None for the whole model. L >= 0 builds and reads only the first L decoder layers; the final norm
+            becomes the identity and there is no lm_head. For a family whose image tokens attend both ways it
+            truncates just the same: the layers above never influence those below.
+        quantize_llm: "nf4" or "int8" (bitsandbytes) for the linear layers of the LLM; the visual part is left alone.
+
+    Raises:
+        ModelError: the folder, family, number of layers or an option cannot be used, or tensors are missing.
+    """
+    config = load_config(path)
+    family = family_of(config)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+    if quantize_llm is not None:
+        options["quantization_config"] = _quantization(quantize_llm, family, dtype)
+    if device is not None and torch.device(device).type != "cpu":
+        options["device_map"] = {"": device}
+    if llm_layers is None:
+        model = _read(AutoModelForImageTextToText, str(path), path, config, options, may_lack=())
+    else:
+        model = _load_truncated(path, config, family, llm_layers, options)
+    model.eval()
+    return model
+
+
+def load_processor(path: ModelPath) -> Any:
+    """The processor (tokenizer, image processor, chat template) of a model folder.
+
+    Without torchvision the video part is left out, which is all that needs it.
+
+    Raises:
+        ModelError: the folder has no (complete) processor, or a package is missing for it.
+    """
+    config = load_config(path)
+    try:
+        processor_class: Any = PROCESSOR_MAPPING[type(config)]
+        if "video_processor" in processor_class.get_attributes() and not is_torchvision_available():
+            return image_only(processor_class).from_pretrained(str(path))
+        return AutoProcessor.from_pretrained(str(path))
+    except _LOADING_ERRORS as error:
+        raise ModelError(
+            f"{path}: its processor cannot be read ({_one_line(error)}); copy the processor and tokenizer files of the "
+            "original model there"
+        ) from error
+
+
+def image_only(processor_class: Any) -> Any:
+    """A processor class that takes no video processor, for images and text alone."""
+
+    class ImageOnly(processor_class):
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in super().get_attributes() if name != "video_processor"]
+
+        @classmethod
+        def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+            return super().from_args_and_dict(args, processor_dict | {"video_processor": None}, **kwargs)
+
+    ImageOnly.__name__ = ImageOnly.__qualname__ = processor_class.__name__  # the name that save_pretrained writes
+    return ImageOnly
+
+
+def llm_layers_needed(sites: Iterable[str], config: Any) -> int:
+    """The number of decoder layers that must run: k for `llm:<k>`, 0 for `projector` and `vision:<k>`; the maximum.
+
+    Raises:
+        ModelError: a site is misspelt or deeper than the model.
+    """
+    sites = list(sites)
+    check_sites(sites, config)
+    return max((k for kind, k in map(parse_site, sites) if kind == "llm"), default=0)
+
+
+def _load_truncated(
+    path: ModelPath, config: PreTrainedConfig, family: Family, llm_layers: int, options: dict[str, Any]
+) -> PreTrainedModel:
+    depth = families.llm_depth(config)
+    if not 0 <= llm_layers <= depth:
+        raise ModelError(
+            f"llm_layers is {llm_layers}, but the LLM of {path} has {depth} layers: allowed are 0 to {depth}"
+        )
+    config = truncated_config(config, llm_layers)
+    with tempfile.TemporaryDirectory(prefix="fastvkd-") as folder:
+        _link_needed_shards(path, Path(folder), llm_layers)
+        # the base model: its class has no lm_head to allocate
+        base = _read(AutoModel, folder, path, config, options, may_lack=(f"{family.language_model}.norm.weight",))
+    families.language_model(base, family).norm = nn.Identity()
+    return _with_full_names(base, config)
+
+
+def truncated_config(config: PreTrainedConfig, llm_layers: int) -> PreTrainedConfig:
+    """A copy of `config` whose LLM has only `llm_layers` decoder layers."""
+    config = copy.deepcopy(config)
+    text: Any = config.text_config
+    text.num_hidden_layers = llm_layers
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = text.layer_types[:llm_layers]
+    return config
+
+
+def _with_full_names(base: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """Puts the base model into its `...ForConditionalGeneration`, so that weights bear the names of the whole model.
+
+    Built without its __init__, which would allocate an lm_head.
+    """
+    full_class: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    full = full_class.__new__(full_class)
+    nn.Module.__init__(full)
+    for name, value in vars(base).items():
+        if name not in vars(full):
+            object.__setattr__(full, name, value)
+    full.model = base
+    return full
+
+
+def _link_needed_shards(path: ModelPath, folder: Path, llm_layers: int) -> None:
+    """Fills `folder` with an index of the tensors that are needed and links to the files that hold them."""
+    index_file = _resolve(path, SAFE_WEIGHTS_INDEX_NAME)
+    if index_file is not None:
+        weight_map: dict[str, str] = json.loads(Path(index_file).read_text(encoding="utf-8"))["weight_map"]
+    else:
+        single = _resolve(path, SAFE_WEIGHTS_NAME)
+        if single is None:
+            raise ModelError(
+                f"{path}: has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}, which llm_layers needs; "
+                "write the model once with save_pretrained"
+            )
+        try:
+            with safe_open(single, framework="pt") as tensors:
+                weight_map = dict.fromkeys(tensors.keys(), SAFE_WEIGHTS_NAME)
+        except SafetensorError as error:
+            raise ModelError(
+                f"{single}: is not a readable safetensors file: {_one_line(error)}; copy it anew"
+            ) from error
+    has_embedding = any(_EMBEDDING_KEY.search(key) for key in weight_map)
+    needed = {key: file for key, file in weight_map.items() if _is_needed(key, llm_layers, has_embedding)}
+    for file in sorted(set(needed.values())):
+        source = _resolve(path, file)
+        if source is None:
+            raise ModelError(f"{path}: shard {file}, named by {SAFE_WEIGHTS_INDEX_NAME}, is missing; copy it there")
+        (folder / file).symlink_to(Path(source).resolve())
+    index = {"metadata": {}, "weight_map": needed}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
+
+
+def _is_needed(key: str, llm_layers: int, has_embedding: bool) -> bool:
+    """Whether a checkpoint tensor, under its old or new name, belongs to the truncated model."""
+    if VISUAL_KEY.search(key):
+        return True
+    if _HEAD_KEY.search(key):
+        return not has_embedding  # tied weights may be stored under lm_head alone
+    layer = _LAYER_KEY.search(key)
+    return int(layer[1]) < llm_layers if layer else not _FINAL_NORM_KEY.search(key)
+
+
+def _read(
+    auto_class: Any,
+    folder: str,
+    path: ModelPath,
+    config: PreTrainedConfig,
+    options: dict[str, Any],
+    may_lack: tuple[str, ...],
+) -> PreTrainedModel:
+    """from_pretrained with one-line errors; a tensor that is missing is an error and never a random weight."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # its report of missing and unused tensors: both are checked or meant here
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        model, info = auto_class.from_pretrained(folder, config=config, output_loading_info=True, **options)
+    except _LOADING_ERRORS as error:
+        raise ModelError(f"{path}: the model cannot be loaded: {_one_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+    missing = sorted(set(info["missing_keys"]) - set(may_lack))
+    if missing:
+        raise ModelError(
+            f"{path}: {len(missing)} tensors are missing, first {missing[0]!r}; they do not fit its config.json"
+        )
+    return model
+
+
+def _quantization(kind: str, family: Family, dtype: torch.dtype) -> BitsAndBytesConfig:
+    skip = [family.tower, *family.projector, "lm_head"]
+    if kind == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=skip
+        )
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    raise ModelError(f"quantize_llm is {kind!r}: allowed are 'nf4', 'int8' or none")
+
+
+def _require_folder(path: ModelPath, file: str, what: str) -> None:
+    if _resolve(path, file) is None:
+        state = f"has no {file}" if Path(path).is_dir() else "is no folder and no reachable hub id"
+        raise ModelError(f"{path}: {state}; give the path of {what}")
+
+
+def _resolve(path: ModelPath, file: str) -> str | None:
+    """The local file of a model folder or (downloaded) hub id; None when there is none."""
+    if Path(path).is_dir():
+        local = Path(path) / file
+        return str(local) if local.is_file() else None
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        return None
+    try:
+        return cached_file(str(path), file, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):
+        return None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,59 @@
+"""The prompt around an image: the chat template's text, and its part up to the image placeholder.
+
+Both come from one function, so the prefix of training is by construction the prefix of evaluation.
+"""
+
+from typing import Any
+
+from transformers import PaliGemmaProcessor
+
+from fastvkd.errors import ModelError
+
+
+def chat_prompt(processor: Any, question: str, *, image: bool) -> str:
+    """The prompt of a one-turn chat; ends where the answer begins, so an answer is appended without a space of its own.
+
+    With a chat template that template is used; without, LLaVA-1.5's `USER: <image>\\n{question} ASSISTANT:`, and for
+    PaliGemma, which is no chat model, its task prefix `<image>answer en {question}`.
+    """
+    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    if isinstance(template, dict):  # several named templates
+        template = template.get("default")
+    if template:
+        content: list[dict[str, str]] = [{"type": "image"}] if image else []
+        content.append({"type": "text", "text": question})
+        # the tokenizer renders what the processor would; SmolVLM's own method wants a video processor for it
+        return processor.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], chat_template=template, add_generation_prompt=True, tokenize=False
+        )
+    if isinstance(processor, PaliGemmaProcessor):
+        return f"{image_placeholder(processor) if image else ''}answer en {question}"
+    placeholder = f"{image_placeholder(processor)}\n" if image else ""
+    return f"USER: {placeholder}{question} ASSISTANT:"
+
+
+def visual_prefix(processor: Any) -> str:
+    """The prompt up to and including the image placeholder. Under causal attention the visual tokens see no more."""
+    prompt, placeholder = chat_prompt(processor, "", image=True), image_placeholder(processor)
+    end = prompt.rfind(placeholder)
+    if end < 0:
+        raise ModelError(
+            f"the chat template writes no {placeholder!r} for an image ({prompt[:80]!r}): use the template that "
+            "belongs to this processor"
+        )
+    return prompt[: end + len(placeholder)]
+
+
+def image_placeholder(processor: Any) -> str:
+    """The text that a template writes for one image (before a processor repeats it per visual token)."""
+    # Gemma 3 writes one begin-of-image token and expands that into soft tokens
+    token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+    if token is None:
+        raise ModelError(f"{type(processor).__name__} names no image token: use a multimodal processor")
+    return str(token)
+
+
+def adds_special_tokens(processor: Any, prompt: str) -> bool:
+    """Whether the tokenizer should add its own BOS: not when the template has already written it."""
+    bos = processor.tokenizer.bos_token
+    return not (bos and prompt.startswith(bos))

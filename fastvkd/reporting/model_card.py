@@ -1,0 +1,109 @@
+"""The model card (README.md of an exported model folder), written from the report of the run that made the model."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fastvkd.reporting.html import SET_NAMES, TEXT_SET_NAMES, duration, flatten, limits, relearning_sentence
+from fastvkd.reporting.report import criteria, headline_sentence, measured_cells, percent
+
+
+def _markdown(text: Any) -> str:
+    """Text that Markdown and HTML show as it stands, on one line."""
+    line = " ".join(str(text).split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", line)
+
+
+def _code(text: Any) -> str:
+    """Inline code; a backtick inside would end it."""
+    return "`" + " ".join(str(text).split()).replace("`", "'").replace("|", "\\|") + "`"
+
+
+def model_card(report: Mapping[str, Any]) -> str:
+    """A model card in Markdown with the metadata block that model hubs read.
+
+    Args:
+        report: content of report.json (see `fastvkd.reporting.report.build_report`).
+
+    Returns:
+        Text ending in a newline: verdict, table of all cells, requirements, how it was made, limits, how to load it.
+    """
+    settings = report["settings"]
+    digest = report["language_model_sha256"]
+    same = digest["before"] == digest["after"]
+    base = str(settings.get("model_name_or_path", ""))
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not base.startswith(".")
+    lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]
+    if is_hub_id:
+        # JSON strings are YAML strings, whatever is in them.
+        lines += [f"base_model: {json.dumps(base)}", "base_model_relation: finetune"]
+    lines += ["tags:", "- machine-unlearning", "- visual-knowledge-distillation", "- fastvkd", "---", ""]
+
+    name = base.rstrip("/").rsplit("/", 1)[-1] or "model"
+    lines += [f"# {_markdown(name)}, unlearned", "", headline_sentence(report), ""]
+    lines += [
+        "This model was trained to stop recognising the people of a forget set **in photos**"
+        + (", by training only its visual part. " if same else ". ")
+        + "What it knows about anybody as text was meant to stay.",
+        "",
+        "## Results",
+        "",
+        f"Multiple choice, % right with 95 % bootstrap interval; chance is {percent(report['chance'])}.",
+        "",
+    ]
+    models = [model for model in ("vanilla", "unlearned", "gold") if model in report]
+    titles = {"vanilla": "before", "unlearned": "after", "gold": "gold (never trained on the forget set)"}
+    lines.append("| set | asked | n | " + " | ".join(titles[model] for model in models) + " |")
+    lines.append("|---|---|---:|" + "---:|" * len(models))
+    for set_name, kind in measured_cells(report):
+        label = (SET_NAMES if kind == "vqa" else TEXT_SET_NAMES)[set_name]
+        row = [label, "with a photo" if kind == "vqa" else "in words", f"{report['unlearned'][set_name][kind]['n']:,}"]
+        for model in models:
+            cell = report[model].get(set_name, {}).get(kind)
+            if cell is None:
+                row.append("–")
+            else:
+                low, high = cell["ci95"]
+                row.append(f"{100 * cell['accuracy']:.1f} ({100 * low:.1f}–{100 * high:.1f})")
+        lines.append("| " + " | ".join(row) + " |")
+    lines += ["", "## Requirements", "", "| requirement | asked | found | met |", "|---|---|---|---|"]
+    for check in criteria(report):
+        lines.append(f"| {check.name} | {check.asked} | {check.found} | {'yes' if check.met else '**no**'} |")
+    attack = relearning_sentence(report)
+    if attack:
+        lines += ["", f"Relearning attack, accuracy on unseen photos of forgotten people: {attack}"]
+
+    parameters = report["parameters"]
+    lines += [
+        "",
+        "## How it was made",
+        "",
+        f"- Trained weights: {parameters['trainable']:,} of {parameters['total']:,}.",
+        f"- Time: {duration(sum(report['seconds'].values()))} in all phases.",
+        f"- SHA-256 of the language model's weights: {_code(digest['before'])} before, "
+        + ("the same after." if same else f"{_code(digest['after'])} after: **changed**."),
+        "- Versions: " + ", ".join(f"{_markdown(k)} {_markdown(v)}" for k, v in report["versions"].items()) + ".",
+        "",
+        "| setting | value |",
+        "|---|---|",
+    ]
+    lines += [f"| {_code(key)} | {_code(value)} |" for key, value in flatten(settings).items()]
+    lines += ["", "## What this does not show", ""]
+    lines += [f"- {_markdown(limit)}" for limit in limits(report)]
+    lines += [
+        "",
+        "## Use",
+        "",
+        "The folder loads like the base model, and the base model's licence and terms apply to it.",
+        "",
+        "```python",
+        "from transformers import AutoModelForImageTextToText, AutoProcessor",
+        "",
+        'model = AutoModelForImageTextToText.from_pretrained("path/to/this/folder")',
+        'processor = AutoProcessor.from_pretrained("path/to/this/folder")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

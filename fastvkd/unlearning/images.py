@@ -1,0 +1,159 @@
+"""The distinct images of a run, decoded and resized once, and the order in which training visits them.
+
+Benchmarks ask some fifteen questions about one image; the feature losses need each image once, so repeated bytes are
+merged here. Where a family has a fixed resolution the pixels stay in memory; elsewhere images are preprocessed when
+used.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from fastvkd.data.images import content_hash, decode_image
+from fastvkd.data.records import Photo
+from fastvkd.models.families import family_of
+from fastvkd.models.visual_path import VisualBatch, batch_from_pixels, collate_images, encode_pixels
+
+
+class ImageSet:
+    """Images by position: `hashes[i]` (content hash, hex), and batches of any of them.
+
+    Args:
+        photos: encoded images; repeated bytes are kept once, in order of first appearance.
+        dtype: of the pixels kept in memory (fixed-resolution families only).
+    """
+
+    def __init__(self, photos: Sequence[Photo], processor: Any, model_config: Any, *, dtype: torch.dtype, pin: bool):
+        self._photos = list(self.distinct(photos).items())
+        self.hashes = [digest for digest, _ in self._photos]
+        self._processor, self._config = processor, model_config
+        self._pixels: Tensor | None = None
+        self._decode = lru_cache(maxsize=2048)(self._decode_uncached)
+        if family_of(model_config).fixed_resolution:
+            chunks = [self._photos[i : i + 64] for i in range(0, len(self._photos), 64)]
+            encoded = [
+                encode_pixels(processor, [decode_image(p.data, p.source) for _, p in chunk]).to(dtype)
+                for chunk in chunks
+            ]
+            self._pixels = torch.cat(encoded) if encoded else torch.empty(0)
+            if pin:
+                self._pixels = self._pixels.pin_memory()
+
+    @staticmethod
+    def distinct(photos: Sequence[Photo]) -> dict[str, Photo]:
+        """Content hash -> photo, in order of first appearance."""
+        found: dict[str, Photo] = {}
+        for photo in photos:
+            found.setdefault(content_hash(photo.data), photo)
+        return found
+
+    def __len__(self) -> int:
+        return len(self._photos)
+
+    def image(self, index: int) -> Image.Image:
+        return self._decode(index)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(width, height) of image `index` in pixels."""
+        return self._decode(index).size
+
+    def batch(self, indices: Sequence[int], views: np.random.Generator | None = None) -> VisualBatch:
+        """The images `indices` as model inputs; with `views` each is shifted, perhaps mirrored, and lit differently."""
+        if self._pixels is None:
+            images = [self._decode(int(i)) for i in indices]
+            if views is not None:
+                images = [_view_of_image(image, views) for image in images]
+            return collate_images(self._processor, self._config, images)
+        pixels = self._pixels[torch.as_tensor(np.asarray(indices), dtype=torch.int64)]
+        return batch_from_pixels(self._processor, self._config, pixels if views is None else _views(pixels, views))
+
+    def _decode_uncached(self, index: int) -> Image.Image:
+        photo = self._photos[index][1]
+        return decode_image(photo.data, photo.source)
+
+
+def _views(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+    """(B, 3, S, S) -> the same: shifts of up to 1/16 of the side, every second image mirrored, +-15 % light."""
+    size = pixels.shape[-1]
+    reach = max(1, size // 16)
+    padded = F.pad(pixels.float(), (reach,) * 4, mode="replicate").to(pixels.dtype)
+    shifts = rng.integers(0, 2 * reach + 1, (len(pixels), 2))
+    moved = torch.stack([p[:, y : y + size, x : x + size] for p, (y, x) in zip(padded, shifts, strict=True)])
+    mirrored = torch.from_numpy(rng.random(len(pixels)) < 0.5)[:, None, None, None]
+    light = torch.from_numpy(rng.uniform(0.85, 1.15, (len(pixels), 1, 1, 1))).to(pixels.dtype)
+    return torch.where(mirrored, moved.flip(-1), moved) * light
+
+
+def _view_of_image(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """The same kinds of view for an image whose size decides the number of tokens, so its size is kept."""
+    reach_x, reach_y = image.width // 16, image.height // 16
+    dx, dy = int(rng.integers(-reach_x, reach_x + 1)), int(rng.integers(-reach_y, reach_y + 1))
+    image = image.transform(image.size, Image.Transform.AFFINE, (1, 0, dx, 0, 1, dy))
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    light = float(rng.uniform(0.85, 1.15))
+    return image.point(lambda value: value * light)
+
+
+def noise_image(size: tuple[int, int], seed: Sequence[int]) -> Image.Image:
+    """Uniform RGB noise of `size` (width, height); the same seed gives the same image."""
+    rng = np.random.default_rng(list(seed))
+    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8), "RGB")
+
+
+def draw(population: int, start: int, count: int, seed: Sequence[int]) -> list[int]:
+    """Entries start ... start + count of an endless sequence of permutations of range(population).
+
+    It has no state: any rank or a resumed run can ask for any part of it.
+    """
+    drawn: list[int] = []
+    position = start
+    while len(drawn) < count:
+        turn, offset = divmod(position, population)
+        order = np.random.default_rng([*seed, turn]).permutation(population)
+        take = order[offset : offset + count - len(drawn)]
+        drawn += [int(i) for i in take]
+        position += len(take)
+    return drawn
+
+
+class BatchPlan:
+    """Which images make up step `t` on rank `r`: as many of each kind on every rank and step.
+
+    `auxiliary` images take `auxiliary_share` of the retained part of a batch and count as retained.
+    """
+
+    def __init__(
+        self,
+        forget: Sequence[int],
+        retain: Sequence[int],
+        *,
+        batch_size: int,
+        forget_share: float,
+        seed: int,
+        auxiliary: Sequence[int] = (),
+        auxiliary_share: float = 0.0,
+    ):
+        self.forget, self.retain, self.auxiliary, self.seed = list(forget), list(retain), list(auxiliary), seed
+        self.forget_per_rank = min(batch_size - 1, max(1, round(batch_size * forget_share)))
+        kept = batch_size - self.forget_per_rank
+        self.auxiliary_per_rank = round(kept * auxiliary_share) if self.auxiliary else 0
+        self.retain_per_rank = kept - self.auxiliary_per_rank
+
+    def indices(self, step: int, rank: int, world_size: int) -> tuple[list[int], list[int]]:
+        """(forget, retained) image indices of micro-batch `step`, counted from 0."""
+
+        def part(of: list[int], each: int, salt: int) -> list[int]:
+            if not each:
+                return []
+            chosen = draw(len(of), (step * world_size + rank) * each, each, (self.seed, salt))
+            return [of[i] for i in chosen]
+
+        retained = part(self.retain, self.retain_per_rank, 12) + part(self.auxiliary, self.auxiliary_per_rank, 17)
+        return part(self.forget, self.forget_per_rank, 11), retained

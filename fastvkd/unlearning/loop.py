@@ -1,0 +1,338 @@
+"""Unlearning from settings to checkpoint: the loop behind `fastvkd train`, the DeepSpeed launcher and the library.
+
+What is trained (objective, targets, masks) is put together in `tasks.py`; the engine updates the weights.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvkd.engines.checkpoints import find_latest, identify_base, load_checkpoint, save_checkpoint
+from fastvkd.engines.local import LocalEngine
+from fastvkd.engines.protocol import Engine
+from fastvkd.errors import SettingsError, TrainingError
+from fastvkd.settings import Settings
+from fastvkd.unlearning.tasks import Task, prepare
+
+log = logging.getLogger("fastvkd")
+
+Progress = Callable[[str, int, int, dict[str, float]], None]  # phase, done, total, figures
+
+
+@dataclass(frozen=True)
+class Unlearned:
+    """What a run did. `checkpoint` holds the trained visual weights; `metrics` is the file with a line per step."""
+
+    checkpoint: Path
+    metrics: Path
+    steps: int
+    images_seen: int
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    trainable_parameters: int
+    frozen_parameters: int
+    trained_share: float  # of the trainable weights, what the saliency mask lets move
+    finished: bool  # False when SIGTERM ended the run early, after saving
+
+
+def unlearn(settings: Settings, *, progress: Progress = lambda *_: None) -> Unlearned:
+    """Make the model of `settings` forget the forget split, and write a checkpoint of its visual weights.
+
+    `progress(phase, done, total, figures)` is called as work goes on. Raises FastVKDError (one line, naming the mend)
+    for settings, data or models that cannot be used; nothing is left half-written.
+    """
+    settings.check()
+    torch.manual_seed(settings.seed)
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+    device = pick_device(settings.device)
+    output = Path(settings.output_dir)
+    resume_from = _resume_folder(settings, output)
+    base = identify_base(settings.model_name_or_path)
+
+    ds_config, partitioning = _join_deepspeed(settings, device) if settings.engine == "deepspeed" else ({}, None)
+    if settings.engine == "deepspeed" and device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    task = prepare(
+        settings,
+        device,
+        base,
+        lambda done, total: progress("teacher", done, total, {}),
+        partitioned=partitioning is not None,
+    )
+    engine = build_engine(settings, task, device, ds_config)
+    if task.see_teacher is not None:
+        task.see_teacher(engine.forward_module)
+    seconds["prepare"] = time.perf_counter() - started
+
+    first = 0
+    if resume_from is not None:
+        resumed = load_checkpoint(resume_from, engine, base_model=base)
+        first = resumed.updates
+        log.warning("resumed from %s at step %d%s", resume_from, first, f": {resumed.notice}" if resumed.notice else "")
+
+    def save() -> Path:
+        return save_checkpoint(
+            output,
+            engine,
+            sampler={"micro_step": engine.updates * settings.gradient_accumulation_steps},
+            settings=settings.to_dict(),
+            base_model=base,
+            keep=settings.save_total_limit,
+        )
+
+    output.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    checkpoint: Path | None = None
+    finished = True
+    with Metrics(output, settings, engine, first) as metrics, _sigterm() as stop_asked:
+        for update in range(first, settings.max_steps):
+            for part in range(settings.gradient_accumulation_steps):
+                batch = task.batch(update * settings.gradient_accumulation_steps + part, engine.rank, engine.world_size)
+                terms = engine.forward_module(batch)
+                engine.backward(terms["loss"])
+                norm = engine.step()
+            metrics.record(update + 1, terms, norm, engine.learning_rate())
+            if metrics.due(update + 1):
+                figures = metrics.flush()
+                progress("unlearn", update + 1, settings.max_steps, figures)
+            asked = engine.any_rank(stop_asked.is_set()) if engine.world_size > 1 else stop_asked.is_set()
+            if asked:
+                log.warning("SIGTERM: saving at step %d and stopping", update + 1)
+                finished = False
+                break
+            if settings.save_steps and (update + 1) % settings.save_steps == 0 and update + 1 < settings.max_steps:
+                metrics.flush()
+                checkpoint = save()
+        metrics.flush()
+        checkpoint = save()
+    seconds["unlearn"] = time.perf_counter() - started
+    return Unlearned(
+        checkpoint=checkpoint,
+        metrics=metrics.path,
+        steps=engine.updates,
+        images_seen=(engine.updates - first)
+        * settings.gradient_accumulation_steps
+        * task.images_per_step
+        * engine.world_size,
+        seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes(device),
+        trainable_parameters=task.trainable_parameters,
+        frozen_parameters=task.frozen_parameters,
+        trained_share=task.trained_share,
+        finished=finished,
+    )
+
+
+def _join_deepspeed(settings: Settings, device: torch.device) -> tuple[dict[str, Any], Any]:
+    """The completed DeepSpeed configuration, and what must stay alive while ZeRO-3 loads (None for other stages)."""
+    from fastvkd.engines.ds_config import complete_ds_config, read_ds_config
+
+    if "WORLD_SIZE" not in os.environ:
+        raise SettingsError("engine=deepspeed needs its launcher: start with `deepspeed fastvkd/train.py --config ...`")
+    ds_config = complete_ds_config(
+        read_ds_config(settings.deepspeed or "zero2"),
+        micro_batch=settings.per_device_train_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        optim=settings.optim,
+        quantize_llm=settings.quantize_llm,
+        world_size=int(os.environ["WORLD_SIZE"]),
+        on_gpu=device.type == "cuda",
+    )
+    from fastvkd.engines.deepspeed_engine import start_deepspeed
+
+    return ds_config, start_deepspeed(ds_config)
+
+
+def build_engine(settings: Settings, task: Task, device: torch.device, ds_config: dict[str, Any]) -> Engine:
+    """The engine that `settings.engine` names, over the task's trainable parameters."""
+    if settings.engine == "deepspeed":
+        from fastvkd.engines.deepspeed_engine import DeepSpeedEngine  # late: it takes seconds to import
+
+        return DeepSpeedEngine(
+            task.module,
+            task.parameters,
+            ds_config,
+            optim=settings.optim,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            warmup_steps=settings.warmup_steps,
+            max_steps=settings.max_steps,
+            lr_scheduler_type=settings.lr_scheduler_type,
+        )
+    return LocalEngine(
+        task.parameters,
+        module=task.module,
+        optim=settings.optim,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        warmup_steps=settings.warmup_steps,
+        max_steps=settings.max_steps,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        device=device,
+    )
+
+
+class Metrics:
+    """`metrics.jsonl`: one line per step. Figures stay on the device until `logging_steps` of them are read at once.
+
+    Raises TrainingError when a loss or gradient norm is not finite.
+    """
+
+    def __init__(self, output: Path, settings: Settings, engine: Engine, first: int):
+        self.path = output / "metrics.jsonl"
+        self._settings, self._engine = settings, engine
+        self._pending: list[tuple[int, float, list[str], Tensor]] = []
+        self._since = time.perf_counter()
+        self._images_per_update = (
+            settings.per_device_train_batch_size * settings.gradient_accumulation_steps * engine.world_size
+        )
+        self._is_main = engine.rank == 0
+        self._board: Any = None
+        if self._is_main:
+            kept = _lines_up_to(self.path, first) if first else []
+            self.path.write_text("".join(kept))
+            if "tensorboard" in settings.report_to:
+                self._board = _summary_writer(output)
+            if "wandb" in settings.report_to:
+                self._board = _wandb_writer(settings)
+
+    def record(self, step: int, terms: dict[str, Tensor], norm: Tensor | None, learning_rate: float) -> None:
+        figures = {key: value.detach().float() for key, value in terms.items()}
+        if norm is not None:
+            figures["grad_norm"] = norm.detach().float()
+        self._pending.append((step, learning_rate, list(figures), torch.stack(list(figures.values()))))
+
+    def due(self, step: int) -> bool:
+        return step % self._settings.logging_steps == 0
+
+    def flush(self) -> dict[str, float]:
+        """Read the pending figures, write them, and return the last step's."""
+        if not self._pending:
+            return {}
+        values = self._engine.mean_over_ranks(torch.stack([v for *_, v in self._pending])).tolist()
+        now = time.perf_counter()
+        rate = len(self._pending) * self._images_per_update / (now - self._since)
+        memory = peak_memory_bytes(self._engine.device)
+        lines, line = [], {}
+        for (step, learning_rate, names, _), row in zip(self._pending, values, strict=True):
+            line = {"step": step, **dict(zip(names, row, strict=True)), "learning_rate": learning_rate}
+            line |= {"images_per_second": rate, "peak_memory_bytes": memory}
+            if not all(np.isfinite(row)):
+                raise TrainingError(
+                    f"step {step}: loss {line['loss']} and gradient norm {line.get('grad_norm')} are not both finite; "
+                    "lower learning_rate, or set bf16=false"
+                )
+            lines.append(line)
+        if self._is_main:
+            with self.path.open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+            if self._board is not None:
+                for line in lines:
+                    self._board(line)
+        self._pending, self._since = [], now
+        return line
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        return None
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+
+
+def _summary_writer(output: Path) -> Callable[[dict[str, float]], None]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise SettingsError(
+            "report_to=tensorboard: tensorboard is not installed; pip install fastvkd[tensorboard]"
+        ) from error
+    writer = SummaryWriter(str(output / "tensorboard"))
+
+    def write(line: dict[str, float]) -> None:
+        for key, value in line.items():
+            if key != "step":
+                writer.add_scalar(f"train/{key}", value, int(line["step"]))
+        writer.flush()
+
+    return write
+
+
+def _wandb_writer(settings: Settings) -> Callable[[dict[str, float]], None]:
+    try:
+        import wandb
+    except ImportError as error:
+        raise SettingsError("report_to=wandb: wandb is not installed; pip install fastvkd[wandb]") from error
+    run = wandb.init(project="fastvkd", config=settings.to_dict())
+
+    def write(line: dict[str, float]) -> None:
+        run.log({k: v for k, v in line.items() if k != "step"}, step=int(line["step"]))
+
+    return write
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; outside the main thread, where no handler can be set, one that nothing sets."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _resume_folder(settings: Settings, output: Path) -> Path | None:
+    wanted = settings.resume_from_checkpoint
+    if wanted is None:
+        return None
+    return find_latest(output) if wanted == "auto" else Path(wanted)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one. Raises SettingsError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SettingsError(f"device={name!r}: allowed are auto, cpu, cuda, cuda:<n>") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SettingsError(f"device={name}: torch {torch.__version__} sees no GPU; set device=cpu")
+    return device
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak so far: allocated on the GPU, or the resident set of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,125 @@
+"""The VKD objective: pull retained images to the frozen original's features, forget images to their targets.
+
+One batch holds both kinds of image. It goes through the model once, and each site costs one fused loss launch whose
+per-row weights carry the lambdas. Legend: B images, N visual tokens, H width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from fastvkd_kernels import visual_distill_loss
+from torch import Tensor, nn
+
+from fastvkd.models.visual_path import VisualBatch, VisualPath
+from fastvkd.unlearning.targets import SiteTargets
+
+
+@dataclass
+class DistillBatch:
+    """One step's images and what each visual token aims at.
+
+    is_forget: (B,) bool. targets: by site. weight: (B,) float32, an extra factor per image; None for 1. One device.
+    """
+
+    images: VisualBatch
+    is_forget: Tensor
+    targets: dict[str, SiteTargets]
+    weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SiteLoss:
+    """How one site counts: `weight` (the sites' weights sum to 1), and the kernel's `scale` and `beta`."""
+
+    weight: float
+    scale: float = 1.0
+    beta: float = 1.0
+
+
+def site_losses(
+    weights: Mapping[str, float], variances: Mapping[str, float], distance: str, beta: float
+) -> dict[str, SiteLoss]:
+    """Per-site constants: mse is divided by the teacher's variance, smooth_l1 is in units of its standard deviation."""
+    total = sum(weights.values())
+    result = {}
+    for site, weight in weights.items():
+        variance = max(variances[site], 1e-12)
+        share = weight / total
+        if distance == "mse":
+            result[site] = SiteLoss(share, scale=1 / variance)
+        elif distance == "smooth_l1":
+            result[site] = SiteLoss(share, scale=variance**-0.5, beta=beta * variance**0.5)
+        else:
+            result[site] = SiteLoss(share)
+    return result
+
+
+class VisualDistillation(nn.Module):
+    """`lambda_forget * L_f + lambda_retain * L_r` over the sites of `path`, for one batch.
+
+    L_f and L_r are means over the images of their kind of the mean over visual tokens of the distance, weighted over
+    sites. With `repel` forget rows have no target: they cost `relu(margin - d(z, z0))`.
+    """
+
+    def __init__(
+        self,
+        path: VisualPath,
+        *,
+        distance: str,
+        lambda_forget: float,
+        lambda_retain: float,
+        repel: bool = False,
+        margin: float = 1.0,
+    ):
+        super().__init__()
+        self.path = path
+        self.losses: dict[str, SiteLoss] = {}  # set once the teacher's variance at the sites is known
+        self.distance, self.repel, self.margin = distance, repel, margin
+        self.lambda_forget, self.lambda_retain = lambda_forget, lambda_retain
+
+    def forward(self, batch: DistillBatch) -> dict[str, Tensor]:
+        """`loss` (scalar, with graph), and detached `loss_forget`, `loss_retain`."""
+        is_forget = batch.is_forget
+        n_forget = is_forget.sum().clamp(min=1)
+        n_retain = (~is_forget).sum().clamp(min=1)
+        loss: Tensor | float = 0.0
+        forget: Tensor | float = 0.0
+        retain: Tensor | float = 0.0
+        for site, features in self.path(batch.images).items():
+            constants = self.losses[site]
+            targets = batch.targets[site]
+            image = features.image_of_row
+            tokens = torch.zeros_like(is_forget, dtype=torch.float32).index_add_(
+                0, image, torch.ones_like(image, dtype=torch.float32)
+            )
+            # The weight of a row in L_f or L_r; the lambdas come on top.
+            share = constants.weight / (tokens * torch.where(is_forget, n_forget, n_retain))
+            factor = torch.where(is_forget, self.lambda_forget, self.lambda_retain)
+            if batch.weight is not None:
+                factor = factor * batch.weight
+            row_is_forget = is_forget[image]
+            row_share = share[image]
+            site_loss, distances = visual_distill_loss(
+                features.hidden,
+                features.rows,
+                targets.target,
+                target_rows=targets.target_rows,
+                weight=row_share * factor[image],
+                repel=row_is_forget if self.repel else None,
+                margin=self.margin,
+                distance=self.distance,
+                scale=constants.scale,
+                beta=constants.beta,
+                return_rows=True,
+            )
+            loss = loss + site_loss
+            with torch.no_grad():
+                terms = distances * row_share
+                kept = torch.where(row_is_forget, 0, terms).sum()
+                if self.repel:
+                    terms = (self.margin - distances).relu() * row_share
+                forget = forget + torch.where(row_is_forget, terms, 0).sum()
+                retain = retain + kept
+        assert isinstance(loss, Tensor) and isinstance(forget, Tensor) and isinstance(retain, Tensor)
+        return {"loss": loss, "loss_forget": forget, "loss_retain": retain}

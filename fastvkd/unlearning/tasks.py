@@ -1,0 +1,426 @@
+"""From settings to something the loop can run: the model, what it is trained on, and which of its weights move."""
+
+import dataclasses
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastvkd.data.dead_leaves import dead_leaves
+from fastvkd.data.images import decode_image
+from fastvkd.data.records import Photo, Profile
+from fastvkd.data.sources import read_forget_retain
+from fastvkd.engines.checkpoints import BaseModel, identify_base
+from fastvkd.errors import ModelError, SettingsError
+from fastvkd.models import families
+from fastvkd.models.families import family_of
+from fastvkd.models.loading import llm_layers_needed, load_config, load_model, load_processor
+from fastvkd.models.prompts import visual_prefix
+from fastvkd.models.visual_path import VisualBatch, VisualPath, collate_images
+from fastvkd.settings import Settings
+from fastvkd.unlearning import saliency
+from fastvkd.unlearning.answers import AnswerBatch, AnswerSampler, AnswerTerm
+from fastvkd.unlearning.images import BatchPlan, ImageSet, noise_image
+from fastvkd.unlearning.objective import DistillBatch, VisualDistillation, site_losses
+from fastvkd.unlearning.targets import TargetTable, mean_features, redirect, variance
+from fastvkd.unlearning.teacher import FeatureCache, fill_caches, frozen_copy, split_by_image
+
+Report = Callable[[int, int], None]
+
+
+@dataclass
+class StepBatch:
+    """What one forward pass gets: images to distil, answers to (un)learn, or both."""
+
+    distill: DistillBatch | None
+    answers: AnswerBatch | None
+
+
+class UnlearningModule(nn.Module):
+    """The sum of the feature-level and the output-level objective, whichever are on."""
+
+    def __init__(self, distill: VisualDistillation | None, answers: AnswerTerm | None, lambda_answer: float):
+        super().__init__()
+        self.distill, self.answers, self.lambda_answer = distill, answers, lambda_answer
+
+    def forward(self, batch: "StepBatch | VisualBatch") -> dict[str, Any]:
+        """Loss terms of a `StepBatch`; of a bare `VisualBatch` the features by site, for the teacher's pass."""
+        if isinstance(batch, VisualBatch):
+            assert self.distill is not None
+            return self.distill.path(batch)
+        terms: dict[str, Tensor] = {}
+        if self.distill is not None and batch.distill is not None:
+            terms = self.distill(batch.distill)
+        if self.answers is not None and batch.answers is not None:
+            parts = self.answers(batch.answers)
+            answer_loss = self.lambda_answer * (parts["forget"] + self.answers.lambda_retain * parts["retain"])
+            terms["loss"] = terms["loss"] + answer_loss if "loss" in terms else answer_loss
+            terms["loss_answer_forget"] = parts["forget"].detach()
+            terms["loss_answer_retain"] = parts["retain"].detach()
+        return terms
+
+
+@dataclass
+class Task:
+    """`module` maps `batch(step, rank, world_size)` to loss terms; `parameters` are what an engine may change."""
+
+    model: nn.Module
+    module: nn.Module
+    parameters: list[tuple[str, nn.Parameter]]
+    batch: Callable[[int, int, int], StepBatch]
+    images_per_step: int
+    trained_share: float = 1.0
+    see_teacher: Callable[[Callable[[VisualBatch], Any]], None] | None = (
+        None  # still to be called, with what runs the model
+    )
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(p.numel() for _, p in self.parameters)
+
+    @property
+    def frozen_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters()) - self.trainable_parameters
+
+
+def prepare(
+    settings: Settings,
+    device: torch.device,
+    base: BaseModel,
+    report: Report = lambda *_: None,
+    *,
+    partitioned: bool = False,
+) -> Task:
+    """Load data and model, write down what the teacher sees, and put the objective together.
+
+    `partitioned` says that ZeRO-3 splits the weights while they are loaded. Then nothing can run before the engine
+    is there: the teacher's pass is left to the caller (`Task.see_teacher`), and what needs whole weights earlier is
+    refused.
+    """
+    if partitioned:
+        _refuse_with_zero3(settings)
+    uses_features = settings.method == "vkd"
+    answer_kind = "ga" if settings.method == "ga" else settings.answer_loss
+    config = load_config(settings.model_name_or_path)
+    layers = None if answer_kind != "none" else llm_layers_needed(settings.sites, config)
+    forget, retain = read_forget_retain(settings.data, settings.forget_split, settings.retain_split)
+    processor = load_processor(settings.model_name_or_path)
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+
+    distill_data: _DistillData | None = None
+    if uses_features:
+        distill_data = _DistillData(settings, forget, retain, processor, config, dtype, device, base)
+        if settings.forget_target == "reference":
+            assert settings.reference_model is not None
+            reference = load_model(settings.reference_model, dtype=dtype, llm_layers=layers, device=device)
+            distill_data.see_reference(
+                VisualPath(reference, list(settings.sites)), identify_base(settings.reference_model)
+            )
+            del reference
+
+    model: Any = load_model(
+        settings.model_name_or_path,
+        dtype=dtype,
+        attn_implementation=settings.attn_implementation,
+        llm_layers=layers,
+        device=device,
+        quantize_llm=None if settings.quantize_llm == "none" else settings.quantize_llm,
+    )
+    parameters = _trainable(model, settings)
+    families.train_only(model, [p for _, p in parameters])
+
+    distill: VisualDistillation | None = None
+    if distill_data is not None:
+        path = VisualPath(model, list(settings.sites))
+        distill = VisualDistillation(
+            path,
+            distance=settings.distance,
+            lambda_forget=settings.lambda_forget,
+            lambda_retain=settings.lambda_retain,
+            repel=settings.forget_target == "repel",
+            margin=settings.repel_margin,
+        ).to(device)
+        data, objective = distill_data, distill
+
+        def see_teacher(run: Callable[[VisualBatch], Any]) -> None:
+            data.see_teacher(run, report, all_ranks_run=partitioned)
+            objective.losses = site_losses(settings.sites, data.variances, settings.distance, settings.huber_beta)
+
+        if not partitioned:
+            see_teacher(path)
+        if settings.online_teacher:
+            distill_data.teach_online(VisualPath(frozen_copy(model), list(settings.sites)))
+        if settings.forget_target == "repel":
+            _random_start(parameters, settings)
+
+    answers: AnswerTerm | None = None
+    sampler: AnswerSampler | None = None
+    if answer_kind != "none":
+        sampler = AnswerSampler(processor, forget, retain, settings, idk=answer_kind == "idk")
+        log_p0 = sampler.reference_log_probabilities(model, device) if answer_kind == "npo" else None
+        answers = AnswerTerm(model, answer_kind, log_p0, beta=settings.npo_beta, lambda_retain=settings.lambda_retain)
+
+    module = UnlearningModule(distill, answers, 1.0 if not uses_features else settings.lambda_answer)
+
+    def batch(step: int, rank: int, world_size: int) -> StepBatch:
+        return StepBatch(
+            distill_data.batch(step, rank, world_size) if distill_data is not None else None,
+            sampler.batch(step, rank, world_size).to(device) if sampler is not None else None,
+        )
+
+    task = Task(model, module, parameters, batch, settings.per_device_train_batch_size)
+    if distill is not None and partitioned:
+        task.see_teacher = see_teacher
+    if settings.saliency.granularity != "none":
+        task.trained_share = _apply_saliency(settings, task)
+    return task
+
+
+def _refuse_with_zero3(settings: Settings) -> None:
+    """What needs whole weights before DeepSpeed has taken the model over."""
+    for found, key in (
+        (settings.saliency.granularity != "none", "saliency"),
+        (settings.online_teacher, "augment=true (an online teacher)"),
+        (settings.forget_target in ("reference", "repel"), f"forget_target={settings.forget_target}"),
+        (settings.answer_loss == "npo", "answer_loss=npo"),
+    ):
+        if found:
+            raise SettingsError(
+                f"{key} needs whole weights, which ZeRO-3 splits while loading: use deepspeed=zero2, or engine=local"
+            )
+
+
+def _trainable(model: nn.Module, settings: Settings) -> list[tuple[str, nn.Parameter]]:
+    """Visual parameters that the deepest site reaches: those behind it would never get a gradient."""
+    family = family_of(model)
+    parameters = families.visual_parameters(model, family, settings.trainable)
+    if settings.method == "vkd" and settings.answer_loss == "none":
+        kinds = {site.partition(":")[0] for site in settings.sites}
+        if kinds == {"vision"}:
+            deepest = max(int(site.partition(":")[2]) for site in settings.sites)
+            unreached = {id(p) for block in families.tower_blocks(model, family)[deepest:] for p in block.parameters()}
+            inside = {id(p) for p in families.tower(model, family).parameters()} - unreached
+            parameters = [(name, p) for name, p in parameters if id(p) in inside]
+    if not parameters:
+        raise ModelError(
+            f"trainable={settings.trainable} has no weight that sites {', '.join(settings.sites)} depend on: "
+            "add a deeper site"
+        )
+    return parameters
+
+
+@torch.no_grad()
+def _random_start(parameters: list[tuple[str, nn.Parameter]], settings: Settings) -> None:
+    """Move each matrix by `repel_start` of its norm: at the teacher itself the gradient of repel is zero."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    for _, parameter in parameters:
+        if parameter.dim() >= 2:
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
+            parameter.add_(noise * (settings.repel_start * parameter.norm() / noise.norm()))
+
+
+def _apply_saliency(settings: Settings, task: Task) -> float:
+    """Fisher information of each side of the task's own objective, then masks on every gradient to come."""
+
+    def side(forget_side: bool) -> dict[str, Tensor]:
+        def losses():
+            for step in range(settings.saliency.batches):
+                yield lambda step=step: task.module(_one_side(task.batch(step, 0, 1), forget_side))["loss"]
+
+        return saliency.fisher_information(task.parameters, losses())
+
+    # Retain rows are exact at the start, so their gradient there is zero: estimate both where one step has been taken.
+    start = [p.detach().clone() for _, p in task.parameters]
+    _nudge(task, settings)
+    fisher_forget, fisher_retain = side(True), side(False)
+    with torch.no_grad():
+        for (_, parameter), value in zip(task.parameters, start, strict=True):
+            parameter.copy_(value)
+    masks = saliency.build_masks(
+        fisher_forget,
+        fisher_retain,
+        granularity=settings.saliency.granularity,
+        threshold=settings.saliency.threshold,
+        fraction=settings.saliency.fraction,
+    )
+    saliency.mask_gradients(task.parameters, masks)
+    return saliency.trained_share(masks)
+
+
+def _nudge(task: Task, settings: Settings) -> None:
+    """One signed step along the forget side's gradient, of the size of Adam's first step."""
+    loss = task.module(_one_side(task.batch(0, 0, 1), True))["loss"]
+    gradients = torch.autograd.grad(loss, [p for _, p in task.parameters], allow_unused=True)
+    with torch.no_grad():
+        for (_, parameter), gradient in zip(task.parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.sub_(settings.learning_rate * gradient.sign())
+
+
+def _one_side(batch: StepBatch, forget_side: bool) -> StepBatch:
+    """The same batch with the other side's images and answers out of the loss."""
+    distill, answers = batch.distill, batch.answers
+    if distill is not None:
+        distill = dataclasses.replace(distill, weight=(distill.is_forget == forget_side).float())
+    if answers is not None:
+        keep = answers.is_forget == forget_side
+        answers = dataclasses.replace(answers, predicts=torch.where(keep[:, None], answers.predicts, -100))
+    return StepBatch(distill, answers)
+
+
+def _auxiliary_photos(settings: Settings, like: Photo) -> list[Photo]:
+    """Synthetic images of the size of photo `like`."""
+    size = decode_image(like.data, like.source).size
+    photos = []
+    for i in range(settings.auxiliary_images):
+        buffer = io.BytesIO()
+        dead_leaves(size, (settings.seed, 18, i)).save(buffer, format="PNG", compress_level=1)
+        photos.append(Photo(buffer.getvalue(), f"auxiliary image {i}"))
+    return photos
+
+
+class _DistillData:
+    """Images, cached teacher features, and targets of a feature-level run; makes its batches."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        forget: list[Profile],
+        retain: list[Profile],
+        processor: Any,
+        config: Any,
+        dtype: torch.dtype,
+        device: torch.device,
+        base: BaseModel,
+    ):
+        self.settings, self.device = settings, device
+        self._processor, self._config, self._dtype, self._base = processor, config, dtype, base
+        forget_photos = [photo for profile in forget for photo in profile.photos]
+        retain_photos = [photo for profile in retain for photo in profile.photos]
+        auxiliary = _auxiliary_photos(settings, retain_photos[0])
+        self.images = ImageSet(
+            forget_photos + retain_photos + auxiliary, processor, config, dtype=dtype, pin=device.type == "cuda"
+        )
+        count, end = len(ImageSet.distinct(forget_photos)), len(self.images) - len(auxiliary)
+        self.forget_keys, self.retain_keys = self.images.hashes[:count], self.images.hashes[count:end]
+        self.plan = BatchPlan(
+            range(count),
+            range(count, end),
+            batch_size=settings.per_device_train_batch_size,
+            forget_share=settings.forget_share,
+            seed=settings.seed,
+            auxiliary=range(end, len(self.images)),
+            auxiliary_share=settings.auxiliary_share,
+        )
+        self.variances: dict[str, float] = {}
+        self._online: VisualPath | None = None
+        self._tables: dict[str, TargetTable] = {}
+        self._caches: dict[str, FeatureCache] = {}
+        self._reference: dict[str, FeatureCache] = {}
+        self._position = {key: i for i, key in enumerate(self.images.hashes)}
+
+    def see_reference(self, path: VisualPath, identity: BaseModel) -> None:
+        """Write down what the reference model sees of the forget images; afterwards it may be freed."""
+        self._reference = self._open_caches(identity)
+        fill_caches(
+            self._reference, path, self.forget_keys, self._batch_of(self.forget_keys), batch_size=16, device=self.device
+        )
+
+    def see_teacher(self, path: Callable[[VisualBatch], Any], report: Report, *, all_ranks_run: bool = False) -> None:
+        """Write down what the original sees, of every image and of the noise images, and derive the targets from it."""
+        settings = self.settings
+        noise = self._noise_keys() if settings.forget_target == "noise" else {}
+        keys = [*self.images.hashes, *dict.fromkeys(noise.values())]
+        self._caches = self._open_caches(self._base)
+        fill_caches(
+            self._caches,
+            path,
+            keys,
+            self._batch_of(keys),
+            batch_size=16,
+            device=self.device,
+            progress=report,
+            all_ranks_run=all_ranks_run,
+        )
+        source: dict[str, str] = dict(noise)
+        if settings.forget_target == "mean":
+            source = dict.fromkeys(self.forget_keys, "mean")
+        elif settings.forget_target == "redirect":
+            source = redirect(self.forget_keys, self.retain_keys, settings.seed)
+        for site, cache in self._caches.items():
+            self.variances[site] = variance(cache, self.retain_keys)
+            mean = mean_features(cache, self.retain_keys) if settings.forget_target == "mean" else None
+            self._tables[site] = TargetTable(cache, source, mean, self._reference.get(site))
+
+    def teach_online(self, teacher: VisualPath) -> None:
+        """From now on retained images' targets are what `teacher` sees of the very view that is trained on."""
+        self._online = teacher
+
+    def batch(self, step: int, rank: int, world_size: int) -> DistillBatch:
+        """The images of one step on one rank, forget first, with their targets; on the device."""
+        forget, retain = self.plan.indices(step, rank, world_size)
+        indices = forget + retain
+        rng = np.random.default_rng([self.settings.seed, 14, step, rank]) if self.settings.augment else None
+        images = self.images.batch(indices, rng).to(self.device, non_blocking=True)
+        keys = [self.images.hashes[i] for i in indices]
+        is_forget = torch.arange(len(indices)) < len(forget)
+        seen = self._see_online(images) if self._online is not None else {}
+        targets = {}
+        for site, table in self._tables.items():
+            now = seen.get(site)
+            if now is not None and self.settings.forget_target != "repel":
+                now[: len(forget)] = [None] * len(forget)
+            targets[site] = table.gather(keys, now).to(self.device)
+        return DistillBatch(images, is_forget.to(self.device, non_blocking=True), targets)
+
+    @torch.no_grad()
+    def _see_online(self, images: VisualBatch) -> dict[str, list[Tensor | None]]:
+        assert self._online is not None
+        features = self._online(images)
+        return {site: list(split_by_image(f, images.n_images)) for site, f in features.items()}
+
+    def _noise_keys(self) -> dict[str, str]:
+        """Forget image -> the key of its noise image, which has its size: one noise image a size, or one an image."""
+        each = self.settings.noise_images == "per_image"
+        keys = {}
+        for i, key in enumerate(self.forget_keys):
+            width, height = self.images.size(i)
+            keys[key] = f"noise-{self.settings.seed}-{i if each else 0}-{width}x{height}"
+        return keys
+
+    def _batch_of(self, keys: list[str]) -> Callable[[Any], VisualBatch]:
+        def batch(positions: Any) -> VisualBatch:
+            wanted = [keys[p] for p in positions]
+            if wanted[0] in self._position and wanted[-1] in self._position:
+                return self.images.batch([self._position[key] for key in wanted])
+            pictures = []
+            for key in wanted:
+                if key in self._position:
+                    pictures.append(self.images.image(self._position[key]))
+                else:
+                    _, seed, number, size = key.split("-")
+                    width, height = map(int, size.split("x"))
+                    pictures.append(noise_image((width, height), (int(seed), 15, int(number))))
+            return collate_images(self._processor, self._config, pictures)
+
+        return batch
+
+    def _open_caches(self, model: BaseModel) -> dict[str, FeatureCache]:
+        settings = self.settings
+        root = Path(settings.cache_dir) if settings.cache_dir else Path(settings.output_dir) / "teacher_cache"
+        ingredients = {
+            "weights": model.fingerprint,
+            "prefix": visual_prefix(self._processor),
+            "preprocessing": self._processor.image_processor.to_json_string(),
+            "compute_dtype": str(self._dtype),
+            "quantize_llm": settings.quantize_llm,
+        }
+        return {
+            site: FeatureCache(root, site=site, dtype=settings.cache_dtype, ingredients=ingredients)
+            for site in settings.sites
+        }

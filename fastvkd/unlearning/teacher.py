@@ -1,0 +1,175 @@
+"""What the frozen original sees: its features at every site, cached on disk, or computed online for augmented views.
+
+The original is never a second model. Either its features were written down once before training, or a copy of the
+tower and projector runs beside the trained one and shares the frozen LLM.
+"""
+
+import copy
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastvkd.errors import TrainingError
+from fastvkd.models import families
+from fastvkd.models.families import family_of
+from fastvkd.models.visual_path import SiteFeatures, VisualBatch
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
+
+
+class FeatureCache:
+    """Features of images at one site, in one memory-mapped file: rows of width H, an image's rows being contiguous.
+
+    The folder is named by everything that shapes a feature (base weights, prompt prefix, preprocessing, site,
+    dtype), images inside it by their content hash; so a cache may be shared between runs, and a changed ingredient
+    gets a new folder. New rows are flushed before the index that names them is renamed into place: an interrupted
+    run leaves a cache that is valid and shorter.
+
+    Raises:
+        TrainingError: the disk is full, or the folder cannot be written.
+    """
+
+    def __init__(self, root: Path, *, site: str, dtype: str, ingredients: dict[str, Any]):
+        self.site = site
+        self.dtype = _DTYPES[dtype]
+        ingredients = {**ingredients, "site": site, "dtype": dtype, "format": 1}
+        digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = root / f"{site.replace(':', '-')}-{digest}"
+        self._index_file, self._data_file = self.folder / "index.json", self.folder / "features.bin"
+        self.width = 0
+        self.spans: dict[str, tuple[int, int]] = {}  # key -> (first row, number of rows)
+        self._rows: Tensor | None = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self._index_file.exists():
+                (self.folder / "ingredients.json").write_text(json.dumps(ingredients, indent=1, sort_keys=True))
+        except OSError as error:
+            raise _disk_error(self.folder, error) from error
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the index again, which another rank may have written."""
+        if self._index_file.exists():
+            index = json.loads(self._index_file.read_text())
+            self.width, self.spans = index["width"], {k: (a, b) for k, (a, b) in index["spans"].items()}
+            self._rows = None
+
+    def missing(self, keys: Sequence[str]) -> list[str]:
+        return [key for key in dict.fromkeys(keys) if key not in self.spans]
+
+    def add(self, keys: Sequence[str], rows: Sequence[Tensor]) -> None:
+        """Append the features (N_i, H) of images `keys`, and make them durable."""
+        total = sum(count for _, count in self.spans.values())
+        spans = dict(self.spans)
+        try:
+            with open(self._data_file, "r+b" if self._data_file.exists() else "w+b") as file:
+                self.width = rows[0].shape[1]
+                file.truncate(total * self.width * self.dtype.itemsize)  # what an interrupted run left behind
+                file.seek(0, os.SEEK_END)
+                for key, features in zip(keys, rows, strict=True):
+                    file.write(features.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().tobytes())
+                    spans[key] = (total, len(features))
+                    total += len(features)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary = self._index_file.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(json.dumps({"width": self.width, "spans": spans}))
+            os.replace(temporary, self._index_file)
+        except OSError as error:
+            raise _disk_error(self.folder, error) from error
+        self.spans = spans
+        self._rows = None
+
+    @property
+    def rows(self) -> Tensor:
+        """(M, H) in the cache's dtype, memory-mapped and read-only by convention."""
+        if self._rows is None:
+            total = sum(count for _, count in self.spans.values())
+            raw = np.memmap(self._data_file, dtype=np.uint8, mode="c", shape=(total, self.width * self.dtype.itemsize))
+            self._rows = torch.from_numpy(raw).view(self.dtype)
+        return self._rows
+
+    def features(self, key: str) -> Tensor:
+        """(N, H) of one image."""
+        first, count = self.spans[key]
+        return self.rows[first : first + count]
+
+
+def _disk_error(folder: Path, error: OSError) -> TrainingError:
+    if error.errno == errno.ENOSPC:
+        return TrainingError(
+            f"{folder}: no space left on disk for the teacher cache; free some or set cache_dir elsewhere"
+        )
+    return TrainingError(
+        f"{folder}: the teacher cache cannot be written ({error.strerror}); set cache_dir to a writable folder"
+    )
+
+
+def split_by_image(features: SiteFeatures, n_images: int) -> list[Tensor]:
+    """Features (N_i, H) of each image of a batch."""
+    counts = torch.bincount(features.image_of_row, minlength=n_images).tolist()
+    return list(features.gathered().split(counts))
+
+
+@torch.no_grad()
+def fill_caches(
+    caches: dict[str, FeatureCache],
+    path: Callable[[VisualBatch], Any],
+    keys: Sequence[str],
+    batch_of: Callable[[Sequence[int]], VisualBatch],
+    *,
+    batch_size: int,
+    device: torch.device,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    all_ranks_run: bool = False,
+) -> int:
+    """Run the frozen model once on every image that some site's cache lacks; returns how many that were.
+
+    `path` maps a batch to features by site; `batch_of(positions)` gives the images at those positions of `keys`. In a
+    distributed job rank 0 does the work and the others read its cache afterwards; with `all_ranks_run`, which ZeRO-3
+    needs, all of them compute and rank 0 alone writes.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if distributed else 0
+    lacking = {key for cache in caches.values() for key in cache.missing(keys)}
+    first = {key: i for i, key in reversed(list(enumerate(keys)))}
+    todo = sorted(first[key] for key in lacking)
+    if distributed:
+        torch.distributed.barrier()  # nobody writes before all have looked
+    for start in range(0, len(todo), batch_size) if rank == 0 or all_ranks_run else ():
+        positions = todo[start : start + batch_size]
+        features = path(batch_of(positions).to(device))
+        for site, cache in caches.items() if rank == 0 else ():
+            rows = split_by_image(features[site], len(positions))
+            fresh = [(keys[p], r) for p, r in zip(positions, rows, strict=True) if keys[p] not in cache.spans]
+            if fresh:
+                cache.add([key for key, _ in fresh], [r for _, r in fresh])
+        progress(min(start + batch_size, len(todo)), len(todo))
+    if distributed:
+        torch.distributed.barrier()
+        for cache in caches.values():
+            cache.reload()
+    return len(todo)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` that shares its LLM and owns a frozen copy of everything else (tower and projector)."""
+    llm = families.language_model(model, family_of(model))
+    shared: dict[int, Any] = {id(llm): llm}
+    head = getattr(model, "lm_head", None)
+    if head is not None:
+        shared[id(head)] = head
+    teacher = copy.deepcopy(model, shared)
+    own = {id(p) for p in llm.parameters()}
+    for parameter in teacher.parameters():
+        if id(parameter) not in own:
+            parameter.requires_grad_(False)
+    return teacher.eval()

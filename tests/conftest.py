@@ -1,0 +1,56 @@
+"""A small world that many tests share: twelve people, a random LLaVA that has never seen them, both on disk."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@dataclass(frozen=True)
+class World:
+    """Folders of a random tiny LLaVA and of an MLLMU-Bench-style data set, and the names of its splits."""
+
+    model: Path
+    data: Path
+    forget_split: str = "forget_15"
+    retain_split: str = "retain_85"
+
+    def settings(self, output: Path, **overrides):
+        """Settings of a run of a few steps."""
+        from fastvkd.settings import load_settings
+
+        values = {
+            "model_name_or_path": str(self.model),
+            "data": str(self.data),
+            "forget_split": self.forget_split,
+            "retain_split": self.retain_split,
+            "output_dir": str(output),
+            "max_steps": 4,
+            "per_device_train_batch_size": 6,
+            "learning_rate": 1e-3,
+            "device": "cpu",
+            "logging_steps": 2,
+        }
+        return load_settings(None, {**values, **overrides})
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    from fastvkd.data import mllmu
+    from fastvkd.data.demo_data import make_demo_data
+    from fastvkd.demo.model import Shape, build_model, build_processor
+
+    root = tmp_path_factory.mktemp("world")
+    data = make_demo_data(people=12, forget_percent=15, photos=2, test_photos=1, flag_photos=1, seed=0)
+    for split, profiles in data.splits.items():
+        mllmu.write_split(root / "data", split, profiles)
+    shape = Shape(image_size=24, patch_size=8, vision_width=32, vision_layers=2, llm_width=32, llm_layers=3, heads=2)
+    processor = build_processor(data.splits["Full_Set"] + data.splits["Retain_Set"], shape)
+    build_model(processor, shape, seed=0).save_pretrained(root / "model")
+    processor.save_pretrained(root / "model")
+    return World(root / "model", root / "data")

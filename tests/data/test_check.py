@@ -1,0 +1,192 @@
+"""Own JSONL data, and `data check`: sound data pass, and every planted fault is named in one line."""
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastvkd.data import jsonl, mllmu
+from fastvkd.data.check import check_data
+from fastvkd.data.records import Choice, Open, Photo, Profile, Questions
+from fastvkd.errors import DataError
+
+
+def png(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def person(entity: int, *photos: int) -> Profile:
+    def questions(who: str) -> Questions:
+        return Questions(
+            (Choice(f"Where was {who} born?", {"A": "Oslo", "B": "Rome"}, "B"),),
+            (Open(f"What does {who} do?", "She bakes."),),
+            (Open(f"{who} lives in __.", "Lima"),),
+        )
+
+    data = tuple(Photo(png(seed), "-") for seed in photos or (entity,))
+    return Profile(str(entity), data, questions("this person"), questions(f"Person {entity}"))
+
+
+@pytest.fixture
+def benchmark(tmp_path):
+    """Ten people: 1 is forgotten at 5 %, 1 and 2 at 10 %, photos of the test set are others."""
+    everyone = [person(number) for number in range(1, 11)]
+    mllmu.write_split(tmp_path, "Full_Set", everyone)
+    mllmu.write_split(tmp_path, "forget_5", everyone[:1])
+    mllmu.write_split(tmp_path, "retain_95", everyone[1:])
+    mllmu.write_split(tmp_path, "forget_10", everyone[:2])
+    mllmu.write_split(tmp_path, "retain_90", everyone[2:])
+    mllmu.write_split(tmp_path, "Test_Set", [person(number, 100 + number, 200 + number) for number in range(1, 11)])
+    mllmu.write_split(tmp_path, "Retain_Set", [person(number, 300 + number) for number in range(1, 4)])
+    return tmp_path
+
+
+def test_sound_benchmark_data_pass(benchmark):
+    ticks = []
+    report = check_data(benchmark, progress=lambda *state: ticks.append(state))
+    assert report.ok and report.problems == [] and report.verdict == "ok"
+    assert report.format == "MLLMU-Bench schema"
+    counts = report.splits["Test_Set"]
+    assert (counts.rows, counts.entities, counts.images) == (10, 10, 20)
+    assert counts.visual_choice == counts.text_choice == counts.text_cloze == counts.visual_generation == 10
+    assert ticks[-1][:2] == (7, 7)
+    assert report.lines()[-1] == "verdict: ok" and any("forget_10" in line for line in report.lines())
+
+
+def only_problem(path) -> str:
+    report = check_data(path)
+    assert len(report.problems) == 1, report.problems
+    assert not report.ok and report.verdict == "1 problem" and "\n" not in report.problems[0]
+    return report.problems[0]
+
+
+def test_an_entity_in_forget_and_its_complement_is_named(benchmark):
+    extra = person(1, 900)
+    mllmu.write_split(benchmark, "retain_90", [*(person(number) for number in range(3, 11)), extra])
+    assert "1 entity is in both forget_10 and retain_90: 1;" in only_problem(benchmark)
+
+
+def test_a_test_photo_seen_in_training_is_named(benchmark):
+    mllmu.write_split(benchmark, "Test_Set", [person(9, 9, 209)])
+    report = check_data(benchmark)
+    assert [problem.split(", the first")[0].split(": ", 1)[1] for problem in report.problems] == [
+        f"1 image in both {pair}"
+        for pair in ("Full_Set and Test_Set", "Test_Set and retain_90", "Test_Set and retain_95")
+    ]
+
+
+def test_one_image_under_two_entities_is_named(benchmark):
+    mllmu.write_split(benchmark, "Retain_Set", [person(1, 301), person(2, 301)])
+    problem = only_problem(benchmark)
+    assert "Retain_Set/train-00000-of-00001.parquet:1" in problem and "'2', not '1'" in problem
+
+
+def test_every_bad_row_is_reported_not_only_the_first(benchmark):
+    zero, torn = (dataclasses.replace(person(1), photos=(Photo(data, "-"),)) for data in (b"", png(5)[:60]))
+    mllmu.write_split(benchmark, "Retain_Set", [zero, torn])
+    no_blank = dataclasses.replace(person(3, 303), visual=Questions(cloze=(Open("No blank", "x"),)))
+    same = dataclasses.replace(person(4, 304), visual=Questions(choice=(Choice("q", {"A": "x", "B": "x"}, "A"),)))
+    mllmu.write_split(benchmark, "ft_Data", [no_blank, same])
+    needles = ("(0 bytes)", "damaged PNG", "no blank", "are the same")
+    problems = check_data(benchmark).problems
+    assert len(problems) == len(needles)
+    for needle in needles:
+        assert sum(needle in problem for problem in problems) == 1
+
+
+def test_empty_splits_broken_files_and_pickles(benchmark):
+    mllmu.write_split(benchmark, "Retain_Set", [])
+    (benchmark / "forget_15").mkdir()
+    (benchmark / "forget_15" / "train.parquet").write_bytes(b"PAR1 broken")
+    (benchmark / "forget_15" / "forget.pt").write_bytes(b"\x80\x04.")
+    report = check_data(benchmark)
+    assert any("Retain_Set is empty" in problem for problem in report.problems)
+    assert any("not a readable parquet" in problem for problem in report.problems)
+    assert any("never loaded" in note and "forget.pt" in note for note in report.notes)
+
+
+def test_what_is_no_dataset_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no known data format"):
+        check_data(tmp_path)
+    with pytest.raises(DataError, match="no such folder"):
+        check_data(tmp_path / "absent")
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name, seed in (("ann", 1), ("ann2", 2), ("bob", 3)):
+        (tmp_path / "photos" / f"{name}.png").write_bytes(png(seed))
+    ann, bob = {"image": "photos/ann.png", "entity": "ann"}, {"image": "photos/bob.png", "entity": "bob"}
+    rows = {
+        "forget": [
+            {**ann, "question": "Where was she born?", "answer": "Rome", "options": ["Oslo", "Rome", "Lima"]},
+            {**ann, "question": "She lives in __.", "answer": "Oslo"},
+            {**ann, "image": "photos/ann2.png", "question": "What does she do?", "answer": "She bakes."},
+            {"entity": "ann", "question": "Where was Ann born?", "answer": "Rome", "options": ["Rome", "Lima"]},
+        ],
+        "retain": [{**bob, "question": "Where was he born?", "answer": "Lima", "options": ["Rome", "Lima"]}],
+    }
+    write_own(tmp_path, rows)
+    return tmp_path, rows
+
+
+def write_own(folder, rows):
+    for split, lines in rows.items():
+        (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+
+
+def test_own_data_are_read_by_entity_and_photo(own):
+    folder, _ = own
+    first, second, text = jsonl.read_split(folder, "forget")
+    assert first.photos[0].data == png(1) and second.photos[0].data == png(2) and text.photos == ()
+    assert first.visual.choice == (Choice("Where was she born?", {"A": "Oslo", "B": "Rome", "C": "Lima"}, "B"),)
+    assert first.visual.cloze == (Open("She lives in __.", "Oslo"),)
+    assert second.visual.generation == (Open("What does she do?", "She bakes."),)
+    assert text.textual.choice[0].answer_text == "Rome" and text.visual == Questions()
+    report = check_data(folder)
+    assert report.ok and report.format == "own data (JSONL)" and report.splits["forget"].images == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "needle"),
+    [
+        ({"answer": "Paris"}, "answer 'Paris' is no option"),
+        ({"answer": "  "}, "answer is '  '"),
+        ({"option": ["a", "b"]}, "did you mean 'options'"),
+        ({"options": ["Lima"]}, "1 options"),
+        ({"options": ["Lima", "Lima"]}, "different ones"),
+        ({"options": "Lima"}, "expected a list of texts"),
+        ({"image": "photos/gone.png"}, "cannot be read"),
+        ({"image": "../../etc/passwd"}, "outside the data folder"),
+        ({"image": "/etc/passwd"}, "outside the data folder"),
+        ({"image": 3}, "expected a path"),
+        ({"entity": None}, "entity is None"),
+    ],
+)
+def test_a_bad_line_of_own_data_is_named(own, change, needle):
+    folder, rows = own
+    write_own(folder, {"retain": [rows["retain"][0], {**rows["retain"][0], **change}]})
+    with pytest.raises(DataError, match=needle) as caught:
+        jsonl.read_split(folder, "retain")
+    assert str(caught.value).startswith(f"{folder}/retain.jsonl:2") and "\n" not in str(caught.value)
+    assert needle in only_problem(folder)
+
+
+def test_own_data_that_are_no_json_or_overlap(own):
+    folder, rows = own
+    (folder / "test.jsonl").write_text('{"entity": "ann",\n')
+    assert "test.jsonl:1: not JSON" in only_problem(folder)
+    write_own(folder, {"test": rows["forget"][2:3]})
+    assert "1 image in both forget and test" in only_problem(folder)
+    (folder / "test.jsonl").unlink()
+    write_own(folder, {"retain": [*rows["retain"], {**rows["forget"][3], "question": "Again?"}]})
+    assert "1 entity is in both forget and retain: ann" in only_problem(folder)
+    (folder / "retain.jsonl").unlink()
+    assert "retain.jsonl is missing" in only_problem(folder)

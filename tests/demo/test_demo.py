@@ -1,0 +1,60 @@
+"""The demo from the command line, small: it must forget, keep the rest, and start at unlearning the second time."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastvkd.cli import main
+from fastvkd.reporting.report import validate
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("demo")
+    out, cache = root / "out", root / "cache"
+    assert main(["demo", "--size", "tiny", "--out", str(out), "--cache", str(cache)]) == 0
+    return out, cache
+
+
+@pytest.mark.slow
+def test_the_tiny_demo_forgets_and_keeps_the_rest(folders) -> None:
+    out, _ = folders
+    report = json.loads((out / "report.json").read_text())
+    assert validate(report) == []
+    vanilla, unlearned, chance = report["vanilla"], report["unlearned"], report["chance"]
+    assert vanilla["forget"]["vqa"]["accuracy"] > 0.9
+    for cell in ("forget", "test"):
+        assert abs(unlearned[cell]["vqa"]["accuracy"] - chance) < 0.15
+    assert unlearned["retain"]["vqa"]["accuracy"] > 0.9 * vanilla["retain"]["vqa"]["accuracy"]
+    assert unlearned["realworld"]["vqa"]["accuracy"] > 0.85 * vanilla["realworld"]["vqa"]["accuracy"]
+    for cell in vanilla:
+        assert unlearned[cell]["qa"]["accuracy"] == vanilla[cell]["qa"]["accuracy"]
+    assert report["language_model_sha256"]["before"] == report["language_model_sha256"]["after"]
+    assert set(report["relearning"]) == {"visual", "all"}
+    assert len(report["relearning"]["all"]["unlearned"]) >= 4
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 16
+    assert 'src="http' not in page
+
+
+@pytest.mark.slow
+def test_a_second_demo_starts_at_unlearning(folders, capfd) -> None:
+    out, cache = folders
+    first = json.loads((out / "report.json").read_text())
+    assert main(["demo", "--size", "tiny", "--out", str(out), "--cache", str(cache)]) == 0
+    second = json.loads((out / "report.json").read_text())
+    assert "train_vanilla" in first["seconds"]
+    assert "train_vanilla" not in second["seconds"]
+    assert second["unlearned"] == first["unlearned"]  # the same seed, the same figures
+
+
+@pytest.mark.slow
+def test_the_unlearned_model_is_an_ordinary_folder_that_eval_reads(folders, tmp_path: Path) -> None:
+    out, _ = folders
+    report = json.loads((out / "report.json").read_text())
+    arguments = ["--data", str(out / "data"), "--forget-split", "forget_25", "--retain-split", "retain_75"]
+    command = ["eval", "--model", str(out / "unlearned"), *arguments, "--max-samples", "200", "--out", str(tmp_path)]
+    assert main(command) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["forget"]["vqa"]["accuracy"] == report["unlearned"]["forget"]["vqa"]["accuracy"]

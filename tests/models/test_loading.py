@@ -1,0 +1,217 @@
+"""Truncated loading reads only what it needs, knows old and new tensor names, and fails in one line."""
+
+import copy
+import json
+import re
+import shutil
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastvkd.errors import ModelError
+from fastvkd.models.families import family_of, train_only, visual_parameters
+from fastvkd.models.loading import load_config, load_model, load_processor
+from fastvkd.models.visual_path import VisualPath, collate_images
+
+INDEX = "model.safetensors.index.json"
+
+
+def copied(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "model")
+
+
+def features(model, case, site):
+    return VisualPath(model, [site])(collate_images(case.processor, case.config, tiny.photos((20, 20))))[
+        site
+    ].gathered()
+
+
+def is_above(name: str, layers: int) -> bool:
+    """Whether a tensor of the tiny LLaVA serves only what comes after `layers` decoder layers."""
+    found = re.search(r"language_model\.(?:model\.)?layers\.(\d+)", name)
+    return int(found[1]) >= layers if found else "lm_head" in name or name.endswith("language_model.norm.weight")
+
+
+@pytest.mark.parametrize("how", ["removed", "corrupted"])
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_shards_that_hold_only_layers_above_are_never_opened(llava, tmp_path, layers, how):
+    folder = copied(llava.folder, tmp_path)
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    wanted = {file for name, file in weight_map.items() if not is_above(name, layers)}
+    unwanted = set(weight_map.values()) - wanted
+    assert len(unwanted) >= 2, "no shard holds upper layers alone: the test would prove nothing"
+    for file in unwanted:
+        (folder / file).unlink() if how == "removed" else (folder / file).write_bytes(b"not a safetensors file")
+    found = features(load_model(folder, llm_layers=layers), llava, f"llm:{layers}")
+    assert torch.equal(found, features(llava.model, llava, f"llm:{layers}"))
+    with pytest.raises(ModelError) as error:
+        load_model(folder)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_nothing_above_is_built(llava):
+    full = dict(llava.model.named_parameters())
+    for layers in range(tiny.DEPTH + 1):
+        model = load_model(llava.folder, llm_layers=layers)
+        found = dict(model.named_parameters())
+        assert set(found) == {name for name in full if not is_above(name, layers)}
+        assert all(torch.equal(found[name], full[name]) for name in found)
+        assert type(model) is type(llava.model) and not model.training
+        assert model.config.text_config.num_hidden_layers == layers
+    assert llava.config.text_config.num_hidden_layers == tiny.DEPTH
+
+
+def test_a_truncated_model_can_be_copied_and_moved(llava):
+    """A teacher is a copy of the student; nothing in the copy points back at the original."""
+    model = load_model(llava.folder, llm_layers=1)
+    twin = copy.deepcopy(model).to(torch.float64)
+    assert {p.dtype for p in twin.parameters()} == {torch.float64} and model.dtype == torch.float32
+    assert (features(twin, llava, "llm:1") - features(model, llava, "llm:1")).abs().max() < 1e-5
+    assert list(model.state_dict()) == [name for name in llava.model.state_dict() if not is_above(name, 1)]
+
+
+def test_a_single_file_serves_as_well(case):
+    model = load_model(case.folder, llm_layers=1)
+    full = dict(case.model.named_parameters())
+    assert all(torch.equal(p, full[name]) for name, p in model.named_parameters())
+    assert not any(
+        "lm_head" in name or ".layers.1." in name for name, p in model.named_parameters() if "vis" not in name
+    )
+
+
+def test_the_whole_model_is_loaded_unchanged(case):
+    model = load_model(case.folder)
+    full = dict(case.model.named_parameters())
+    assert set(dict(model.named_parameters())) == set(full)
+    assert all(torch.equal(p, full[name]) for name, p in model.named_parameters())
+
+
+def test_dtype_and_attention_are_passed_on(llava):
+    model = load_model(llava.folder, llm_layers=1, dtype=torch.bfloat16, attn_implementation="eager")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.model.language_model.config._attn_implementation == "eager"
+    assert features(model, llava, "llm:1").dtype == torch.bfloat16
+
+
+def test_tensor_names_of_older_releases_are_known(llava, tmp_path):
+    """The spelling of checkpoints that have been on the hub since 2023."""
+    folder = copied(llava.folder, tmp_path)
+    old = {}
+    for name, tensor in llava.model.state_dict().items():
+        name = name.removeprefix("model.").replace("language_model.", "language_model.model.")
+        name = name.replace("vision_tower.", "vision_tower.vision_model.").replace("lm_head", "language_model.lm_head")
+        old[name] = tensor.clone()
+    assert "language_model.model.layers.3.mlp.up_proj.weight" in old and "language_model.lm_head.weight" in old
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
+    for layers in (0, 2, None):
+        model = load_model(folder, llm_layers=layers)
+        site = f"llm:{layers or 0}"
+        assert torch.equal(features(model, llava, site), features(llava.model, llava, site))
+
+
+@pytest.mark.parametrize("layers", [2, None])
+def test_a_missing_tensor_is_an_error_and_no_random_weight(llava, tmp_path, layers):
+    folder = copied(llava.folder, tmp_path)
+    index = json.loads((folder / INDEX).read_text())
+    name = next(key for key in index["weight_map"] if key.endswith("layers.1.mlp.fc1.weight"))
+    file = folder / index["weight_map"].pop(name)
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"1 tensors are missing, first '.*fc1.weight'"):
+        load_model(folder, llm_layers=layers)
+
+
+def one_line(error) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_missing_shard_is_named(llava, tmp_path):
+    folder = copied(llava.folder, tmp_path)
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    shard = next(file for name, file in weight_map.items() if name.endswith("multi_modal_projector.linear_1.weight"))
+    (folder / shard).unlink()
+    with pytest.raises(ModelError) as error:
+        load_model(folder, llm_layers=1)
+    assert shard in one_line(error)
+
+
+def test_bad_folders_are_errors_of_one_line(llava, tmp_path):
+    with pytest.raises(ModelError) as error:
+        load_model(tmp_path / "nowhere")
+    assert "nowhere" in one_line(error)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"config\.json"):
+        load_model(tmp_path / "empty")
+    with pytest.raises(ModelError, match=r"config\.json"):
+        load_processor(tmp_path / "empty")
+    folder = copied(llava.folder, tmp_path)
+    (folder / "config.json").write_text("{ not json")
+    with pytest.raises(ModelError) as error:
+        load_config(folder)
+    one_line(error)
+    (folder / "config.json").write_text('{"model_type": "lava"}')
+    with pytest.raises(ModelError, match="did you mean 'llava'") as error:
+        load_model(folder)
+    one_line(error)
+
+
+def test_weights_without_safetensors_cannot_be_truncated(llava, tmp_path):
+    folder = copied(llava.folder, tmp_path)
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    with pytest.raises(ModelError, match="save_pretrained"):
+        load_model(folder, llm_layers=1)
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="safetensors"):
+        load_model(folder, llm_layers=1)
+
+
+@pytest.mark.parametrize("layers", [-1, tiny.DEPTH + 1])
+def test_llm_layers_out_of_range(llava, layers):
+    with pytest.raises(ModelError, match=f"allowed are 0 to {tiny.DEPTH}"):
+        load_model(llava.folder, llm_layers=layers)
+
+
+def test_a_processor_survives_saving(case):
+    """Also without torchvision, for families whose processor would like to treat videos too."""
+    processor = load_processor(case.folder)
+    images = tiny.photos((24, 20), (40, 20))
+    saved, loaded = (collate_images(p, case.config, images).inputs for p in (case.processor, processor))
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(saved[key], loaded[key]) for key in saved)
+
+
+def test_a_folder_without_processor_says_so(llava, tmp_path):
+    folder = copied(llava.folder, tmp_path)
+    for file in ("processor_config.json", "tokenizer_config.json", "tokenizer.json"):
+        (folder / file).unlink()
+    with pytest.raises(ModelError, match="processor"):
+        load_processor(folder)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantising_leaves_the_visual_part_alone(llava, kind):
+    model = load_model(llava.folder, llm_layers=2, quantize_llm=kind)
+    linear = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[kind]
+    kinds = {name: type(m).__name__ for name, m in model.named_modules() if "Linear" in type(m).__name__}
+    assert kinds and all((kind == linear) == ("language_model" in name) for name, kind in kinds.items())
+    full = dict(llava.model.named_parameters())
+    chosen = visual_parameters(model, family_of(model), "vision+projector")
+    assert all(torch.equal(p, full[name]) for name, p in chosen)
+    train_only(model, [p for _, p in chosen])
+    found, exact = features(model, llava, "llm:2"), features(llava.model, llava, "llm:2")
+    assert 0 < (found - exact).abs().mean() < 0.2 * exact.std()
+    found.square().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for _, p in chosen)
+
+
+def test_an_unknown_quantisation_is_refused(llava):
+    with pytest.raises(ModelError, match="nf4"):
+        load_model(llava.folder, quantize_llm="int3")

@@ -1,0 +1,189 @@
+"""A made-up but plausible run (report, gallery, training log) for the reporting tests; no figure in it was measured."""
+
+import io
+import random
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+PEOPLE = ["Ines Calloway", "Tobias Renner", "Mireille Aubert", "Jonas Hallqvist"]
+OTHERS = ["Priya Nair", "Oskar Lindgren", "Amara Okafor", "Lucía Ferrer", "Hugo Blanc"]
+FLAGS = [("Estonia", ("#4891d9", "#000000", "#ffffff")), ("Gabon", ("#3a9b35", "#fcd116", "#3a75c4"))]
+
+
+def face(seed: int, size: int = 48) -> bytes:
+    """A little blocky face as PNG bytes."""
+    rng = random.Random(seed)
+    background, skin, hair, shirt = (tuple(rng.randrange(60, 250) for _ in range(3)) for _ in range(4))
+    image = Image.new("RGB", (size, size), background)
+    draw = ImageDraw.Draw(image)
+    unit = size // 12
+    left = unit * rng.choice((2, 3))
+    draw.rectangle((left - unit, 10 * unit, left + 8 * unit, size), fill=shirt)
+    draw.rectangle((left, 2 * unit, left + 7 * unit - 1, 10 * unit - 1), fill=skin)
+    draw.rectangle((left, unit, left + 7 * unit - 1, 3 * unit - 1), fill=hair)
+    for x in (1, 5):
+        draw.rectangle((left + x * unit, 5 * unit, left + (x + 1) * unit - 1, 6 * unit - 1), fill=(255, 255, 255))
+        draw.point((left + x * unit + 1, 5 * unit + 2), fill=(20, 20, 20))
+    draw.rectangle((left + 2 * unit, 8 * unit, left + 5 * unit - 1, 8 * unit + 1), fill=(150, 60, 60))
+    return _png(image)
+
+
+def flag(colours: tuple[str, ...]) -> bytes:
+    image = Image.new("RGB", (48, 48))
+    draw = ImageDraw.Draw(image)
+    for i, colour in enumerate(colours):
+        draw.rectangle((0, 16 * i, 48, 16 * i + 15), fill=colour)
+    return _png(image)
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def cell(accuracy: float, n: int, rouge_l: float | None = None, cloze: float | None = None) -> dict[str, Any]:
+    half = 1.96 * (accuracy * (1 - accuracy) / n) ** 0.5
+    return {
+        "accuracy": accuracy,
+        "ci95": [max(0.0, accuracy - half), min(1.0, accuracy + half)],
+        "n": n,
+        "rouge_l": rouge_l,
+        "cloze": cloze,
+    }
+
+
+def model_cells(
+    forget: float, test: float, retain: float, realworld: float, text: float, free: float
+) -> dict[str, Any]:
+    return {
+        "forget": {"vqa": cell(forget, 120, free, free - 0.031), "qa": cell(text, 120, 0.981, 0.967)},
+        "test": {"vqa": cell(test, 118, free - 0.012, free - 0.047), "qa": cell(text, 121, 0.979, 0.966)},
+        "retain": {"vqa": cell(retain, 1080, retain - 0.02, retain - 0.04), "qa": cell(0.9963, 1075, 0.984, 0.972)},
+        "realworld": {"vqa": cell(realworld, 96, realworld - 0.01, None), "qa": cell(0.9896, 97, 0.975, None)},
+    }
+
+
+def report_parts() -> dict[str, Any]:
+    """Keyword arguments of `build_report`."""
+    steps = range(0, 101, 10)
+
+    def curve(start: float, end: float, pace: float) -> list[dict[str, Any]]:
+        return [{"step": s, "accuracy": start + (end - start) * (1 - 2 ** (-s / pace))} for s in steps]
+
+    return {
+        "settings": {
+            "model_name_or_path": "out/demo/vanilla",
+            "data": "out/demo/data",
+            "output_dir": "out/demo",
+            "method": "vkd",
+            "sites": {"projector": 1.0, "llm:3": 0.5},
+            "forget_target": "noise",
+            "distance": "mse",
+            "trainable": "vision+projector",
+            "saliency": None,
+            "learning_rate": 0.002,
+            "per_device_train_batch_size": 32,
+            "max_steps": 1600,
+            "optim": "adamw_torch",
+            "bf16": False,
+            "attn_implementation": "sdpa",
+            "seed": 0,
+            "engine": "local",
+            "deepspeed": None,
+            "report_to": [],
+        },
+        "versions": {"python": "3.11.9", "fastvkd": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
+        "hardware": {"cpu": "AMD EPYC 7B13", "cpu_cores": 2, "memory_bytes": 16 << 30, "gpu": None},
+        "chance": 0.25,
+        "vanilla": model_cells(0.9917, 0.9661, 0.9898, 0.9583, 0.9917, 0.962),
+        "unlearned": model_cells(0.2833, 0.3305, 0.9713, 0.9479, 0.9834, 0.214),
+        "gold": model_cells(0.2417, 0.2627, 0.9907, 0.9588, 0.9752, 0.187),
+        "seconds": {
+            "data": 21.4,
+            "train_vanilla": 268.2,
+            "train_gold": 255.9,
+            "teacher_features": 6.1,
+            "unlearn": 84.6,
+            "evaluate": 38.0,
+            "relearn": 61.3,
+        },
+        "peak_memory_bytes": 1_384_120_320,
+        "parameters": {"trainable": 421_376, "frozen": 934_272, "total": 1_355_648},
+        "language_model_sha256": {"before": "3f9a" * 16, "after": "3f9a" * 16},
+        "relearning": {
+            "visual": {"unlearned": curve(0.3305, 0.58, 25), "gold": curve(0.2627, 0.28, 40)},
+            "all": {"unlearned": curve(0.3305, 0.83, 18), "gold": curve(0.2627, 0.61, 22)},
+        },
+        "comparison": [
+            {"name": "gradient ascent", "forget": 0.07, "retain": 0.41},
+            {"name": "GA + retain", "forget": 0.36, "retain": 0.82},
+            {"name": "NPO + retain", "forget": 0.44, "retain": 0.88},
+            {"name": "IDK", "forget": 0.29, "retain": 0.905},
+        ],
+        "notes": ["The people are portraits drawn by a program, the model has 1.4 million weights."],
+    }
+
+
+def examples() -> list[dict[str, Any]]:
+    """A gallery: forgotten people, their unseen photos, retained people, flags."""
+    questions = [
+        ("Where was this person born?", ["Lisbon", "Graz", "Lyon", "Uppsala", "Kochi", "Malmö", "Lagos", "Sevilla"]),
+        ("What does this person do for a living?", ["glass blower", "pilot", "midwife", "cartographer", "judge"]),
+        ("Who employs this person?", ["Northwind Ferries", "the city archive of Bergen", "Halden Optics"]),
+        ("What pet does this person have?", ["a grey parrot", "two cats", "an iguana", "a corgi"]),
+    ]
+    rng = random.Random(7)
+    found = []
+    for group, names, changes in (("forget", PEOPLE, 0.8), ("test", PEOPLE, 0.75), ("retain", OTHERS, 0.1)):
+        for i, name in enumerate(names):
+            question, answers = questions[i % len(questions)]
+            truth = answers[0]
+            after = rng.choice(answers[1:]) if rng.random() < changes else truth
+            seed = (100 if group == "test" else 0) + 10 * len(names) + i
+            found.append(
+                {
+                    "group": group,
+                    "image_png": face(seed),
+                    "name": name,
+                    "question": question,
+                    "truth": truth,
+                    "before": truth,
+                    "after": after,
+                }
+            )
+    for name, colours in FLAGS:
+        found.append(
+            {
+                "group": "realworld",
+                "image_png": flag(colours),
+                "name": f"Flag of {name}",
+                "question": "What is the capital of the country with this flag?",
+                "truth": {"Estonia": "Tallinn", "Gabon": "Libreville"}[name],
+                "before": {"Estonia": "Tallinn.", "Gabon": "The capital is Libreville."}[name],
+                "after": {"Estonia": "Tallinn.", "Gabon": "The capital is Libreville."}[name],
+            }
+        )
+    return found
+
+
+def training_log(steps: int = 1600) -> list[dict[str, Any]]:
+    """Rows as metrics.jsonl has them."""
+    rng = random.Random(3)
+    rows = []
+    for step in range(1, steps + 1):
+        forget = 2.1 * 2 ** (-step / 160) + 0.11 * rng.lognormvariate(0, 0.2)
+        retain = (0.22 * step / (step + 40)) * 2 ** (-step / 500) * rng.lognormvariate(0, 0.25) + 0.012
+        rows.append(
+            {
+                "step": step,
+                "loss": forget + 2 * retain,
+                "loss_forget": forget,
+                "loss_retain": retain,
+                "grad_norm": 3.2 * 2 ** (-step / 300) * rng.lognormvariate(0, 0.3) + 0.2,
+                "learning_rate": 0.002,
+                "images_per_second": 610 + 40 * rng.gauss(0, 1),
+            }
+        )
+    return rows

@@ -1,0 +1,310 @@
+"""report.json: the builder gives the schema, the validator catches what breaks it, files are never partial."""
+
+import copy
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from example_run import cell, model_cells, report_parts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastvkd.errors import DataError, TrainingError
+from fastvkd.reporting import build_report, read_report, validate, write_report
+from fastvkd.reporting.report import (
+    CELLS,
+    REQUIRED_KEYS,
+    criteria,
+    describe_hardware,
+    headline_sentence,
+    library_versions,
+    percent,
+    percent_change,
+    text_accuracy,
+)
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    return build_report(**report_parts())
+
+
+def put(report: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of `report` with the entry at the dotted `path` replaced, or removed where value is `...`."""
+    changed = copy.deepcopy(report)
+    *parents, last = path.split(".")
+    inner: Any = changed
+    for key in parents:
+        inner = inner[int(key)] if isinstance(inner, list) else inner[key]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[int(last) if isinstance(inner, list) else last] = value
+    return changed
+
+
+def test_built_report_is_valid_and_has_every_demanded_key(report: dict[str, Any]) -> None:
+    assert validate(report) == []
+    assert set(REQUIRED_KEYS) <= set(report)
+    for model in ("vanilla", "unlearned", "gold"):
+        for name, kind in CELLS:
+            assert {"accuracy", "ci95", "n", "rouge_l", "cloze"} <= set(report[model][name][kind])
+
+
+def test_optional_parts_are_left_out_not_written_as_null() -> None:
+    parts = report_parts() | {"gold": None, "comparison": (), "notes": ()}
+    report = build_report(**parts)
+    assert not {"gold", "comparison", "notes"} & set(report)
+    assert validate(report) == []
+
+
+def test_settings_become_plain_json() -> None:
+    parts = report_parts()
+    parts["settings"] = {"output_dir": Path("out/demo"), "sites": ("projector", "llm:3"), "nested": {"a": None}}
+    report = build_report(**parts)
+    assert report["settings"] == {"output_dir": "out/demo", "sites": ["projector", "llm:3"], "nested": {"a": None}}
+    with pytest.raises(ValueError, match="object"):
+        build_report(**(parts | {"settings": {"device": object()}}))
+
+
+@pytest.mark.parametrize("key", REQUIRED_KEYS)
+def test_each_missing_key_is_named(report: dict[str, Any], key: str) -> None:
+    assert validate(put(report, key, ...)) == [f"{key}: missing"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        ("schema_version", 2, "schema_version"),
+        ("schema_version", True, "schema_version"),
+        ("settings", [], "settings"),
+        ("versions.torch", 2.13, "versions.torch"),
+        ("chance", 25, "chance"),
+        ("chance", "0.25", "chance"),
+        ("vanilla", [], "vanilla"),
+        ("vanilla.forget.vqa", ..., "vanilla.forget.vqa"),
+        ("unlearned.realworld", ..., "unlearned.realworld.vqa"),
+        ("unlearned.forgot", {}, "unlearned.forgot"),
+        ("unlearned.test.qa.accuracy", 97.0, "unlearned.test.qa.accuracy"),
+        ("unlearned.test.qa.accuracy", float("nan"), "unlearned.test.qa.accuracy"),
+        ("unlearned.test.qa.accuracy", True, "unlearned.test.qa.accuracy"),
+        ("unlearned.test.qa.accuracy", None, "unlearned.test.qa.accuracy"),
+        ("unlearned.retain.vqa.ci95", [0.9], "unlearned.retain.vqa.ci95"),
+        ("unlearned.retain.vqa.ci95", [0.9, 0.8], "unlearned.retain.vqa.ci95"),
+        ("unlearned.retain.vqa.ci95.0", -0.1, "unlearned.retain.vqa.ci95[0]"),
+        ("unlearned.retain.vqa.n", 0, "unlearned.retain.vqa.n"),
+        ("unlearned.retain.vqa.n", 10.0, "unlearned.retain.vqa.n"),
+        ("unlearned.retain.vqa.rouge_l", ..., "unlearned.retain.vqa.rouge_l"),
+        ("unlearned.retain.vqa.cloze", "0.5", "unlearned.retain.vqa.cloze"),
+        ("gold.forget.qa", ..., "gold.forget.qa"),
+        ("seconds", {}, "seconds"),
+        ("seconds.unlearn", -1, "seconds.unlearn"),
+        ("peak_memory_bytes", 1.5e9, "peak_memory_bytes"),
+        ("parameters.frozen", ..., "parameters.frozen"),
+        ("parameters.total", 7, "parameters.total"),
+        ("language_model_sha256.after", "abc", "language_model_sha256.after"),
+        ("language_model_sha256", "abc", "language_model_sha256"),
+        ("relearning.visual.unlearned", ..., "relearning.visual"),
+        ("relearning.llm", {}, "relearning.llm"),
+        ("relearning.all.gold", [], "relearning.all.gold"),
+        ("relearning.all.gold.1.step", 0, "relearning.all.gold[1].step"),
+        ("relearning.all.gold.1.accuracy", 60, "relearning.all.gold[1].accuracy"),
+        ("comparison.0.retain", ..., "comparison[0].retain"),
+        ("notes", "one sentence", "notes"),
+    ],
+)
+def test_each_wrong_value_is_named(report: dict[str, Any], path: str, value: Any, named: str) -> None:
+    problems = validate(put(report, path, value))
+    assert problems
+    assert problems[0].startswith(named + ":"), problems
+
+
+def test_unknown_key_suggests_the_nearest(report: dict[str, Any]) -> None:
+    assert validate(put(report, "comparision", [])) == ["comparision: unknown key, did you mean comparison?"]
+
+
+def test_what_is_no_report_at_all_is_refused() -> None:
+    for value in (None, [], "report", 3):
+        assert validate(value) != []
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(),
+        lambda inner: (
+            st.dictionaries(st.sampled_from(["a", *REQUIRED_KEYS, "forget", "vqa", "visual", "unlearned"]), inner)
+            | st.lists(inner)
+        ),
+    )
+)
+def test_validator_reports_instead_of_raising(value: Any) -> None:
+    problems = validate(value)
+    assert problems and all(isinstance(problem, str) for problem in problems)
+
+
+def test_data_without_some_sets_validate_when_told_so(report: dict[str, Any]) -> None:
+    cells = [("forget", "vqa"), ("retain", "vqa")]
+    for model in ("vanilla", "unlearned", "gold"):
+        report[model] = {name: {"vqa": report[model][name]["vqa"]} for name in ("forget", "retain")}
+    assert validate(report, cells=cells) == []
+    assert "vanilla.test.vqa: missing" in validate(report)
+    assert text_accuracy(report, "vanilla") is None
+    assert [c.name for c in criteria(report)] == [
+        "Forgotten people, known photos",
+        "Retained people",
+        "Language model",
+    ]
+
+
+def test_builder_refuses_a_broken_part() -> None:
+    with pytest.raises(ValueError, match="peak_memory_bytes"):
+        build_report(**(report_parts() | {"peak_memory_bytes": 0}))
+
+
+def test_written_report_reads_back_the_same(report: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "new" / "report.json"
+    write_report(report, path)
+    assert read_report(path) == report
+    assert os.listdir(path.parent) == ["report.json"]
+
+
+def test_full_disk_leaves_the_old_report_and_no_rest(
+    report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "report.json"
+    write_report(report, path)
+    before = path.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(TrainingError, match="no space on disk") as caught:
+        write_report(report | {"chance": 0.5}, path)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["report.json"]
+
+
+def test_folder_that_is_a_file_is_a_one_line_error(report: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("not a folder")
+    with pytest.raises(TrainingError, match="cannot be written"):
+        write_report(report, tmp_path / "out" / "report.json")
+
+
+def test_nan_is_never_written(report: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        write_report(report | {"chance": float("nan")}, tmp_path / "report.json")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema_version": 1}'])
+def test_broken_file_is_a_one_line_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    with pytest.raises(DataError) as caught:
+        read_report(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(DataError):
+        read_report(tmp_path / "absent.json")
+
+
+def test_machine_and_versions_are_found() -> None:
+    hardware = describe_hardware()
+    assert hardware["cpu"] and hardware["cpu_cores"] >= 1 and hardware["memory_bytes"] > 1 << 28
+    assert {"python", "torch", "transformers"} <= set(library_versions())
+    json.dumps(hardware)
+
+
+# ------------------------------------------------------------------------------------------------- judgement
+
+
+def judged(**changes: float) -> dict[str, Any]:
+    """A report whose unlearned model is perfect but for `changes`."""
+    values = {"forget": 0.25, "test": 0.25, "retain": 1.0, "realworld": 1.0, "text": 1.0} | changes
+    parts = report_parts()
+    parts["vanilla"] = model_cells(1.0, 1.0, 1.0, 1.0, 1.0, 0.9)
+    parts["unlearned"] = model_cells(**values, free=0.2)
+    return build_report(**parts)
+
+
+def failed(report: dict[str, Any]) -> list[str]:
+    return [criterion.name for criterion in criteria(report) if not criterion.met]
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({}, []),
+        ({"forget": 0.35, "test": 0.15, "retain": 0.95, "realworld": 0.95, "text": 0.98}, []),
+        ({"forget": 0.36}, ["Forgotten people, known photos"]),
+        ({"forget": 0.14}, ["Forgotten people, known photos"]),
+        ({"test": 0.36}, ["Forgotten people, unseen photos"]),
+        ({"test": 0.05}, ["Forgotten people, unseen photos"]),
+        ({"retain": 0.94}, ["Retained people"]),
+        ({"realworld": 0.94}, ["Real world"]),
+        ({"text": 0.97}, ["Text, worst set"]),
+    ],
+)
+def test_each_requirement_has_the_stated_bar(changes: dict[str, float], names: list[str]) -> None:
+    assert failed(judged(**changes)) == names
+
+
+def test_a_changed_language_model_fails() -> None:
+    report = judged()
+    report["language_model_sha256"]["after"] = "0" * 64
+    assert failed(report) == ["Language model"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "no longer recognises the forgotten people (100%"),
+        ({"test": 0.6}, "in known photos (100%"),
+        ({"test": 0.6}, "in unseen photos 60%"),
+        ({"forget": 0.05}, "avoids the right answer"),
+        ({"forget": 0.5}, "not yet at chance"),
+        ({"forget": 0.9}, "still recognises the people it was to forget"),
+        ({"retain": 0.6}, "knows fewer of the retained people"),
+        ({"text": 0.6}, "lost some text knowledge"),
+    ],
+)
+def test_headline_says_what_happened(changes: dict[str, float], words: str) -> None:
+    assert words in headline_sentence(judged(**changes))
+
+
+def test_headline_holds_the_key_figures(report: dict[str, Any]) -> None:
+    sentence = headline_sentence(report).replace("\N{NO-BREAK SPACE}", " ")
+    assert sentence == (
+        "The model no longer recognises the forgotten people (99% → 28% right, chance 25%), still knows the retained "
+        "people (99% → 97%) and keeps its text knowledge (99.5% → 99.4%)."
+    )
+
+
+def test_headline_admits_that_there_was_nothing_to_forget() -> None:
+    report = judged()
+    report["vanilla"]["forget"]["vqa"] = cell(0.3, 100)
+    assert "hardly knew" in headline_sentence(report)
+
+
+def test_percent_never_claims_a_whole_that_is_not() -> None:
+    assert [percent(x) for x in (0.0, 0.283, 0.996, 0.9999, 0.0004, 1.0)] == [
+        "0%",
+        "28%",
+        "99.6%",
+        "99.9%",
+        "0.0%",
+        "100%",
+    ]
+    assert percent_change(0.996, 0.97).replace("\N{NO-BREAK SPACE}", " ") == "99.6% → 97.0%"
+
+
+def test_text_accuracy_weighs_by_questions() -> None:
+    report = judged()
+    for name, accuracy, n in (("forget", 0.0, 10), ("test", 0.0, 10), ("retain", 1.0, 70), ("realworld", 1.0, 10)):
+        report["unlearned"][name]["qa"] = cell(accuracy, n)
+    assert text_accuracy(report, "unlearned") == pytest.approx(0.8)

@@ -1,0 +1,59 @@
+"""The order of images: fair, the same on every resume, and disjoint between ranks."""
+
+import functools
+import operator
+from collections import Counter
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastvkd.unlearning.images import BatchPlan, draw, noise_image
+
+
+@given(population=st.integers(1, 12), start=st.integers(0, 50), count=st.integers(1, 40), seed=st.integers(0, 5))
+def test_any_part_of_the_sequence_can_be_asked_for(population: int, start: int, count: int, seed: int) -> None:
+    whole = draw(population, 0, start + count, (seed,))
+    assert draw(population, start, count, (seed,)) == whole[start:]
+
+
+@given(population=st.integers(1, 12), turns=st.integers(1, 5))
+def test_every_image_comes_up_once_before_any_comes_up_twice(population: int, turns: int) -> None:
+    counts = Counter(draw(population, 0, population * turns, (0,)))
+    assert counts == dict.fromkeys(range(population), turns)
+
+
+@given(step=st.integers(0, 30), ranks=st.sampled_from([1, 2, 4]))
+def test_ranks_together_see_what_one_process_would(step: int, ranks: int) -> None:
+    def plan(batch: int) -> BatchPlan:
+        return BatchPlan(range(5), range(5, 20), batch_size=batch, forget_share=0.5, seed=3)
+
+    one_forget, one_retain = plan(4 * ranks).indices(step, 0, 1)
+    parts = [plan(4).indices(step, rank, ranks) for rank in range(ranks)]
+    assert functools.reduce(operator.iadd, (f for f, _ in parts), []) == one_forget
+    assert functools.reduce(operator.iadd, (r for _, r in parts), []) == one_retain
+
+
+def test_every_rank_has_both_kinds_even_with_fewer_images_than_ranks() -> None:
+    plan = BatchPlan(range(1), range(1, 3), batch_size=4, forget_share=0.25, seed=0)
+    for rank in range(8):
+        forget, retain = plan.indices(0, rank, 8)
+        assert len(forget) == 1
+        assert len(retain) == 3
+
+
+def test_auxiliary_images_take_their_share_of_the_retained_part() -> None:
+    plan = BatchPlan(
+        range(4), range(4, 20), batch_size=12, forget_share=1 / 3, seed=0, auxiliary=range(20, 30), auxiliary_share=0.25
+    )
+    forget, retain = plan.indices(0, 0, 1)
+    assert len(forget) == 4
+    assert sum(i >= 20 for i in retain) == 2
+    assert len(retain) == 8
+
+
+def test_noise_is_a_function_of_its_seed() -> None:
+    one, other = noise_image((8, 6), (1, 2)), noise_image((8, 6), (1, 2))
+    assert one.size == (8, 6)
+    assert np.array_equal(np.asarray(one), np.asarray(other))
+    assert not np.array_equal(np.asarray(one), np.asarray(noise_image((8, 6), (1, 3))))

@@ -1,0 +1,236 @@
+"""A whole run on a small random model: what moves, what must not, and that it can be repeated and resumed exactly."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from fastvkd_kernels import SaliencyMask
+
+from fastvkd.data import mllmu
+from fastvkd.engines.checkpoints import find_latest, load_weights
+from fastvkd.errors import DataError, FastVKDError, ModelError, TrainingError
+from fastvkd.models.loading import load_model
+from fastvkd.unlearning import saliency
+from fastvkd.unlearning.loop import unlearn
+
+
+def figures(metrics: Path) -> list[dict]:
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def base_weights(world) -> dict[str, torch.Tensor]:
+    return load_model(world.model).state_dict()
+
+
+@pytest.mark.parametrize(
+    "sites", [{"projector": 1}, {"llm:2": 1}, {"vision:1": 1}, {"vision:2": 1, "projector": 2, "llm:1": 1}]
+)
+@pytest.mark.parametrize("target", ["noise", "mean", "redirect", "repel"])
+def test_every_site_and_target_trains_only_the_visual_part(world, tmp_path: Path, sites, target) -> None:
+    result = unlearn(
+        world.settings(tmp_path, sites=sites, forget_target=target, max_steps=12, lr_scheduler_type="constant")
+    )
+    lines = figures(result.metrics)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    if target != "repel":  # the retain loss starts at zero and the forget loss must fall
+        assert lines[0]["loss_retain"] == pytest.approx(0, abs=1e-6)
+    assert lines[-1]["loss_forget"] < lines[0]["loss_forget"]
+    before, after = base_weights(world), load_weights(result.checkpoint)
+    assert after
+    assert all("vision_tower" in name or "multi_modal_projector" in name for name in after)
+    moved = [name for name, value in after.items() if not torch.equal(value, before[name])]
+    assert len(moved) >= 0.9 * len(after)
+
+
+@pytest.mark.parametrize("distance", ["mse", "cosine", "smooth_l1"])
+def test_every_distance_trains(world, tmp_path: Path, distance: str) -> None:
+    result = unlearn(world.settings(tmp_path, distance=distance, max_steps=12, lr_scheduler_type="constant"))
+    lines = figures(result.metrics)
+    assert lines[-1]["loss_forget"] < lines[0]["loss_forget"]
+
+
+def test_reference_target_comes_from_the_named_model(world, tmp_path: Path) -> None:
+    # With the original itself as the reference there is nothing to learn: the loss is zero from the start.
+    result = unlearn(world.settings(tmp_path, forget_target="reference", reference_model=str(world.model), max_steps=2))
+    assert figures(result.metrics)[0]["loss"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(world, tmp_path: Path) -> None:
+    def weights(name: str, seed: int) -> dict[str, torch.Tensor]:
+        return load_weights(unlearn(world.settings(tmp_path / name, seed=seed, augment=True)).checkpoint)
+
+    one, again, other = weights("one", 0), weights("again", 0), weights("other", 1)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_cached_and_online_teacher_agree(world, tmp_path: Path) -> None:
+    cached = unlearn(world.settings(tmp_path / "cached", teacher="cached"))
+    online = unlearn(world.settings(tmp_path / "online", teacher="online"))
+    for a, b in zip(figures(cached.metrics), figures(online.metrics), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-6)
+
+
+def test_a_second_run_reads_the_teacher_cache(world, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def progress(phase: str, done: int, total: int, _: dict) -> None:
+        if phase == "teacher":
+            seen.append(done)
+
+    settings = {"cache_dir": str(tmp_path / "cache")}
+    unlearn(world.settings(tmp_path / "one", **settings), progress=progress)
+    first = len(seen)
+    unlearn(world.settings(tmp_path / "two", **settings, seed=0, learning_rate=2e-3), progress=progress)
+    assert first > 0
+    assert len(seen) == first
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
+@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+def test_masked_out_weights_end_bit_identical(world, tmp_path: Path, monkeypatch, optim: str, granularity: str) -> None:
+    masks: dict[str, SaliencyMask] = {}
+    original = saliency.mask_gradients
+    monkeypatch.setattr(saliency, "mask_gradients", lambda p, m: (masks.update(m), original(p, m)))
+    result = unlearn(
+        world.settings(
+            tmp_path,
+            optim=optim,
+            max_steps=8,
+            **{"saliency.granularity": granularity, "saliency.fraction": 0.3, "saliency.batches": 2},
+        )
+    )
+    before, after = base_weights(world), load_weights(result.checkpoint)
+    assert set(masks) == set(after)  # every trainable parameter has its mask
+    assert 0.2 < result.trained_share < 0.4
+    moved = 0
+    for name, mask in masks.items():
+        may_move = mask.to_bool().expand(mask.shape)
+        assert torch.equal(after[name][~may_move], before[name][~may_move]), name
+        moved += int((after[name] != before[name]).sum())
+    assert moved > 0
+
+
+def test_bf16_run_keeps_float32_masters(world, tmp_path: Path) -> None:
+    # At this rate a bfloat16 weight alone would not move: one update is far below half a unit in its last place.
+    result = unlearn(
+        world.settings(tmp_path, bf16=True, learning_rate=2e-5, max_steps=12, lr_scheduler_type="constant")
+    )
+    weights = load_weights(result.checkpoint)
+    assert all(value.dtype == torch.bfloat16 for value in weights.values())
+    assert (result.checkpoint / "masters.safetensors").exists()
+    name = next(n for n in weights if n.endswith("linear_1.weight"))
+    assert not torch.equal(weights[name], base_weights(world)[name].bfloat16())
+
+
+@pytest.mark.parametrize("answer_loss", ["ga", "npo", "idk"])
+def test_answer_terms_join_the_feature_loss(world, tmp_path: Path, answer_loss: str) -> None:
+    result = unlearn(world.settings(tmp_path, answer_loss=answer_loss, max_steps=3))
+    lines = figures(result.metrics)
+    assert {"loss_forget", "loss_retain", "loss_answer_forget", "loss_answer_retain"} <= set(lines[0])
+    assert all("language_model" not in name for name in load_weights(result.checkpoint))
+
+
+def test_gradient_ascent_alone_raises_the_loss_on_forget_answers(world, tmp_path: Path) -> None:
+    result = unlearn(
+        world.settings(tmp_path, method="ga", max_steps=15, lr_scheduler_type="constant", lambda_retain=0.1)
+    )
+    lines = figures(result.metrics)
+    assert lines[-1]["loss_answer_forget"] < lines[0]["loss_answer_forget"]  # it is minus the cross-entropy
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
+def test_resumed_run_is_bit_identical(world, tmp_path: Path, optim: str) -> None:
+    whole = unlearn(world.settings(tmp_path / "whole", max_steps=6, optim=optim, augment=True))
+    settings = world.settings(
+        tmp_path / "cut", max_steps=6, optim=optim, augment=True, save_steps=3, save_total_limit=5
+    )
+    cut = unlearn(settings)
+    for folder in Path(settings.output_dir).glob("checkpoint-6"):
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    resumed = unlearn(dataclasses.replace(settings, resume_from_checkpoint="auto"))
+    assert resumed.steps == 6
+    expected, found = load_weights(whole.checkpoint), load_weights(resumed.checkpoint)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert [line["step"] for line in figures(cut.metrics)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_accumulated_micro_batches_equal_one_batch(world, tmp_path: Path) -> None:
+    whole = unlearn(world.settings(tmp_path / "one", per_device_train_batch_size=12, max_steps=2))
+    parts = unlearn(
+        world.settings(tmp_path / "two", per_device_train_batch_size=6, gradient_accumulation_steps=2, max_steps=2)
+    )
+    expected, found = load_weights(whole.checkpoint), load_weights(parts.checkpoint)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_auxiliary_images_are_retained(world, tmp_path: Path) -> None:
+    result = unlearn(world.settings(tmp_path, auxiliary_images=5, auxiliary_share=0.5))
+    assert figures(result.metrics)[0]["loss_retain"] == pytest.approx(0, abs=1e-6)
+
+
+def refused(world, tmp_path: Path, **overrides) -> str:
+    with pytest.raises(FastVKDError) as caught:
+        unlearn(world.settings(tmp_path / "out", **overrides))
+    assert "\n" not in str(caught.value)
+    assert find_latest(tmp_path / "out") is None
+    return str(caught.value)
+
+
+def test_a_site_deeper_than_the_model_is_refused(world, tmp_path: Path) -> None:
+    message = refused(world, tmp_path, sites={"llm:9": 1})
+    assert "llm:9" in message
+    assert "llm:3" in message  # what is allowed
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path: Path) -> None:
+    assert "learning_rate" in refused(world, tmp_path, learning_rate=1e30, max_grad_norm=0.0, max_steps=20)
+
+
+def test_an_entity_on_both_sides_is_refused(world, tmp_path: Path) -> None:
+    assert "both" in refused(world, tmp_path, retain_split="Full_Set")
+
+
+def test_an_empty_forget_set_is_refused(world, tmp_path: Path) -> None:
+    for split in mllmu.splits(world.data):
+        mllmu.write_split(
+            tmp_path / "data", split, [] if split == world.forget_split else mllmu.read_split(world.data, split)
+        )
+    with pytest.raises(DataError, match=world.forget_split):
+        unlearn(world.settings(tmp_path / "out", data=str(tmp_path / "data")))
+
+
+def test_an_unreadable_image_names_its_row(world, tmp_path: Path) -> None:
+    for split in mllmu.splits(world.data):
+        profiles = mllmu.read_split(world.data, split)
+        if split == world.forget_split:
+            profiles[1] = dataclasses.replace(
+                profiles[1], photos=(dataclasses.replace(profiles[1].photos[0], data=b""),)
+            )
+        mllmu.write_split(tmp_path / "data", split, profiles)
+    with pytest.raises(DataError, match=rf"{world.forget_split}.*1"):
+        unlearn(world.settings(tmp_path / "out", data=str(tmp_path / "data")))
+
+
+def test_a_missing_model_folder_is_refused(world, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="nowhere"):
+        unlearn(world.settings(tmp_path / "out", model_name_or_path=str(tmp_path / "nowhere")))
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_checkpoint(world, tmp_path: Path, monkeypatch) -> None:
+    import errno
+
+    from fastvkd.unlearning import teacher
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(teacher.os, "fsync", full)
+    with pytest.raises(TrainingError, match="no space left"):
+        unlearn(world.settings(tmp_path / "out"))
+    assert find_latest(tmp_path / "out") is None
