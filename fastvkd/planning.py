@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from fastvkd.engines.optimizers import MOMENT_BYTES, MOMENT_BYTES_32BIT, check_optimizer
 from fastvkd.errors import ModelError, SettingsError
+from fastvkd.paths import shipped
 
 if TYPE_CHECKING:
     from fastvkd.settings import Settings
 
-ARCHITECTURES = Path(__file__).resolve().parents[1] / "configs" / "architectures"
+ARCHITECTURES = shipped("configs/architectures")
 GIB = 1024**3
 GPU_MEMORY_GIB: dict[str, int] = {
     "A10": 24, "A100 40GB": 40, "A100 80GB": 80, "A40": 48, "B200": 180, "GH200": 96, "H100": 80, "H200": 141,

@@ -84,6 +84,7 @@ class Settings:
     bf16: bool = False  # weights and activations in bfloat16, masters in float32
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     gradient_checkpointing: bool = False
+    fused_frozen_ops: bool = False  # Triton RMSNorm and SwiGLU in frozen decoder layers, which keep less for backward
     quantize_llm: Literal["none", "nf4", "int8"] = "none"
     seed: int = 0
 

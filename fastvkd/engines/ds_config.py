@@ -11,8 +11,9 @@ from typing import Any
 
 from fastvkd.engines.optimizers import EIGHT_BIT, check_optimizer
 from fastvkd.errors import SettingsError
+from fastvkd.paths import shipped
 
-PRESETS = Path(__file__).resolve().parents[2] / "ds_configs"
+PRESETS = shipped("ds_configs")
 _LARGEST_LAYER = 1 << 30  # elements; buffers for NVMe must hold the largest parameter (13B's embedding has 164 M)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastvkd.data.sources import evaluation_cells
-from fastvkd.engines.checkpoints import identify_base
+from fastvkd.engines.checkpoints import identify_base, local_folder
 from fastvkd.evaluation.protocol import evaluate_cells
 from fastvkd.models.loading import load_model, load_processor
 
@@ -47,5 +47,5 @@ def evaluate(
         log_path=log_path,
         progress=progress,
         max_samples=max_samples,
-        fingerprint=identify_base(model_name_or_path).fingerprint,
+        fingerprint=identify_base(local_folder(model_name_or_path)).fingerprint,
     )

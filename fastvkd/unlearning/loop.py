@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from fastvkd_kernels import patch_frozen
+from torch import Tensor, nn
 
-from fastvkd.engines.checkpoints import find_latest, identify_base, load_checkpoint, save_checkpoint
+from fastvkd.engines.checkpoints import find_latest, identify_base, load_checkpoint, local_folder, save_checkpoint
 from fastvkd.engines.local import LocalEngine
 from fastvkd.engines.protocol import Engine
 from fastvkd.errors import SettingsError, TrainingError
@@ -62,7 +63,7 @@ def unlearn(settings: Settings, *, progress: Progress = lambda *_: None) -> Unle
     device = pick_device(settings.device)
     output = Path(settings.output_dir)
     resume_from = _resume_folder(settings, output)
-    base = identify_base(settings.model_name_or_path)
+    base = identify_base(local_folder(settings.model_name_or_path))
 
     ds_config, partitioning = _join_deepspeed(settings, device) if settings.engine == "deepspeed" else ({}, None)
     if settings.engine == "deepspeed" and device.type == "cuda":
@@ -99,7 +100,11 @@ def unlearn(settings: Settings, *, progress: Progress = lambda *_: None) -> Unle
     started = time.perf_counter()
     checkpoint: Path | None = None
     finished = True
-    with Metrics(output, settings, engine, first) as metrics, _sigterm() as stop_asked:
+    with contextlib.ExitStack() as during:
+        metrics = during.enter_context(Metrics(output, settings, engine, first))
+        stop_asked = during.enter_context(_sigterm())
+        if settings.fused_frozen_ops:
+            during.enter_context(_fused_frozen_ops(task.model))
         for update in range(first, settings.max_steps):
             for part in range(settings.gradient_accumulation_steps):
                 batch = task.batch(update * settings.gradient_accumulation_steps + part, engine.rank, engine.world_size)
@@ -294,6 +299,17 @@ def _wandb_writer(settings: Settings) -> Callable[[dict[str, float]], None]:
         run.log({k: v for k, v in line.items() if k != "step"}, step=int(line["step"]))
 
     return write
+
+
+@contextlib.contextmanager
+def _fused_frozen_ops(model: nn.Module) -> Iterator[None]:
+    try:
+        with patch_frozen(model):
+            yield
+    except ValueError as error:
+        if "patch" not in str(error):
+            raise
+        raise SettingsError(f"fused_frozen_ops=true: {error}; set fused_frozen_ops=false") from error
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from fastvkd_kernels import SaliencyMask
 
 from fastvkd.data import mllmu
 from fastvkd.engines.checkpoints import find_latest, load_weights
-from fastvkd.errors import DataError, FastVKDError, ModelError, TrainingError
+from fastvkd.errors import DataError, FastVKDError, ModelError, SettingsError, TrainingError
 from fastvkd.models.loading import load_model
 from fastvkd.unlearning import saliency
 from fastvkd.unlearning.loop import unlearn
@@ -176,6 +176,16 @@ def test_gradient_checkpointing_changes_nothing_but_memory(world, tmp_path: Path
     expected, found = load_weights(plain.checkpoint), load_weights(saved.checkpoint)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_fused_frozen_operations_change_nothing_but_memory(world, tmp_path: Path) -> None:
+    plain = unlearn(world.settings(tmp_path / "plain", sites="llm:2"))
+    fused = unlearn(world.settings(tmp_path / "fused", sites="llm:2", fused_frozen_ops=True))
+    expected, found = load_weights(plain.checkpoint), load_weights(fused.checkpoint)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)  # Adam moves by 1e-3
+    with pytest.raises(SettingsError, match="fused_frozen_ops=false"):  # no decoder layer is loaded
+        unlearn(world.settings(tmp_path / "none", sites="projector", fused_frozen_ops=True))
 
 
 def test_auxiliary_images_are_retained(world, tmp_path: Path) -> None:
