@@ -72,6 +72,7 @@ def load_gate() -> ModuleType:
     spec = importlib.util.spec_from_file_location("kernel_gate", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # torch.compile looks functions' modules up there
     spec.loader.exec_module(module)
     return module
 

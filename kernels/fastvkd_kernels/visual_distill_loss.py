@@ -45,7 +45,8 @@ def visual_distill_loss(
         loss = sum_n weight_n * (relu(margin - d_n) if repel_n else d_n)
 
     - "mse": d = scale * mean_h (x - t)^2
-    - "cosine": d = 1 - x.t / (|x| |t|); a zero vector gives d = 1 and a zero gradient; `scale` is not used
+    - "cosine": d = 1 - x.t / (|x| |t|); a zero vector gives d = 1 and a zero gradient; `scale` is not used; the
+      subtraction resolves no distance below about 1e-7
     - "smooth_l1": d = scale * mean_h of (e^2 / (2 beta) if |e| < beta else |e| - beta / 2), e = x - t
 
     Args:

@@ -73,7 +73,7 @@ def test_empty_and_full_row_sets(n, options):
         check_distill_loss(triton_loss, make_case(96, torch.float32, distance, n=n, options=options))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
 def test_property_any_combination_is_as_accurate_as_eager(data):
     case = make_case(
