@@ -1,12 +1,13 @@
 """`fastvkd demo`: draw people, teach a small LLaVA to know them, make it forget some, attack it, and report."""
 
+import contextlib
 import hashlib
 import inspect
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from fastvkd.models.loading import load_model, load_processor
 from fastvkd.paths import shipped
 from fastvkd.progress import Progress
 from fastvkd.reporting import build_report, model_card, write_html, write_report
-from fastvkd.settings import Settings, load_settings
+from fastvkd.settings import load_settings, parse_override
 from fastvkd.unlearning.loop import Unlearned, peak_memory_bytes, unlearn
 
 
@@ -96,6 +97,10 @@ def demo(
     if size not in SIZES:
         raise SettingsError(f"size={size!r}: allowed are {', '.join(SIZES)}")
     spec = SIZES[size]
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # or DeepSpeed, which transformers imports, warns that it sees no GPU
+    transformers.logging.disable_progress_bar()
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastvkd"
     seconds: dict[str, float] = {}
     out.mkdir(parents=True, exist_ok=True)
@@ -116,10 +121,9 @@ def demo(
             "cache_dir": str(out / "teacher_cache"),
             "seed": seed,
             **spec.overrides,
+            **dict(map(parse_override, overrides)),
         },
     )
-    if overrides:
-        settings = load_settings(None, {**_flat(settings), **dict(parse(o) for o in overrides)})
     if (out / "run").exists():
         shutil.rmtree(out / "run")  # an earlier demo's checkpoints would be taken for this one's
     with _timed(seconds, "unlearn"), Progress("Unlearning") as bar:
@@ -162,19 +166,9 @@ def demo(
         ],
     )
     write_report(report, out / "report.json")
-    write_html(report, _examples(models, cells, out), _log(run.metrics), out / "report.html")
+    write_html(report, _examples(cells, out), _lines(run.metrics), out / "report.html")
     (unlearned_dir / "README.md").write_text(model_card(report))
     return report
-
-
-def parse(override: str) -> tuple[str, Any]:
-    from fastvkd.settings import parse_override
-
-    return parse_override(override)
-
-
-def _flat(settings: Settings) -> dict[str, Any]:
-    return settings.to_dict()
 
 
 def build_data(spec: Size, seed: int, out: Path) -> tuple[DemoData, Path]:
@@ -296,56 +290,50 @@ def _parameters(run: Unlearned, vanilla_dir: Path) -> dict[str, int]:
     return {"trainable": run.trainable_parameters, "frozen": total - run.trainable_parameters, "total": total}
 
 
-def _examples(models: dict[str, Path], cells: dict[str, list[Profile]], out: Path) -> list[dict[str, Any]]:
+def _examples(cells: dict[str, list[Profile]], out: Path) -> list[dict[str, Any]]:
     """A few photos of every set with what the model answered before and after, from the evaluation's own log."""
-    answers: dict[str, dict[tuple[str, str], str]] = {}
-    for name in ("vanilla", "unlearned"):
-        answers[name] = {}
-        for line in (out / f"samples-{name}.jsonl").read_text().splitlines():
-            sample = json.loads(line)
-            if sample.get("task") == "choice" and sample["kind"] == "vqa":
-                answers[name][sample["source"], sample["question"]] = sample["options"][sample["prediction"]]
-    examples = []
+    before, after = (_answers(out / f"samples-{name}.jsonl") for name in ("vanilla", "unlearned"))
+    examples: list[dict[str, Any]] = []
     for group, profiles in cells.items():
-        shown: set[str] = set()
-        for position, profile in enumerate(profiles):
+        shown: dict[str, dict[str, Any]] = {}
+        for profile in profiles:
             if profile.entity in shown or len(shown) == 5:
                 continue
-            # Another question for each face, so that the gallery shows more than names.
-            choices = profile.visual.choice
-            for k in range(len(choices)):
-                choice = choices[(len(shown) + k) % len(choices)]
-                key = profile.photos[0].source, choice.question
-                if all(key in answers[name] for name in answers):
-                    shown.add(profile.entity)
-                    examples.append(
-                        {
-                            "group": group,
-                            "image_png": profile.photos[0].data,
-                            "name": profile.biography.split(" is a ")[0].split(" lies in ")[0],
-                            "question": choice.question,
-                            "truth": choice.answer_text,
-                            "before": answers["vanilla"][key],
-                            "after": answers["unlearned"][key],
-                        }
-                    )
-                    break
-            del position
+            # Another question for each face: the gallery shows more than names. The log may hold a sample of them only.
+            asked = len(shown)
+            choices = profile.visual.choice[asked:] + profile.visual.choice[:asked]
+            photo = profile.photos[0]
+            choice = next((c for c in choices if (photo.source, c.question) in before), None)
+            if choice is not None:
+                shown[profile.entity] = {
+                    "group": group,
+                    "image_png": photo.data,
+                    "name": profile.biography.split(" is a ")[0].split(" lies in ")[0],
+                    "question": choice.question,
+                    "truth": choice.answer_text,
+                    "before": before[photo.source, choice.question],
+                    "after": after[photo.source, choice.question],
+                }
+        examples += shown.values()
     return examples
 
 
-def _log(metrics: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in metrics.read_text().splitlines()]
+def _answers(samples: Path) -> dict[tuple[str, str], str]:
+    """(photo, question) -> the option that the model chose."""
+    return {
+        (sample["source"], sample["question"]): sample["options"][sample["prediction"]]
+        for sample in _lines(samples)
+        if sample.get("task") == "choice" and sample["kind"] == "vqa"
+    }
 
 
-class _timed:
-    """Adds the time a block took to `seconds[phase]`."""
+def _lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
-    def __init__(self, seconds: dict[str, float], phase: str):
-        self.seconds, self.phase = seconds, phase
 
-    def __enter__(self) -> None:
-        self.started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + time.perf_counter() - self.started
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Notes the time that a block took."""
+    started = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - started
