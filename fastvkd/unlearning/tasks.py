@@ -16,7 +16,7 @@ from fastvkd.data.dead_leaves import dead_leaves
 from fastvkd.data.images import decode_image
 from fastvkd.data.records import Photo, Profile
 from fastvkd.data.sources import read_forget_retain
-from fastvkd.engines.checkpoints import BaseModel, identify_base
+from fastvkd.engines.checkpoints import BaseModel, identify_base, local_folder
 from fastvkd.errors import SettingsError
 from fastvkd.models import families
 from fastvkd.models.families import family_of
@@ -120,7 +120,7 @@ def prepare(
             assert settings.reference_model is not None
             reference = load_model(settings.reference_model, dtype=dtype, llm_layers=layers, device=device)
             distill_data.see_reference(
-                VisualPath(reference, list(settings.sites)), identify_base(settings.reference_model)
+                VisualPath(reference, list(settings.sites)), identify_base(local_folder(settings.reference_model))
             )
             del reference
 
@@ -134,6 +134,8 @@ def prepare(
     )
     parameters = _trainable(model, settings)
     families.train_only(model, [p for _, p in parameters])
+    masked = settings.saliency.granularity != "none"
+    original = [p.detach().clone() for _, p in parameters] if masked else []
 
     if settings.gradient_checkpointing:
         _checkpoint_layers(model)
@@ -180,8 +182,8 @@ def prepare(
     task = Task(model, module, parameters, batch, settings.per_device_train_batch_size)
     if distill is not None and partitioned:
         task.see_teacher = see_teacher
-    if settings.saliency.granularity != "none":
-        task.trained_share = _apply_saliency(settings, task)
+    if masked:
+        task.trained_share = _apply_saliency(settings, task, original)
     return task
 
 
@@ -227,8 +229,11 @@ def _random_start(parameters: list[tuple[str, nn.Parameter]], settings: Settings
             parameter.add_(noise * (settings.repel_start * parameter.norm() / noise.norm()))
 
 
-def _apply_saliency(settings: Settings, task: Task) -> float:
-    """Fisher information of each side of the task's own objective, then masks on every gradient to come."""
+def _apply_saliency(settings: Settings, task: Task, original: list[Tensor]) -> float:
+    """Fisher information of each side of the task's own objective, then masks on every gradient to come.
+
+    Weights outside the masks get their `original` values, which a random start may have left.
+    """
 
     def side(forget_side: bool) -> dict[str, Tensor]:
         def losses():
@@ -251,6 +256,9 @@ def _apply_saliency(settings: Settings, task: Task) -> float:
         threshold=settings.saliency.threshold,
         fraction=settings.saliency.fraction,
     )
+    with torch.no_grad():
+        for (name, parameter), value in zip(task.parameters, original, strict=True):
+            parameter.copy_(torch.where(masks[name].to(value.device).to_bool(), parameter, value))
     saliency.mask_gradients(task.parameters, masks)
     return saliency.trained_share(masks)
 

@@ -89,8 +89,10 @@ def test_a_second_run_reads_the_teacher_cache(world, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
-@pytest.mark.parametrize("granularity", ["weight", "neuron"])
-def test_masked_out_weights_end_bit_identical(world, tmp_path: Path, monkeypatch, optim: str, granularity: str) -> None:
+@pytest.mark.parametrize(("granularity", "target"), [("weight", "noise"), ("neuron", "noise"), ("weight", "repel")])
+def test_masked_out_weights_end_bit_identical(
+    world, tmp_path: Path, monkeypatch, optim: str, granularity: str, target: str
+) -> None:
     masks: dict[str, SaliencyMask] = {}
     original = saliency.mask_gradients
     monkeypatch.setattr(saliency, "mask_gradients", lambda p, m: (masks.update(m), original(p, m)))
@@ -98,6 +100,7 @@ def test_masked_out_weights_end_bit_identical(world, tmp_path: Path, monkeypatch
         world.settings(
             tmp_path,
             optim=optim,
+            forget_target=target,
             max_steps=8,
             **{"saliency.granularity": granularity, "saliency.fraction": 0.3, "saliency.batches": 2},
         )
