@@ -54,7 +54,7 @@ class Size:
     schedule: Schedule = field(default_factory=lambda: Schedule(steps=650, questions_per_photo=3))
     overrides: dict[str, Any] = field(default_factory=dict)
     max_samples: int = 1008
-    relearning_steps: int = 40
+    relearning_steps: tuple[int, ...] = (0, 2, 5, 10, 20, 40)
     relearning_photos: int = 16
 
 
@@ -71,7 +71,7 @@ SIZES = {
         schedule=Schedule(steps=360, photos_per_step=24, questions_per_photo=2, texts_per_step=24, learning_rate=2e-3),
         overrides={"max_steps": 150, "per_device_train_batch_size": 24},
         max_samples=200,
-        relearning_steps=10,
+        relearning_steps=(0, 2, 5, 10),
         relearning_photos=8,
     ),
 }
@@ -218,7 +218,8 @@ def trained_model(spec: Size, data: DemoData, seed: int, cache: Path, seconds: d
 def _fingerprint(spec: Size, seed: int, gold: bool) -> str:
     """All that shapes the trained model: sizes, seed, the code that draws, words and trains, library versions."""
     sources = [inspect.getsource(m) for m in (people, flags, demo_data, demo_model, pretraining, wording, cloze)]
-    shaping = {k: v for k, v in asdict(spec).items() if k not in ("overrides", "max_samples")}
+    later = ("overrides", "max_samples", "relearning_steps", "relearning_photos")  # what comes after training
+    shaping = {k: v for k, v in asdict(spec).items() if k not in later}
     facts = [shaping, seed, gold, torch.__version__, transformers.__version__, PHOTO_SIZE, sources]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -275,8 +276,7 @@ def _relearn(
                     cells["forget"],
                     cells["test"],
                     weights=weights,
-                    steps=spec.relearning_steps,
-                    evaluate_every=max(1, spec.relearning_steps // 4),
+                    measure_at=spec.relearning_steps,
                     photos=spec.relearning_photos,
                     seed=seed,
                     prepared=prepared,

@@ -29,8 +29,7 @@ def relearning_curve(
     unseen: Sequence[Profile],
     *,
     weights: Weights,
-    steps: int = 40,
-    evaluate_every: int = 10,
+    measure_at: Sequence[int] = (0, 2, 5, 10, 20, 40),
     photos: int = 16,
     batch_size: int = 16,
     learning_rate: float = 1e-3,
@@ -42,7 +41,7 @@ def relearning_curve(
 
     A copy of `model` is trained with AdamW on answer tokens of `photos` images of `attack`, spread evenly over its
     entities; `weights` says whether tower and projector move or everything does. Returns one
-    {"step", "accuracy"} for step 0 and every `evaluate_every` steps.
+    {"step", "accuracy"} for each number of steps in `measure_at`, which begins with 0.
     """
     from fastvkd.unlearning.answers import answer_log_probabilities, collate_answers
 
@@ -76,7 +75,7 @@ def relearning_curve(
         curve.append({"step": step, "accuracy": cells["test"]["vqa"]["accuracy"]})
 
     measure(0)
-    for step in range(1, steps + 1):
+    for step in range(1, max(measure_at) + 1):
         chosen = rng.choice(len(samples), min(batch_size, len(samples)), replace=False)
         batch = collate_answers(processor, [samples[i] for i in chosen], chosen.tolist(), [True] * len(chosen))
         log_p, tokens = answer_log_probabilities(victim, batch.to(device))
@@ -85,9 +84,9 @@ def relearning_curve(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        if step % evaluate_every == 0 or step == steps:
+        if step in measure_at:
             measure(step)
-        progress(step, steps)
+        progress(step, max(measure_at))
     return curve
 
 
