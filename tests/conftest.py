@@ -1,13 +1,16 @@
 """A small world that many tests share: twelve people, a random LLaVA that has never seen them, both on disk."""
 
 import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: spinning threads stall each other on a busy machine
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
