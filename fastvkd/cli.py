@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastvkd import __version__
-from fastvkd.errors import FastVKDError
+from fastvkd.errors import FastVKDError, disk_is_full
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,12 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastvkd: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if disk_is_full(error):
+            mend = "no space left on disk; free some or write elsewhere"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+            mend = f"{error.strerror}; give a folder that can be read and written"
+        else:
             raise
-        print(
-            f"fastvkd: error: no space left on disk ({error.filename or 'output'}); free some or write elsewhere",
-            file=sys.stderr,
-        )
+        print(f"fastvkd: error: {error.filename or 'output'}: {mend}", file=sys.stderr)
         return 2
 
 
@@ -129,7 +130,13 @@ def run_train(arguments: argparse.Namespace) -> int:
             " ".join(f"{k} {v:.4g}" for k, v in figures.items() if k.startswith("loss") or k == "grad_norm"),
         )
 
-    result = unlearn(settings, progress=show)
+    try:
+        result = unlearn(settings, progress=show)
+    finally:
+        if settings.engine == "deepspeed":
+            from fastvkd.engines.deepspeed_engine import leave_deepspeed
+
+            leave_deepspeed()
     if not quiet:
         print(
             f"{result.steps} steps, {result.images_seen} images in {result.seconds['unlearn']:.1f} s; "
@@ -162,8 +169,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     from fastvkd.evaluation.run import evaluate
     from fastvkd.progress import Progress
+    from fastvkd.reporting.report import write_atomically
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
     with Progress("Evaluating") as bar:
         figures = evaluate(
             arguments.model,
@@ -179,7 +186,7 @@ def _eval(arguments: argparse.Namespace) -> int:
             bf16=arguments.bf16,
             progress=bar,
         )
-    (arguments.out / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write_atomically(arguments.out / "results.json", (json.dumps(figures, indent=1) + "\n").encode())
     print(f"{'set':10} {'kind':4} {'accuracy':>9} {'95 % interval':>17} {'n':>6} {'ROUGE-L':>8} {'cloze':>7}")
     for cell, kinds in figures.items():
         for kind, f in kinds.items():

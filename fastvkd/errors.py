@@ -3,6 +3,9 @@
 Every command catches `FastVKDError`, prints it on one line and exits with code 2. A programming error is never one.
 """
 
+import errno
+import re
+
 
 class FastVKDError(Exception):
     """An input, setting or environment that the user can mend. The message is one line."""
@@ -22,3 +25,14 @@ class ModelError(FastVKDError):
 
 class TrainingError(FastVKDError):
     """Training cannot go on: a loss that is not finite, no space on disk, an empty forget set."""
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether writing failed for want of space, of quota, or at a limit on the size of a file.
+
+    safetensors reports the system's error as text alone.
+    """
+    number = getattr(error, "errno", None)
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

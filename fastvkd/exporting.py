@@ -25,7 +25,7 @@ from fastvkd.engines.checkpoints import (
     shards_of,
     verify_checkpoint,
 )
-from fastvkd.errors import ModelError, TrainingError
+from fastvkd.errors import ModelError, TrainingError, disk_is_full
 
 _FICLONE = 0x40049409  # ioctl: let two files share their blocks until one of them is written
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -79,7 +79,7 @@ def export(run_dir: Path, to: Path, *, model_card: str, base: Path | None = None
             to.rmdir()
         unfinished.rename(to)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if disk_is_full(error):
             raise TrainingError(f"{to}: no space left on the device; the base has {_size(base):,} bytes") from error
         raise
     finally:

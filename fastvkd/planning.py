@@ -243,9 +243,9 @@ def find_architecture(model_name_or_path: str) -> Architecture:
     """The architecture of a local model folder, or of a model whose facts ship with fastvkd (hub id or short name)."""
     folder = Path(model_name_or_path)
     if (folder / "config.json").is_file():
-        from transformers import AutoConfig  # late: fills in the values that a config.json leaves at their default
+        from fastvkd.models.loading import load_config  # late: it imports torch
 
-        return architecture_of(AutoConfig.from_pretrained(folder).to_dict(), name=model_name_or_path)
+        return architecture_of(load_config(folder).to_dict(), name=model_name_or_path)
     known: dict[str, Path] = {}
     for file in sorted(ARCHITECTURES.glob("*.json")):
         known |= {file.stem: file, json.loads(file.read_text())["name_or_path"]: file}

@@ -42,6 +42,31 @@ class World:
         return load_settings(None, {**values, **overrides})
 
 
+@dataclass(frozen=True)
+class TinyDemo:
+    """What `fastvkd demo --size tiny` left: its output folder, its cache, and the model that knows everybody."""
+
+    out: Path
+    cache: Path
+    vanilla: Path
+    forget_split: str = "forget_25"
+    retain_split: str = "retain_75"
+
+    @property
+    def data(self) -> Path:
+        return self.out / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_demo(tmp_path_factory: pytest.TempPathFactory) -> TinyDemo:
+    from fastvkd.cli import main
+
+    root = tmp_path_factory.mktemp("demo")
+    out, cache = root / "out", root / "cache"
+    assert main(["demo", "--size", "tiny", "--out", str(out), "--cache", str(cache)]) == 0
+    return TinyDemo(out, cache, next(cache.glob("demo-vanilla-*")))
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     from fastvkd.data import mllmu

@@ -22,16 +22,6 @@ def train_arguments(world, output: Path) -> list[str]:
     return [f"{key}={getattr(settings, key)}" for key in keys]
 
 
-def refused(capsys, *arguments: str) -> str:
-    """The one-line error of a command that must exit with 2."""
-    assert main(list(arguments)) == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    lines = [line for line in error if line.startswith("fastvkd: error: ")]
-    assert len(lines) == 1
-    assert "Traceback" not in "".join(error)
-    return lines[0]
-
-
 def test_train_then_export_then_evaluate(world, tmp_path: Path, capsys) -> None:
     run = tmp_path / "run"
     assert main(["train", *train_arguments(world, run)]) == 0
@@ -88,49 +78,6 @@ def test_plan_needs_no_weights(tmp_path: Path, capsys) -> None:
     assert main(["plan", *arguments, "--memory", "24GiB", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["llm_layers_loaded"] == 8
-
-
-class TestBadInput:
-    """Each is one line that names the place and the mend."""
-
-    def test_an_unknown_key(self, world, tmp_path: Path, capsys) -> None:
-        message = refused(capsys, "train", *train_arguments(world, tmp_path), "learnin_rate=1")
-        assert "did you mean learning_rate" in message
-
-    def test_an_unknown_model_family(self, world, tmp_path: Path, capsys) -> None:
-        model = tmp_path / "model"
-        shutil.copytree(world.model, model)
-        config = json.loads((model / "config.json").read_text())
-        (model / "config.json").write_text(json.dumps({**config, "model_type": "blip"}))
-        message = refused(capsys, "train", *train_arguments(world, tmp_path / "o"), f"model_name_or_path={model}")
-        assert "blip" in message
-
-    def test_a_missing_column(self, world, tmp_path: Path, capsys) -> None:
-        data = tmp_path / "data"
-        shutil.copytree(world.data, data)
-        file = next((data / world.forget_split).glob("*.parquet"))
-        pq.write_table(pq.read_table(file).drop_columns(["image"]), file)
-        message = refused(capsys, "train", *train_arguments(world, tmp_path / "o"), f"data={data}")
-        assert "image" in message
-        assert world.forget_split in message
-
-    def test_a_split_that_is_not_there(self, world, tmp_path: Path, capsys) -> None:
-        message = refused(capsys, "train", *train_arguments(world, tmp_path), "forget_split=forget_99")
-        assert "forget_99" in message
-
-    def test_a_site_deeper_than_the_model(self, world, tmp_path: Path, capsys) -> None:
-        assert "llm:40" in refused(capsys, "train", *train_arguments(world, tmp_path), "sites=llm:40")
-
-    def test_deepspeed_without_its_launcher(self, world, tmp_path: Path, capsys, monkeypatch) -> None:
-        monkeypatch.delenv("WORLD_SIZE", raising=False)
-        message = refused(capsys, "train", *train_arguments(world, tmp_path), "engine=deepspeed")
-        assert "deepspeed fastvkd/train.py" in message
-
-    def test_no_run_to_export(self, tmp_path: Path, capsys) -> None:
-        assert "checkpoint" in refused(capsys, "export", "--run", str(tmp_path), "--to", str(tmp_path / "m"))
-
-    def test_an_unknown_demo_size(self, tmp_path: Path, capsys) -> None:
-        assert "default, tiny" in refused(capsys, "demo", "--size", "huge", "--out", str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["unlearn", "evaluate", "load_settings"])

@@ -11,8 +11,8 @@ The frozen LLM is in none of them.
 """
 
 import dataclasses
-import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastvkd.engines.protocol import Engine
-from fastvkd.errors import ModelError, TrainingError
+from fastvkd.errors import ModelError, TrainingError, disk_is_full
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -158,7 +158,7 @@ def save_checkpoint(
         unfinished.mkdir(parents=True)
 
     def write_own_part() -> None:
-        torch.save({"engine": state, "rng": _rng_state(engine.device)}, unfinished / f"rank-{engine.rank}.pt")
+        _torch_save({"engine": state, "rng": _rng_state(engine.device)}, unfinished / f"rank-{engine.rank}.pt")
         if engine.rank == 0:
             save_file({n: t.cpu().contiguous() for n, t in weights.items()}, unfinished / WEIGHTS)
             higher = {n: t.cpu().contiguous() for n, t in masters.items() if weights[n].dtype != t.dtype}
@@ -201,15 +201,37 @@ def _together(engine: Engine, work: Any, final: Path) -> None:
     if work is not None:
         try:
             work()
-        except (OSError, SafetensorError, RuntimeError) as caught:  # torch.save reports a full disk as RuntimeError
+        except (OSError, SafetensorError) as caught:
             error = caught
     if engine.any_rank(error is not None):
         shutil.rmtree(final.parent / f"{_UNFINISHED}{final.name}", ignore_errors=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if error is not None and disk_is_full(error):
             reason = "no space left on the device; free some, or lower `save_total_limit`"
         else:
             reason = str(error).splitlines()[0] if error else "another rank could not write; see its message"
         raise TrainingError(f"{final}: cannot be written: {reason}") from error
+
+
+def _torch_save(content: Any, path: Path) -> None:
+    """torch.save with the system's own error: by itself it turns a full disk into a RuntimeError about positions."""
+    failed: list[OSError] = []
+
+    class Writer(io.FileIO):
+        def write(self, data: Any) -> int:
+            try:
+                done = 0
+                while done < len(data):  # a raw write may take a part
+                    done += super().write(memoryview(data)[done:])
+                return done
+            except OSError as error:
+                failed.append(error)
+                raise
+
+    with Writer(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            raise failed[0] if failed else error from error
 
 
 def find_latest(output_dir: Path) -> Path | None:

@@ -38,6 +38,12 @@ def start_deepspeed(ds_config: dict[str, Any]) -> Any:
     return HfDeepSpeedConfig(ds_config)
 
 
+def leave_deepspeed() -> None:
+    """Leave the job's process group; call last. A process that ends inside it may be aborted by gloo's own threads."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class DeepSpeedEngine:
     """Trains `named_parameters` (HF live names), part of `module`, over all ranks; see `protocol.Engine`.
 

@@ -4,7 +4,6 @@ Nothing here measures or draws anything: `fastvkd.evaluation` measures, `fastvkd
 """
 
 import difflib
-import errno
 import json
 import math
 import os
@@ -15,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fastvkd.errors import DataError, TrainingError
+from fastvkd.errors import DataError, TrainingError, disk_is_full
 
 SCHEMA_VERSION = 1
 SETS = ("forget", "test", "retain", "realworld")
@@ -386,7 +385,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_is_full(error):
             mend = f"no space on disk for its {len(data):,} bytes; free some, or set another output_dir"
         else:
             mend = f"{error.strerror or error}; set an output_dir that can be written"

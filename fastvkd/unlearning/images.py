@@ -6,6 +6,7 @@ used.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +20,18 @@ from fastvkd.data.images import content_hash, decode_image
 from fastvkd.data.records import Photo
 from fastvkd.models.families import family_of
 from fastvkd.models.visual_path import VisualBatch, batch_from_pixels, collate_images, encode_pixels
+
+
+@dataclass(frozen=True)
+class Views:
+    """How the images of a batch are augmented: image i is number `positions[i]` of the `total` of all ranks.
+
+    The ranks of a job therefore see the views that one process would see with the whole batch.
+    """
+
+    seed: tuple[int, ...]
+    positions: Sequence[int]
+    total: int
 
 
 class ImageSet:
@@ -63,12 +76,15 @@ class ImageSet:
         """(width, height) of image `index` in pixels."""
         return self._decode(index).size
 
-    def batch(self, indices: Sequence[int], views: np.random.Generator | None = None) -> VisualBatch:
+    def batch(self, indices: Sequence[int], views: Views | None = None) -> VisualBatch:
         """The images `indices` as model inputs; with `views` each is shifted, perhaps mirrored, and lit differently."""
         if self._pixels is None:
             images = [self._decode(int(i)) for i in indices]
             if views is not None:
-                images = [_view_of_image(image, views) for image in images]
+                images = [
+                    _view_of_image(image, np.random.default_rng([*views.seed, position]))
+                    for image, position in zip(images, views.positions, strict=True)
+                ]
             return collate_images(self._processor, self._config, images)
         pixels = self._pixels[torch.as_tensor(np.asarray(indices), dtype=torch.int64)]
         return batch_from_pixels(self._processor, self._config, pixels if views is None else _views(pixels, views))
@@ -78,15 +94,16 @@ class ImageSet:
         return decode_image(photo.data, photo.source)
 
 
-def _views(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+def _views(pixels: Tensor, views: Views) -> Tensor:
     """(B, 3, S, S) -> the same: shifts of up to 1/16 of the side, every second image mirrored, +-15 % light."""
+    rng, of = np.random.default_rng(views.seed), np.asarray(views.positions)
     size = pixels.shape[-1]
     reach = max(1, size // 16)
     padded = F.pad(pixels.float(), (reach,) * 4, mode="replicate").to(pixels.dtype)
-    shifts = rng.integers(0, 2 * reach + 1, (len(pixels), 2))
+    shifts = rng.integers(0, 2 * reach + 1, (views.total, 2))[of]
     moved = torch.stack([p[:, y : y + size, x : x + size] for p, (y, x) in zip(padded, shifts, strict=True)])
-    mirrored = torch.from_numpy(rng.random(len(pixels)) < 0.5)[:, None, None, None]
-    light = torch.from_numpy(rng.uniform(0.85, 1.15, (len(pixels), 1, 1, 1))).to(pixels.dtype)
+    mirrored = torch.from_numpy(rng.random(views.total)[of] < 0.5)[:, None, None, None]
+    light = torch.from_numpy(rng.uniform(0.85, 1.15, (views.total, 1, 1, 1))[of]).to(pixels.dtype)
     return torch.where(mirrored, moved.flip(-1), moved) * light
 
 
@@ -157,3 +174,12 @@ class BatchPlan:
 
         retained = part(self.retain, self.retain_per_rank, 12) + part(self.auxiliary, self.auxiliary_per_rank, 17)
         return part(self.forget, self.forget_per_rank, 11), retained
+
+    def positions(self, rank: int, world_size: int) -> list[int]:
+        """Where the images of `indices` stand in the batch of one process that takes all ranks' images at once."""
+        found: list[int] = []
+        start = 0
+        for each in (self.forget_per_rank, self.retain_per_rank, self.auxiliary_per_rank):
+            found += range(start + rank * each, start + (rank + 1) * each)
+            start += world_size * each
+        return found

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -26,7 +25,7 @@ from fastvkd.models.visual_path import VisualBatch, VisualPath, collate_images
 from fastvkd.settings import Settings
 from fastvkd.unlearning import saliency
 from fastvkd.unlearning.answers import AnswerBatch, AnswerSampler, AnswerTerm
-from fastvkd.unlearning.images import BatchPlan, ImageSet, noise_image
+from fastvkd.unlearning.images import BatchPlan, ImageSet, Views, noise_image
 from fastvkd.unlearning.objective import DistillBatch, VisualDistillation, site_losses
 from fastvkd.unlearning.targets import TargetTable, mean_features, redirect, variance
 from fastvkd.unlearning.teacher import FeatureCache, fill_caches, frozen_copy, split_by_image
@@ -203,7 +202,10 @@ def _refuse_with_zero3(settings: Settings) -> None:
     """What needs whole weights before DeepSpeed has taken the model over."""
     for found, key in (
         (settings.saliency.granularity != "none", "saliency"),
-        (settings.online_teacher, "augment=true (an online teacher)"),
+        (
+            settings.online_teacher and any(site.startswith("llm") for site in settings.sites),
+            "an online teacher (augment=true) at a site inside the LLM",
+        ),
         (settings.forget_target in ("reference", "repel"), f"forget_target={settings.forget_target}"),
         (settings.answer_loss == "npo", "answer_loss=npo"),
     ):
@@ -376,8 +378,11 @@ class _DistillData:
         """The images of one step on one rank, forget first, with their targets; on the device."""
         forget, retain = self.plan.indices(step, rank, world_size)
         indices = forget + retain
-        rng = np.random.default_rng([self.settings.seed, 14, step, rank]) if self.settings.augment else None
-        images = self.images.batch(indices, rng).to(self.device, non_blocking=True)
+        views: Views | None = None
+        if self.settings.augment:
+            positions = self.plan.positions(rank, world_size)
+            views = Views((self.settings.seed, 14, step, 0), positions, world_size * len(indices))
+        images = self.images.batch(indices, views).to(self.device, non_blocking=True)
         keys = [self.images.hashes[i] for i in indices]
         is_forget = torch.arange(len(indices)) < len(forget)
         seen = self._see_online(images) if self._online is not None else {}

@@ -4,8 +4,8 @@ The original is never a second model. Either its features were written down once
 tower and projector runs beside the trained one and shares the frozen LLM.
 """
 
+import contextlib
 import copy
-import errno
 import hashlib
 import json
 import os
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvkd.errors import TrainingError
+from fastvkd.errors import TrainingError, disk_is_full
 from fastvkd.models import families
 from fastvkd.models.families import family_of
 from fastvkd.models.visual_path import SiteFeatures, VisualBatch
@@ -104,7 +104,7 @@ class FeatureCache:
 
 
 def _disk_error(folder: Path, error: OSError) -> TrainingError:
-    if error.errno == errno.ENOSPC:
+    if disk_is_full(error):
         return TrainingError(
             f"{folder}: no space left on disk for the teacher cache; free some or set cache_dir elsewhere"
         )
@@ -161,14 +161,23 @@ def fill_caches(
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` that shares its LLM and owns a frozen copy of everything else (tower and projector)."""
+    """A copy of `model` that shares its LLM and owns a frozen copy of everything else (tower and projector).
+
+    Where ZeRO-3 has partitioned the weights, every rank's copy is whole; the shared LLM stays partitioned.
+    """
     llm = families.language_model(model, family_of(model))
     shared: dict[int, Any] = {id(llm): llm}
     head = getattr(model, "lm_head", None)
     if head is not None:
         shared[id(head)] = head
-    teacher = copy.deepcopy(model, shared)
-    own = {id(p) for p in llm.parameters()}
+    own = {id(p) for module in shared.values() for p in module.parameters()}
+    partitioned = [p for p in model.parameters() if id(p) not in own and hasattr(p, "ds_id")]
+    with contextlib.ExitStack() as whole:
+        if partitioned:
+            import deepspeed  # late: it takes seconds to import
+
+            whole.enter_context(deepspeed.zero.GatheredParameters(partitioned))
+        teacher = copy.deepcopy(model, shared)
     for parameter in teacher.parameters():
         if id(parameter) not in own:
             parameter.requires_grad_(False)

@@ -9,17 +9,9 @@ from fastvkd.cli import main
 from fastvkd.reporting.report import validate
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("demo")
-    out, cache = root / "out", root / "cache"
-    assert main(["demo", "--size", "tiny", "--out", str(out), "--cache", str(cache)]) == 0
-    return out, cache
-
-
 @pytest.mark.slow
-def test_the_tiny_demo_forgets_and_keeps_the_rest(folders) -> None:
-    out, _ = folders
+def test_the_tiny_demo_forgets_and_keeps_the_rest(tiny_demo) -> None:
+    out = tiny_demo.out
     report = json.loads((out / "report.json").read_text())
     assert validate(report) == []
     vanilla, unlearned, chance = report["vanilla"], report["unlearned"], report["chance"]
@@ -39,8 +31,8 @@ def test_the_tiny_demo_forgets_and_keeps_the_rest(folders) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_demo_starts_at_unlearning(folders, capfd) -> None:
-    out, cache = folders
+def test_a_second_demo_starts_at_unlearning(tiny_demo) -> None:
+    out, cache = tiny_demo.out, tiny_demo.cache
     first = json.loads((out / "report.json").read_text())
     assert main(["demo", "--size", "tiny", "--out", str(out), "--cache", str(cache)]) == 0
     second = json.loads((out / "report.json").read_text())
@@ -50,8 +42,8 @@ def test_a_second_demo_starts_at_unlearning(folders, capfd) -> None:
 
 
 @pytest.mark.slow
-def test_the_unlearned_model_is_an_ordinary_folder_that_eval_reads(folders, tmp_path: Path) -> None:
-    out, _ = folders
+def test_the_unlearned_model_is_an_ordinary_folder_that_eval_reads(tiny_demo, tmp_path: Path) -> None:
+    out = tiny_demo.out
     report = json.loads((out / "report.json").read_text())
     arguments = ["--data", str(out / "data"), "--forget-split", "forget_25", "--retain-split", "retain_75"]
     command = ["eval", "--model", str(out / "unlearned"), *arguments, "--max-samples", "200", "--out", str(tmp_path)]

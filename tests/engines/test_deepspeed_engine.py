@@ -1,16 +1,12 @@
 """Two CPU ranks through the real launcher under every preset: the same weights as one process, exact resume, masks."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import engine_scenarios as scenarios
 import pytest
 import torch
+from launching import launch
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-import engine_scenarios as scenarios
 
 from fastvkd.engines.checkpoints import load_checkpoint, read_safetensors_header
 from fastvkd.engines.ds_config import PRESETS, complete_ds_config, read_ds_config
@@ -52,16 +48,7 @@ def local(tmp_path_factory):
 def ranks(local):
     """The folder in which two launched ranks left their results."""
     out, results = local
-    tools = Path(sys.executable).parent  # deepspeed, and ninja for its one compiled operation
-    launch = [str(tools / "deepspeed"), "--num_gpus", "2", "--master_port", str(20000 + os.getpid() % 20000)]
-    launched = subprocess.run(
-        [*launch, scenarios.__file__, str(out)],
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{tools}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=800,
-    )
-    assert launched.returncode == 0, launched.stdout[-3000:] + launched.stderr[-6000:]
+    launch(Path(scenarios.__file__), str(out), log=out / "log")
     return out, results
 
 
