@@ -17,9 +17,13 @@ KINDS = {
     "float32-adamw_torch": (torch.float32, "adamw_torch"),
     "bfloat16-adamw_8bit": (torch.bfloat16, "adamw_8bit"),
     "bfloat16-adamw_torch": (torch.bfloat16, "adamw_torch"),
+    "bfloat16-paged_adamw_8bit": (torch.bfloat16, "paged_adamw_8bit"),
+    "bfloat16-lion_8bit": (torch.bfloat16, "lion_8bit"),
+    "bfloat16-ademamix_8bit": (torch.bfloat16, "ademamix_8bit"),
 }
 CASES = [(preset, kind) for preset in ("zero0", "zero2", "zero3") for kind in list(KINDS)[:2]]
 CASES += [(preset, "bfloat16-adamw_torch") for preset in ("zero2_offload_optimizer", "zero3_offload")]
+CASES += [(preset, kind) for preset in ("zero2", "zero3") for kind in list(KINDS)[3:]]
 UPDATES, SAVED_AT, ACCUMULATION, GLOBAL_BATCH = 8, 4, 2, 8
 BASE = BaseModel("base", "f" * 64)
 SETTINGS = {
