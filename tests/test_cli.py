@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from fastvkd.cli import main
+from fastvkd.data.sources import evaluation_cells
 from fastvkd.engines.checkpoints import find_latest, load_weights
+from fastvkd.evaluation.protocol import evaluate_cells
 from fastvkd.models.loading import load_model, load_processor
 
 
@@ -33,20 +35,34 @@ def test_train_then_export_then_evaluate(world, tmp_path: Path, capsys) -> None:
     load_processor(tmp_path / "merged")
     assert "Nobody has evaluated" in (tmp_path / "merged" / "README.md").read_text()
     data = ["--data", str(world.data), "--forget-split", world.forget_split, "--retain-split", world.retain_split]
-    evaluate = [
-        "eval",
-        "--model",
-        str(tmp_path / "merged"),
-        *data,
-        "--out",
-        str(tmp_path / "eval"),
-        "--max-samples",
-        "8",
-    ]
-    assert main(evaluate) == 0
+    out = ["--out", str(tmp_path / "eval"), "--max-samples", "3"]
+    assert main(["eval", "--model", str(tmp_path / "merged"), *data, *out]) == 0
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert set(results) == {"forget", "test", "retain", "realworld"}
-    assert results["forget"]["vqa"]["n"] == 8
+    assert results["forget"]["vqa"]["n"] == 3
+
+    live = load_model(world.model)
+    live.load_state_dict(trained, strict=False)
+    cells = evaluation_cells(str(world.data), world.forget_split, world.retain_split)
+    processor = load_processor(world.model)
+    log = tmp_path / "live.jsonl"
+    figures = evaluate_cells(live, processor, cells, batch_size=32, seed=0, max_samples=3, log_path=log)
+    assert json.loads(json.dumps(figures)) == results
+    samples = [
+        [line for line in map(json.loads, file.read_text().splitlines()) if "finished" not in line]
+        for file in (log, tmp_path / "eval" / "samples.jsonl")
+    ]
+    assert samples[0] == samples[1]
+
+
+def test_a_quantised_llm_is_only_looked_through(world, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(["train", *train_arguments(world, run), "sites=llm:2", "quantize_llm=nf4"]) == 0
+    assert main(["export", "--run", str(run), "--to", str(tmp_path / "merged")]) == 0
+    merged, base = load_model(tmp_path / "merged").state_dict(), load_model(world.model).state_dict()
+    moved = {name for name in base if not torch.equal(merged[name], base[name])}
+    assert moved == set(load_weights(find_latest(run)))
+    assert not any("language_model" in name or "lm_head" in name for name in moved)
 
 
 def test_the_launchers_entry_point_runs_without_the_package_folder_on_the_path(world, tmp_path: Path) -> None:
@@ -78,6 +94,16 @@ def test_plan_needs_no_weights(tmp_path: Path, capsys) -> None:
     assert main(["plan", *arguments, "--memory", "24GiB", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["llm_layers_loaded"] == 8
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-1.5-13b", "qwen2.5-vl-7b"])
+def test_every_recipe_is_planned_to_fit_the_card_it_names(name: str, capsys) -> None:
+    config = Path(__file__).resolve().parent.parent / "configs" / f"{name}.yaml"
+    assert main(["plan", "--config", str(config), "--gpu", "RTX 4090", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] and plan["llm_layers_loaded"] == 8
+    assert plan["memory_bytes"]["total"] < 24 * 2**30
+    assert plan["recommendation"]["deepspeed"] is None and plan["recommendation"]["quantize_llm"] == "none"
 
 
 @pytest.mark.parametrize("name", ["unlearn", "evaluate", "load_settings"])

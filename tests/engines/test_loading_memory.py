@@ -1,4 +1,4 @@
-"""While a model is loaded, a process holds at most one shard more than what it keeps: alone, and as one of two ranks."""
+"""While a model is loaded, a process holds at most one shard more than what it keeps, alone and as one of two ranks."""
 
 import json
 import subprocess
