@@ -5,10 +5,11 @@ import operator
 from collections import Counter
 
 import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastvkd.unlearning.images import BatchPlan, draw, noise_image
+from fastvkd.unlearning.images import BatchPlan, Views, _views, draw, noise_image
 
 
 @given(population=st.integers(1, 12), start=st.integers(0, 50), count=st.integers(1, 40), seed=st.integers(0, 5))
@@ -32,6 +33,38 @@ def test_ranks_together_see_what_one_process_would(step: int, ranks: int) -> Non
     parts = [plan(4).indices(step, rank, ranks) for rank in range(ranks)]
     assert functools.reduce(operator.iadd, (f for f, _ in parts), []) == one_forget
     assert functools.reduce(operator.iadd, (r for _, r in parts), []) == one_retain
+
+
+@given(step=st.integers(0, 30), ranks=st.sampled_from([1, 2, 4]), auxiliary=st.integers(0, 6))
+def test_ranks_together_see_the_views_that_one_process_would(step: int, ranks: int, auxiliary: int) -> None:
+    def plan(batch: int) -> BatchPlan:
+        return BatchPlan(
+            range(5),
+            range(5, 20),
+            batch_size=batch,
+            forget_share=0.5,
+            seed=3,
+            auxiliary=range(20, 20 + auxiliary),
+            auxiliary_share=0.5,
+        )
+
+    def viewed(plan: BatchPlan, rank: int, world_size: int) -> dict[int, tuple[int, torch.Tensor]]:
+        """Position in the whole batch -> (image, its view), for images of one colour ramp each."""
+        forget, retain = plan.indices(step, rank, world_size)
+        indices, positions = forget + retain, plan.positions(rank, world_size)
+        ramps = torch.arange(3 * 32 * 32, dtype=torch.float32).view(1, 3, 32, 32)
+        pixels = ramps * torch.tensor([1.0 + i for i in indices])[:, None, None, None]
+        seen = _views(pixels, Views((3, 14, step, 0), positions, world_size * len(indices)))
+        return {p: (i, v) for p, i, v in zip(positions, indices, seen, strict=True)}
+
+    whole = viewed(plan(8 * ranks), 0, 1)
+    assert sorted(whole) == list(range(8 * ranks))
+    parts = [viewed(plan(8), rank, ranks) for rank in range(ranks)]
+    assert sum(map(len, parts)) == len(whole)
+    for part in parts:
+        for position, (image, view) in part.items():
+            assert image == whole[position][0]
+            assert torch.equal(view, whole[position][1])
 
 
 def test_every_rank_has_both_kinds_even_with_fewer_images_than_ranks() -> None:
