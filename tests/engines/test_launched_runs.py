@@ -21,7 +21,7 @@ from fastvkd.engines.checkpoints import find_latest, load_weights
 from fastvkd.exporting import export
 
 PRESETS = ["zero0", "zero2", "zero3"]
-STEPS = 8
+STEPS = 12
 
 
 def demo_arguments(tiny_demo, output: Path, batch: int, **settings) -> list[str]:
@@ -105,7 +105,7 @@ def test_two_ranks_end_with_the_weights_of_one_process(local, launched, preset) 
 
 def kill_at_random_step(process: subprocess.Popen, run: Path, generator: random.Random) -> int:
     """SIGKILL everything once a random checkpoint is there; returns the last step that was saved."""
-    wanted = generator.randrange(2, STEPS - 2)
+    wanted = generator.randrange(2, STEPS // 2)  # early: a busy machine may be slow to kill
     wait_until(lambda: (run / f"checkpoint-{wanted}").exists(), process)
     kill_tree(process)
     latest = find_latest(run)
