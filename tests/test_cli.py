@@ -55,8 +55,9 @@ def test_train_then_export_then_evaluate(world, tmp_path: Path, capsys) -> None:
     ]
     assert main(evaluate) == 0
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
-    assert set(results) == {"forget", "test", "retain", "realworld"}
-    assert results["forget"]["vqa"]["n"] == 8
+    assert results["benchmark"] == "mllmu" and results["mode"] == "corrected"
+    assert set(results["cells"]) == {"forget", "test", "retain", "realworld"}
+    assert results["cells"]["forget"]["vqa"]["n"] == 8
 
 
 def test_the_launchers_entry_point_runs_without_the_package_folder_on_the_path(world, tmp_path: Path) -> None:

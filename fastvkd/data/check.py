@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from PIL import Image
 
@@ -185,7 +184,7 @@ def _check_split(
 
 
 def _differing_pairs(profile: Profile) -> str | None:
-    """Of a question asked about the photo and about the text: whether one form lacks the other or has another answer."""
+    """How a question about the photo and its form about the text do not fit together, for the first that does not."""
     for task in ("choice", "generation", "cloze"):
         about_photo, about_text = (
             {question.pair: question for question in getattr(questions, task) if question.pair}

@@ -100,7 +100,8 @@ def profile_of_row(row: tables.Row, source: str) -> Profile:
         return Profile(question, (), textual=Questions(generation=(Open(question, answer),)), source=source)
     caption, digest = text_of(row, "caption", source), content_hash(photo.data)
     question = CAPTION_QUESTIONS[int(digest[:8], 16) % len(CAPTION_QUESTIONS)]
-    truth, choice = (), ()
+    truth: tuple[Perturbed, ...] = ()
+    choice: tuple[Choice, ...] = ()
     if row.get("perturbed_captions") is not None:
         wrong = _texts(row, "perturbed_captions", source)
         truth = (Perturbed(question, caption, text_of(row, "paraphrased_caption", source), wrong),)

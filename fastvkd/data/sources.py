@@ -52,8 +52,8 @@ def recognise(folder: tables.Folder) -> Reader:
     if not format.COLUMNS & found:
         raise DataError(
             f"{root}: no known data format; expected the splits of MLLMU-Bench, CLEAR or UMU-Bench as "
-            f"<split>/*.parquet, or forget.jsonl and retain.jsonl; columns found: {', '.join(sorted(found)) or 'none'}; "
-            "see docs/data.md"
+            "<split>/*.parquet, or forget.jsonl and retain.jsonl; "
+            f"columns found: {', '.join(sorted(found)) or 'none'}; see docs/data.md"
         )
     return READERS[format.NAME]
 
@@ -63,9 +63,9 @@ def reader_of(folder: tables.Folder, benchmark: str | None = None) -> Reader:
 
     Raises `SettingsError` for an unknown name and for one that the data do not have.
     """
-    found = recognise(folder)
     if benchmark is not None and benchmark not in READERS:
         raise SettingsError(f"benchmark: unknown value {benchmark!r}; allowed: {', '.join(READERS)}")
+    found = recognise(folder)
     if benchmark not in (None, found.NAME):
         raise SettingsError(f"benchmark: {benchmark!r}, but {folder} holds {found.TITLE} ({found.NAME}); name that")
     return found
@@ -82,58 +82,13 @@ def read_forget_retain(data: str, forget_split: str, retain_split: str) -> tuple
     return forget, retain
 
 
-def evaluation_cells(self, folder: tables.Folder, forget_split: str, retain_split: str) -> dict[str, list[Profile]]: ...
-
-
-_TABLES = (mllmu, umu, clear)
-READERS: dict[str, Reader] = {"mllmu": mllmu, "clear": clear, "umu": umu, "jsonl": jsonl}
-
-
-def recognise(folder: tables.Folder) -> Reader:
-    """The reader of a local data folder: own data by its files' names, the benchmarks by their columns.
-
-    Raises `DataError` where there is no folder or no known format.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; give the folder that holds the splits")
-    if jsonl.splits(root):
-        return READERS["jsonl"]
-    # All splits are asked: one damaged file or missing column must not hide what the folder is.
-    found: set[str] = set().union(
-        *(tables.columns(file) for split in tables.splits(root) for file in tables.split_files(root, split)[:1])
-    )
-    format = max(_TABLES, key=lambda one: len(one.COLUMNS & found))
-    if not format.COLUMNS & found:
-        raise DataError(
-            f"{root}: no known data format; expected the splits of MLLMU-Bench, CLEAR or UMU-Bench as "
-            f"<split>/*.parquet, or forget.jsonl and retain.jsonl; columns found: {', '.join(sorted(found)) or 'none'}; "
-            "see docs/data.md"
-        )
-    return READERS[format.NAME]
-
-
-def reader_of(folder: tables.Folder, benchmark: str | None = None) -> Reader:
-    """The reader named by `benchmark`, or the recognised one.
-
-    Raises `SettingsError` for an unknown name and for one that the data do not have.
-    """
-    found = recognise(folder)
-    if benchmark is not None and benchmark not in READERS:
-        raise SettingsError(f"benchmark: unknown value {benchmark!r}; allowed: {', '.join(READERS)}")
-    if benchmark not in (None, found.NAME):
-        raise SettingsError(f"benchmark: {benchmark!r}, but {folder} holds {found.TITLE} ({found.NAME}); name that")
-    return found
-
-
-def read_forget_retain(data: str, forget_split: str, retain_split: str) -> tuple[list[Profile], list[Profile]]:
-    """Profiles of both sides with the questions that are trained on. `data` is a folder or a hub id.
-
-    Raises DataError: a side without images, or an entity or image that is in both.
-    """
+def evaluation_cells(
+    data: str, forget_split: str, retain_split: str, benchmark: str | None = None
+) -> dict[str, list[Profile]]:
+    """The sets of an evaluation by name: forget and retain always, the others as the format and the folder have them
+    (see docs/data.md). Raises as `read_forget_retain` and `reader_of`."""
     folder = data_folder(data)
-    reader = recognise(folder)
-    forget, retain = (reader.read_training_split(folder, split) for split in (forget_split, retain_split))
+    cells = reader_of(folder, benchmark).evaluation_cells(folder, forget_split, retain_split)
     _refuse_overlap(folder, cells["forget"], cells["retain"])
     return cells
 

@@ -120,8 +120,8 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def photo(cell: Any, source: str, position: int | None = None) -> Photo | None:
-    """An image cell of the row at `source` ('file:row') -> a `Photo`; None for a null cell. `position` counts within the
-    column `images`; without it the column is `image`.
+    """An image cell of the row at `source` ('file:row') -> a `Photo`; None for a null cell. `position` counts within
+    the column `images`; without it the column is `image`.
 
     A cell is a struct of `bytes` and `path`, or bytes; in JSON a path, or a struct with base64 text. Paths are relative
     to the split's folder or to the data folder and must lie inside the latter.

@@ -61,8 +61,8 @@ def _listed_query(processor: Any, choice: Choice, photos: Photos, shown: Shown) 
 
 
 def _option_text(output: str, choice: Choice, cell: str) -> str | None:
-    """UMU-Bench's: on the forget and retain sets the output must be an option, letter for letter; on celebrities the most
-    similar option counts (difflib's ratio; the first of equals)."""
+    """UMU-Bench's: on the forget and retain sets the output must be an option, character by character; on celebrities
+    the most similar option counts (difflib's ratio; the first of equals)."""
     letters = {text: letter for letter, text in reversed(choice.options.items())}
     if cell in ("forget", "retain"):
         return letters.get(output.strip())

@@ -1,5 +1,5 @@
-"""Joint figures of questions that are asked about the photo and about the text alone (UMU-Bench): whether both forms were
-forgotten, or both kept.
+"""Joint figures of questions that are asked about the photo and about the text alone (UMU-Bench): whether both forms
+were forgotten, or both kept.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +11,12 @@ from fastvkd.evaluation.statistics import bootstrap_interval
 
 
 def joint_figures(samples: Sequence[Mapping[str, Any]], seed: int) -> dict[str, dict[str, Any]]:
-    """`{cell: figures}` from logged samples. For `choice` and `cloze`, with u and m right or wrong about text and photo:
-    `<task>_acc_r` = mean(u and m), `<task>_acc_f` = mean(neither). For `generation`, with ROUGE-L F1 a about the photo
-    and b about the text: `rl_f` = mean((a^2 + b^2) / (a + b)), `rl_r` = mean(2ab / (a + b)), 0 where a + b = 0. Each has
-    its `_ci95` (bootstrap over pairs), and `n_pairs` is their number by task. Questions without a partner do not count.
+    """`{cell: figures}` from logged samples. Questions without a partner do not count.
+
+    For `choice` and `cloze`, with u and m right or wrong about text and photo: `<task>_acc_r` = mean(u and m),
+    `<task>_acc_f` = mean(neither). For `generation`, with ROUGE-L F1 a about the photo and b about the text:
+    `rl_f` = mean((a^2 + b^2) / (a + b)), `rl_r` = mean(2ab / (a + b)), 0 where a + b = 0. Each has its `_ci95` (a
+    bootstrap over pairs); `n_pairs` counts the pairs by task.
     """
     formulas: dict[str, dict[str, Callable[[float, float], float]]] = {
         task: {f"{task}_acc_r": lambda m, u: m * u, f"{task}_acc_f": lambda m, u: (1 - m) * (1 - u)}

@@ -10,6 +10,7 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -86,17 +87,17 @@ def evaluate_cells(
     `benchmark` (`mllmu`, `clear`, `umu`, `jsonl`) chooses the prompts and readings of paper mode and the length of free
     answers.
 
-    `max_samples` draws at most that many questions per cell, kind and task, seeded and the same for every model. Text
-    questions that several rows of an entity repeat are asked once; of questions that exist in both kinds (`pair`) the same
-    ones are drawn. `log_path` gets one JSON line per question, with the
-    raw output or the score of every option. With a `fingerprint` of the model (and whatever else shaped it), cells that
-    the log already holds for the same fingerprint, settings and questions are taken from there; without one the log is
-    written anew. `progress(done, total, what)` is called after every batch. `photos` keeps decoded photos across calls.
-    `fast` forces or forbids the embedding path; None chooses it where the family allows. `collect` gets every sample, as
-    it stands in the log, those of kept cells too.
+    `max_samples` draws at most that many questions per cell, kind and task, seeded and the same for every model; of
+    questions that exist in both kinds (`pair`) the same ones are drawn. Text questions that several rows of an entity
+    repeat are asked once. `log_path` gets one JSON line per question, with the raw output or the score of every option.
+    With a `fingerprint` of the model (and whatever else shaped it), cells that the log already holds for the same
+    fingerprint, settings and questions are taken from there; without one the log is written anew. `collect` gets every
+    sample as it stands in the log, those of kept cells too. `progress(done, total, what)` is called after every batch.
+    `photos` keeps decoded photos across calls. `fast` forces or forbids the embedding path; None chooses it where the
+    family allows.
 
-    Raises `SettingsError` for an unknown benchmark, mode, task or kind, and `DataError` for a photo that cannot be decoded or a
-    log that cannot be written.
+    Raises `SettingsError` for an unknown benchmark, mode, task or kind, and `DataError` for a photo that cannot be
+    decoded or a log that cannot be written.
     """
     names = (("benchmark", [benchmark], tuple(BENCHMARKS)), ("mode", [mode], MODES))
     for name, values, allowed in (*names, ("tasks", tasks, TASKS), ("kinds", kinds, KINDS)):
@@ -156,9 +157,7 @@ def evaluate_cells(
             samples = []
             for task, items in by_task.items():
                 before, what = done, f"{cell} {kind} {task}"
-                found = runner.run(
-                    task, items, demonstrations[cell, kind], cell, lambda count, what=what: advance(count, what)
-                )
+                found = runner.run(task, items, demonstrations[cell, kind], cell, partial(advance, what=what))
                 samples += [{"cell": cell, "kind": kind, "task": task, **sample} for sample in found]
                 advance(before + len(items) - done, what)  # a question shown as the demonstration is not asked
             figures = _figures(samples, seed)

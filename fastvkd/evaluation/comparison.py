@@ -1,0 +1,142 @@
+"""One table over several runs: results of `fastvkd eval` and reports of `fastvkd demo`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastvkd.errors import DataError, SettingsError
+
+FORMATS = ("text", "json", "latex")
+_SETS = ("forget", "test", "retain", "realworld", "forget_faces", "retain_faces", "real_faces", "real_world")
+# Column title by figure, in the order of the table; of a cell's figures the first three are what benchmarks report.
+_FIGURES = {
+    "accuracy": "acc",
+    "rouge_l": "R-L",
+    "cloze": "cloze",
+    "prob": "prob",
+    "truth_ratio": "TR",
+}
+_KINDS = {"vqa": "VQA", "qa": "QA"}
+_INTERVALS = {"accuracy": "ci95"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model: its name, what was measured how, and `figures` by column title with `intervals` where there are any."""
+
+    name: str
+    measured: str
+    figures: dict[str, float]
+    intervals: dict[str, list[float]]
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[Row]:
+    """Rows of every run: a folder with `results.json` (one row) or `report.json` (one row per model of the demo), or
+    such a file. Raises `DataError` naming the run that is neither."""
+    rows: list[Row] = []
+    for path in map(Path, paths):
+        files = [path] if path.is_file() else [path / "results.json", path / "report.json"]
+        file = next((one for one in files if one.is_file()), None)
+        if file is None:
+            raise DataError(
+                f"{path}: holds neither results.json (of fastvkd eval) nor report.json (of fastvkd demo); give the "
+                "--out folder of a finished run"
+            )
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file}: cannot be read ({' '.join(str(error).split())}); run it again") from error
+        name = path.name if path.is_dir() else path.parent.name
+        if isinstance(content, dict) and isinstance(content.get("cells"), dict):
+            measured = f"{content.get('benchmark')} {content.get('mode')}"
+            rows.append(_row(name, measured, content["cells"], content.get("summary") or {}))
+        elif isinstance(content, dict) and "unlearned" in content:
+            models = [model for model in ("vanilla", "unlearned", "gold") if model in content]
+            rows += [_row(f"{name}/{model}", "demo corrected", content[model], {}) for model in models]
+        else:
+            raise DataError(f"{file}: neither a result of fastvkd eval nor a report of fastvkd demo")
+    return rows
+
+
+def _row(name: str, measured: str, cells: Mapping[str, Any], summary: Mapping[str, Any]) -> Row:
+    figures: dict[str, float] = {}
+    intervals: dict[str, list[float]] = {}
+
+    def add(title: str, values: Mapping[str, Any], figure: str) -> None:
+        if values.get(figure) is not None:
+            figures[title] = float(values[figure])
+            interval = values.get(_INTERVALS.get(figure, f"{figure}_ci95"))
+            if interval is not None:
+                intervals[title] = interval
+
+    for cell in (*(one for one in _SETS if one in cells), *(one for one in cells if one not in _SETS)):
+        for kind, title in _KINDS.items():
+            for figure, short in _FIGURES.items():
+                add(f"{cell} {title} {short}", cells[cell].get(kind, {}), figure)
+    for key, value in summary.items():
+        if isinstance(value, dict):  # joint figures of a set
+            for figure in value:
+                if not figure.endswith("_ci95") and figure != "n_pairs":
+                    add(f"{key} {figure}", value, figure)
+        elif key != "utility_missing":
+            add(key, summary, key)
+    return Row(name, measured, figures, intervals)
+
+
+def table(rows: Sequence[Row], format: str) -> str:
+    """The rows as `text` (with 95 % half-widths where intervals are known), `json` (all digits), or `latex` (a
+    `tabular` of booktabs). Columns that no row has are left out. Fractions are given as such, not in per cent.
+
+    Raises `SettingsError` for another format.
+    """
+    if format not in FORMATS:
+        raise SettingsError(f"format: unknown value {format!r}; allowed: {', '.join(FORMATS)}")
+    if format == "json":
+        return json.dumps([vars(row) for row in rows], indent=1)
+    titles = list(dict.fromkeys(title for row in rows for title in row.figures))
+    body = [[row.name, row.measured, *(_cell(row, title, format) for title in titles)] for row in rows]
+    if format == "latex":
+        lines = [["run", "measured", *titles], *body]
+        escaped = [" & ".join(_latex(cell) for cell in line) + r" \\" for line in lines]
+        head, *rest = escaped
+        columns = "ll" + "r" * len(titles)
+        return "\n".join(
+            [
+                rf"\begin{{tabular}}{{{columns}}}",
+                r"\toprule",
+                head,
+                r"\midrule",
+                *rest,
+                r"\bottomrule",
+                r"\end{tabular}",
+            ]
+        )
+    # Figures down, runs across: there are many figures and few runs.
+    across = [["", *(row.name for row in rows)], ["measured", *(row.measured for row in rows)]]
+    across += [[title, *(line[2 + place] for line in body)] for place, title in enumerate(titles)]
+    widths = [max(len(line[column]) for line in across) for column in range(len(rows) + 1)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        for line in across
+    )
+
+
+def _cell(row: Row, title: str, format: str) -> str:
+    if title not in row.figures:
+        return "-"
+    value = f"{row.figures[title]:.3f}"
+    if title not in row.intervals:
+        return value
+    low, high = row.intervals[title]
+    half = f"{(high - low) / 2:.3f}"
+    return f"{value} ± {half}" if format == "text" else rf"${value} \pm {half}$"
+
+
+def _latex(text: str) -> str:
+    if text.startswith("$"):
+        return text
+    for character in "\\&%$#_{}":
+        text = text.replace(character, r"\textbackslash{}" if character == "\\" else rf"\{character}")
+    return text
