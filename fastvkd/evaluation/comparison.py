@@ -10,7 +10,7 @@ from fastvkd.errors import DataError, SettingsError
 
 FORMATS = ("text", "json", "latex")
 _SETS = ("forget", "test", "retain", "realworld", "forget_faces", "retain_faces", "real_faces", "real_world")
-# Column title by figure, in the order of the table; of a cell's figures the first three are what benchmarks report.
+# How the table calls the figures of a cell, in its order.
 _FIGURES = {
     "accuracy": "acc",
     "rouge_l": "R-L",
@@ -24,7 +24,7 @@ _INTERVALS = {"accuracy": "ci95"}
 
 @dataclass(frozen=True)
 class Row:
-    """One model: its name, what was measured how, and `figures` by column title with `intervals` where there are any."""
+    """One model: its name, what was measured how, and `figures` by title with `intervals` where there are any."""
 
     name: str
     measured: str
