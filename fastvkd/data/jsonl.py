@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvkd.data.records import Choice, Open, Photo, Profile, Questions
-from fastvkd.data.tables import four_cells, strict
+from fastvkd.data.tables import four_cells, path_inside, strict
 from fastvkd.errors import DataError
 
 NAME, TITLE = "jsonl", "own data (JSONL)"
@@ -152,9 +152,7 @@ def _choice(question: str, answer: str, options: Any, source: str) -> Choice:
 def _photo(name: Any, source: str, folder: Path) -> Photo:
     if not isinstance(name, str):
         raise DataError(f"{source}: image is {name!r}; expected a path relative to {folder}")
-    path = (folder / name).resolve()
-    if Path(name).is_absolute() or not path.is_relative_to(folder.resolve()):
-        raise DataError(f"{source}: image {name!r} is outside the data folder; put it there and give a relative path")
+    path = path_inside(folder, folder / name, source)
     try:
         return Photo(path.read_bytes(), f"{source} ({name})")
     except OSError as error:

@@ -145,16 +145,21 @@ def photo(cell: Any, source: str, position: int | None = None) -> Photo | None:
 
 
 def _read_image(name: str, source: str, place: str) -> bytes:
-    split = Path(source.rpartition(":")[0]).parent.resolve()
+    split = Path(source.rpartition(":")[0]).parent
     for base in (split, split.parent):
-        path = (base / name).resolve()
-        if Path(name).is_absolute() or not path.is_relative_to(split.parent):
-            raise DataError(
-                f"{place}: image {name!r} is outside the data folder; put it there and give a relative path"
-            )
+        path = path_inside(split.parent, base / name, place)
         if path.is_file():
             return path.read_bytes()
     raise DataError(f"{place}: image {name!r} is neither in {split} nor in {split.parent}; check the path")
+
+
+def path_inside(root: Path, path: Path, place: str) -> Path:
+    """`path` without its `..`, if that lies inside `root`; else `DataError`. Links are not followed, since the hub's
+    cache is made of links to files elsewhere."""
+    path = Path(os.path.abspath(path))
+    if not path.is_relative_to(os.path.abspath(root)):
+        raise DataError(f"{place}: image {path} is outside the data folder; put it there and give a relative path")
+    return path
 
 
 def each_profile(

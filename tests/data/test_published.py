@@ -156,6 +156,15 @@ def test_images_outside_the_folder_and_broken_json_are_refused(umu_data):
         umu.read_split(umu_data, "retain_95")
 
 
+def test_photos_may_be_links_as_in_the_cache_of_the_hub(umu_data, tmp_path):
+    folder = umu_data / "retain_95"
+    (folder / "train-00000-of-00001.parquet").unlink()
+    (tmp_path / "blob").write_bytes(png(31))
+    (folder / "1.png").symlink_to(tmp_path / "blob")
+    (folder / "train.json").write_text(json.dumps([umu_row(1, 31) | {"image": "1.png"}]))
+    assert umu.read_split(umu_data, "retain_95")[0].photos[0].data == png(31)
+
+
 def test_formats_are_recognised(clear_data, umu_data, world):
     assert [recognise(folder).NAME for folder in (clear_data, umu_data, world.data)] == ["clear", "umu", "mllmu"]
     with pytest.raises(SettingsError, match=r"'umu', but .* holds CLEAR"):
