@@ -86,8 +86,8 @@ def _row(name: str, measured: str, cells: Mapping[str, Any], summary: Mapping[st
 
 
 def table(rows: Sequence[Row], format: str) -> str:
-    """The rows as `text` (with 95 % half-widths where intervals are known), `json` (all digits), or `latex` (a
-    `tabular` of booktabs). Columns that no row has are left out. Fractions are given as such, not in per cent.
+    """Figures down and runs across, as `text` or `latex` (a `tabular` of booktabs) with three decimals and the 95 %
+    interval where there is one; or as `json` with all digits. Fractions are given as such, not in per cent.
 
     Raises `SettingsError` for another format.
     """
@@ -95,48 +95,29 @@ def table(rows: Sequence[Row], format: str) -> str:
         raise SettingsError(f"format: unknown value {format!r}; allowed: {', '.join(FORMATS)}")
     if format == "json":
         return json.dumps([vars(row) for row in rows], indent=1)
-    titles = list(dict.fromkeys(title for row in rows for title in row.figures))
-    body = [[row.name, row.measured, *(_cell(row, title, format) for title in titles)] for row in rows]
+    titles = dict.fromkeys(title for row in rows for title in row.figures)
+    lines = [["", *(row.name for row in rows)], ["measured", *(row.measured for row in rows)]]
+    lines += [[title, *(_cell(row, title) for row in rows)] for title in titles]
     if format == "latex":
-        lines = [["run", "measured", *titles], *body]
-        escaped = [" & ".join(_latex(cell) for cell in line) + r" \\" for line in lines]
-        head, *rest = escaped
-        columns = "ll" + "r" * len(titles)
-        return "\n".join(
-            [
-                rf"\begin{{tabular}}{{{columns}}}",
-                r"\toprule",
-                head,
-                r"\midrule",
-                *rest,
-                r"\bottomrule",
-                r"\end{tabular}",
-            ]
-        )
-    # Figures down, runs across: there are many figures and few runs.
-    across = [["", *(row.name for row in rows)], ["measured", *(row.measured for row in rows)]]
-    across += [[title, *(line[2 + place] for line in body)] for place, title in enumerate(titles)]
-    widths = [max(len(line[column]) for line in across) for column in range(len(rows) + 1)]
+        head, *body = [" & ".join(map(_latex, line)) + r" \\" for line in lines]
+        start = rf"\begin{{tabular}}{{l{'r' * len(rows)}}}"
+        return "\n".join([start, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(rows) + 1)]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
-        for line in across
+        for line in lines
     )
 
 
-def _cell(row: Row, title: str, format: str) -> str:
+def _cell(row: Row, title: str) -> str:
     if title not in row.figures:
         return "-"
     value = f"{row.figures[title]:.3f}"
     if title not in row.intervals:
         return value
     low, high = row.intervals[title]
-    half = f"{(high - low) / 2:.3f}"
-    return f"{value} ± {half}" if format == "text" else rf"${value} \pm {half}$"
+    return f"{value} [{low:.3f}, {high:.3f}]"
 
 
 def _latex(text: str) -> str:
-    if text.startswith("$"):
-        return text
-    for character in "\\&%$#_{}":
-        text = text.replace(character, r"\textbackslash{}" if character == "\\" else rf"\{character}")
-    return text
+    return "".join({"\\": r"\textbackslash{}"}.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text)

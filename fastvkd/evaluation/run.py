@@ -74,7 +74,9 @@ def evaluate(
     if benchmark == "clear":
         summary = model_utility(figures)
         if reference is not None:
-            summary |= forget_quality(_forget_truth(samples), reference, mode)
+            mine = _forget_truth(samples)
+            _refuse_other_samples(mine, reference, reference_eval)
+            summary |= forget_quality(mine, reference, mode)
     elif benchmark == "umu":
         summary = joint_figures(samples, seed)
     return {
@@ -107,6 +109,17 @@ def _reference(benchmark: str, folder: str | Path) -> list[dict[str, Any]]:
     if not found:
         raise DataError(f"reference_eval: {log} holds no truth ratios of a forget set; evaluate it on CLEAR first")
     return found
+
+
+def _refuse_other_samples(
+    mine: list[dict[str, Any]], reference: list[dict[str, Any]], folder: str | Path | None
+) -> None:
+    asked = [{(sample["entity"], sample["answer"]) for sample in part} for part in (mine, reference)]
+    if asked[0] != asked[1]:
+        raise DataError(
+            f"reference_eval: {folder} is an evaluation of other samples ({len(asked[0] & asked[1])} of "
+            f"{len(asked[0])} in common); evaluate it with the same forget_split, max_samples and seed"
+        )
 
 
 def _forget_truth(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -299,7 +299,7 @@ def test_eval_of_clear_with_a_reference_then_again_then_compared(model_folder, f
     assert results == json.loads((run_folder / "results.json").read_text())
     assert "forget_quality" in kept.out
     assert main(["compare", str(gold), str(run_folder), "--format", "latex"]) == 0
-    assert r"\begin{tabular}{ll" in capsys.readouterr().out
+    assert r"\begin{tabular}{lrr}" in capsys.readouterr().out
 
 
 def test_eval_refuses_what_does_not_fit(model_folder, folders, tmp_path):
@@ -312,6 +312,10 @@ def test_eval_refuses_what_does_not_fit(model_folder, folders, tmp_path):
     (tmp_path / "samples.jsonl").write_text('{"cell": "forget", "task": "choice"}\n')
     with pytest.raises(DataError, match="holds no truth ratios"):
         evaluate(str(model_folder), str(folders["clear"]), reference_eval=tmp_path)
+    line = {"cell": "forget", "task": "truth", "entity": "Zoe", "question": "Who?", "answer": "Zoe."}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(line))
+    with pytest.raises(DataError, match="of other samples"):
+        evaluate(str(model_folder), str(folders["clear"]), reference_eval=tmp_path, device="cpu")
     with pytest.raises(SettingsError, match="mode: unknown value 'papre'"):
         evaluate(str(model_folder), str(folders["clear"]), mode="papre")
 
@@ -364,12 +368,17 @@ def test_compare_sets_runs_side_by_side(tmp_path):
     assert rows[0].figures == {"forget VQA acc": 0.5, "forget VQA cloze": 0.25, "forget choice_acc_f": 0.75}
     text = table(rows, "text").splitlines()
     assert text[0].split() == ["a_1", "demo/vanilla", "demo/unlearned"]
-    assert text[2].split("  ")[0] == "forget VQA acc" and "0.500 ± 0.100" in text[2] and text[2].rstrip().endswith("-")
+    assert (
+        text[2].split("  ")[0] == "forget VQA acc"
+        and "0.500 [0.400, 0.600]" in text[2]
+        and text[2].rstrip().endswith("-")
+    )
     assert len({len(line) for line in text}) == 1
     assert json.loads(table(rows, "json"))[2]["figures"] == {"retain QA acc": 1.0, "retain QA cloze": 0.25}
     latex = table(rows, "latex").splitlines()
-    assert latex[0] == r"\begin{tabular}{llrrrrr}" and latex[-1] == r"\end{tabular}"
-    assert latex[4].startswith(r"a\_1 & umu paper & $0.500 \pm 0.100$ & 0.250 & $0.750 \pm 0.250$ & - & -")
+    assert latex[0] == r"\begin{tabular}{lrrr}" and latex[-1] == r"\end{tabular}"
+    assert latex[2] == r" & a\_1 & demo/vanilla & demo/unlearned \\"
+    assert latex[5] == r"forget VQA acc & 0.500 [0.400, 0.600] & - & - \\"
     with pytest.raises(SettingsError, match="allowed: text, json, latex"):
         table(rows, "csv")
     with pytest.raises(DataError, match="holds neither"):
