@@ -150,7 +150,13 @@ def _text_questions(folder: tables.Folder, split: str) -> list[Profile]:
     name = f"{split}+tofu"
     if name not in splits(folder):
         return []
-    return [profile for profile in read_split(folder, name) if not profile.photos]
+    # Without the images, of which there are hundreds of megabytes: rows about a photo are those with a caption.
+    return [
+        profile_of_row(row, source)
+        for file in tables.split_files(folder, name)
+        for source, row in tables.rows(file, ("question", "answer"), ("caption",))
+        if not row.get("caption")
+    ]
 
 
 def _texts(row: tables.Row, key: str, source: str) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ from fastvkd.evaluation.multiple_choice import (
     speaks_user_assistant,
 )
 from fastvkd.evaluation.statistics import bootstrap_interval
-from fastvkd.evaluation.truth_ratio import probability, truth_ratios, truth_score
+from fastvkd.evaluation.truth_ratio import log_truth_ratios, probability, truth_score
 from fastvkd.models.prompts import chat_prompt
 
 MODES = ("corrected", "paper")
@@ -233,7 +233,7 @@ class _Runner:
         asked = [item.question for item in items]
         scores = self._score(items, [[q.answer, q.paraphrase, *q.perturbed] for q in asked], tick)
         losses = [[-value for value in score.normalised] for score in scores]
-        ratios = truth_ratios([one[1] for one in losses], [one[2:] for one in losses], self.mode)
+        log_ratios = log_truth_ratios([one[1] for one in losses], [one[2:] for one in losses], self.mode)
         return [
             {
                 **_about(item),
@@ -242,10 +242,12 @@ class _Runner:
                 "paraphrase_loss": paraphrase_loss,
                 "perturbed_losses": perturbed_losses,
                 "prob": probability(loss, perturbed_losses, cell),
-                "truth_ratio": float(ratio),
-                "truth_score": truth_score(float(ratio), cell),
+                "log_truth_ratio": float(log_ratio),
+                "truth_score": truth_score(float(log_ratio), cell),
             }
-            for item, (loss, paraphrase_loss, *perturbed_losses), ratio in zip(items, losses, ratios, strict=True)
+            for item, (loss, paraphrase_loss, *perturbed_losses), log_ratio in zip(
+                items, losses, log_ratios, strict=True
+            )
         ]
 
     def _letters(self, items: list[_Item], demonstration: _Item | None, cell: str, tick: Tick) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ forget quality, of TOFU (arXiv 2401.06121) as CLEAR (arXiv 2410.18057) uses them
 All losses are mean negative log-likelihoods per token (nats) of an answer, given its prompt.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,14 +19,16 @@ UTILITY_FIGURES = ("prob", "rouge_l_recall", "truth_ratio")
 
 def probability(loss: float, perturbed_losses: Sequence[float], cell: str) -> float:
     """exp(-loss), off the forget and retain sets divided by itself plus the sum of exp(-loss) of the wrong answers."""
-    true = np.exp(-loss)
-    return float(true if cell in PLAIN_PROBABILITY else true / (true + np.exp(-np.asarray(perturbed_losses)).sum()))
+    if cell in PLAIN_PROBABILITY:
+        return math.exp(-loss)
+    # A model that ascended too far has losses whose exponentials are all 0: hence the logarithms.
+    return math.exp(-loss - np.logaddexp.reduce(-np.array([loss, *perturbed_losses])))
 
 
-def truth_ratios(
+def log_truth_ratios(
     paraphrase_losses: Sequence[float], perturbed_losses: Sequence[Sequence[float]], mode: str
 ) -> np.ndarray:
-    """R_i = exp(mean_j l_perturbed,ij - l_paraphrase,i), (samples,) float64: above 1 where the truth is likelier.
+    """log R_i = mean_j l_perturbed,ij - l_paraphrase,i, (samples,) float64: above 0 where the truth is likelier.
 
     `paper` takes the mean over the wrong answers of all samples, as the published code does, so that a sample's ratio
     depends on which others are in the set.
@@ -34,12 +37,14 @@ def truth_ratios(
         wrong = np.full(len(paraphrase_losses), np.mean(np.concatenate([np.asarray(one) for one in perturbed_losses])))
     else:
         wrong = np.array([np.mean(one) for one in perturbed_losses])
-    return np.exp(wrong - np.asarray(paraphrase_losses, dtype=np.float64))
+    return wrong - np.asarray(paraphrase_losses, dtype=np.float64)
 
 
-def truth_score(ratio: float, cell: str) -> float:
+def truth_score(log_ratio: float, cell: str) -> float:
     """Forget side: min(R, 1/R), 1 where truth and untruth are alike. Else max(0, 1 - 1/R), 1 where the truth wins."""
-    return min(ratio, 1 / ratio) if cell.startswith("forget") else max(0.0, 1 - 1 / ratio)
+    if cell.startswith("forget"):
+        return math.exp(-abs(log_ratio))
+    return -math.expm1(-max(0.0, log_ratio))
 
 
 def model_utility(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
@@ -66,7 +71,8 @@ def forget_quality(
 
     def ratios(logged: Sequence[Mapping[str, Any]]) -> np.ndarray:
         losses = [sample["paraphrase_loss"] for sample in logged]
-        return truth_ratios(losses, [sample["perturbed_losses"] for sample in logged], mode)
+        return log_truth_ratios(losses, [sample["perturbed_losses"] for sample in logged], mode)
 
+    # the test compares ranks, so that the logarithm of the ratios will do
     test = ks_2samp(ratios(samples), ratios(reference))
     return {"forget_quality": float(test.pvalue), "forget_quality_ks": float(test.statistic)}

@@ -23,7 +23,7 @@ from fastvkd.evaluation.comparison import read_runs, table
 from fastvkd.evaluation.modality_pairs import joint_figures
 from fastvkd.evaluation.protocol import evaluate_cells
 from fastvkd.evaluation.run import evaluate
-from fastvkd.evaluation.truth_ratio import forget_quality, model_utility, probability, truth_ratios, truth_score
+from fastvkd.evaluation.truth_ratio import forget_quality, log_truth_ratios, model_utility, probability, truth_score
 from fastvkd.models.prompts import chat_prompt
 
 
@@ -106,12 +106,20 @@ def test_prob_rouge_and_truth_ratio_of_clear_against_naive_ones(tiny, folders, m
 
 def test_the_paper_ratio_of_a_sample_depends_on_the_others():
     paraphrase, wrong = [1.0, 2.0], [[1.0, 3.0], [5.0, 7.0]]
-    np.testing.assert_allclose(truth_ratios(paraphrase, wrong, "corrected"), np.exp([1.0, 4.0]))
-    np.testing.assert_allclose(truth_ratios(paraphrase, wrong, "paper"), np.exp([3.0, 2.0]))
-    assert truth_score(4.0, "forget_faces") == truth_score(0.25, "forget") == 0.25
-    assert truth_score(4.0, "retain") == 0.75 and truth_score(0.25, "real_faces") == 0.0
+    np.testing.assert_allclose(log_truth_ratios(paraphrase, wrong, "corrected"), [1.0, 4.0])
+    np.testing.assert_allclose(log_truth_ratios(paraphrase, wrong, "paper"), [3.0, 2.0])
+    for ratio, cell, score in ((4, "forget_faces", 0.25), (0.25, "forget", 0.25), (4, "retain", 0.75)):
+        assert truth_score(np.log(ratio), cell) == pytest.approx(score)
+    assert truth_score(np.log(0.25), "real_faces") == 0.0
     assert probability(np.log(2), [np.log(4), np.log(4)], "real_world") == pytest.approx(0.5)
     assert probability(np.log(2), [np.log(4)], "forget") == pytest.approx(0.5)
+    # losses of a model that was ascended to pieces
+    assert (
+        probability(5000.0, [5000.0], "real_world") == pytest.approx(0.5) and probability(5000.0, [], "retain") == 0.0
+    )
+    assert (
+        truth_score(-5000.0, "retain") == truth_score(-5000.0, "forget") == 0.0 and truth_score(5000.0, "retain") == 1.0
+    )
 
 
 def test_model_utility_is_the_harmonic_mean_of_twelve(tiny, folders):
@@ -235,14 +243,14 @@ def test_the_modes_differ_only_where_the_documentation_says(tiny, folders, peopl
             (cell, kind, "choice") for cell in cells for kind in ("vqa", "qa")
         ]
         corrected = [s for s in corrected if s not in left]
-    differing = set()
+    differing, ratio = set(), {"log_truth_ratio": 0, "truth_score": 0}
     for one, other in zip(corrected, paper, strict=True):
         for key in ("cell", "kind", "task", "entity", "source", "question", "answer", "options", "pair"):
             assert one.get(key) == other.get(key)
         if one != other:
             differing.add((benchmark, one["task"]))
         if one["task"] == "truth":
-            assert one | {"truth_ratio": 0, "truth_score": 0} == other | {"truth_ratio": 0, "truth_score": 0}
+            assert one | ratio == other | ratio
     assert differing == {pair for pair in documented_differences() if pair[0] == benchmark}
     for cell in cells:
         for kind in ("vqa", "qa"):
