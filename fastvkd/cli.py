@@ -1,4 +1,4 @@
-"""The command line: `fastvkd demo|train|eval|plan|export|data|env`. What a user can mend is one line
+"""The command line: `fastvkd demo|train|eval|compare|plan|export|data|env`. What a user can mend is one line
 and exit code 2."""
 
 import argparse
@@ -62,17 +62,30 @@ def _parser() -> argparse.ArgumentParser:
         "eval", help="measure what a model knows of the forget, test, retain and real-world sets"
     )
     evaluate.add_argument("--model", required=True, metavar="FOLDER")
-    evaluate.add_argument("--data", required=True, metavar="FOLDER")
+    evaluate.add_argument("--data", required=True, metavar="DATA", help="folder, or hub id of a data set")
+    evaluate.add_argument("--benchmark", help="mllmu, clear, umu or jsonl (default: recognised)")
     evaluate.add_argument("--forget-split", default="forget_5")
     evaluate.add_argument("--retain-split", default="retain_95")
     evaluate.add_argument("--mode", default="corrected", help="corrected (default) or paper")
     evaluate.add_argument("--batch-size", type=int, default=32)
     evaluate.add_argument("--max-samples", type=int, help="at most so many questions a cell and task")
     evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument(
+        "--reference-eval",
+        type=Path,
+        metavar="FOLDER",
+        help="--out of a model that never saw the forget set, for CLEAR's forget quality",
+    )
+    evaluate.add_argument("--local-files-only", action="store_true", help="take a hub id from the cache only")
     evaluate.add_argument("--device", default="auto")
     evaluate.add_argument("--bf16", action="store_true")
     evaluate.add_argument("--out", type=Path, default=Path("out/eval"), help="folder of results.json and samples.jsonl")
     evaluate.set_defaults(run=_eval)
+
+    compare = commands.add_parser("compare", help="one table over several runs of eval and demo")
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--out folder of a run")
+    compare.add_argument("--format", default="text", help="text (default), json or latex")
+    compare.set_defaults(run=_compare)
 
     plan = commands.add_parser("plan", help="FLOPs and memory of a run before anything is loaded")
     plan.add_argument("--config", type=Path, metavar="YAML")
@@ -94,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="look at data before training on it")
     data_commands = data.add_subparsers(required=True, metavar="COMMAND")
     check = data_commands.add_parser("check", help="validate every row of a data folder")
-    check.add_argument("path", type=Path)
+    check.add_argument("path", metavar="DATA", help="folder, or hub id of a data set")
+    check.add_argument("--model", metavar="FOLDER", help="also check training labels, with this model's processor")
+    check.add_argument("--local-files-only", action="store_true", help="take a hub id from the cache only")
     check.add_argument("--json", action="store_true", help="print the findings as JSON")
     check.set_defaults(run=_data_check)
 
@@ -167,37 +182,40 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from fastvkd.evaluation.run import evaluate
+    from fastvkd.evaluation.comparison import read_runs, table
+    from fastvkd.evaluation.run import SAMPLES, evaluate
     from fastvkd.progress import Progress
     from fastvkd.reporting.report import write_atomically
 
     with Progress("Evaluating") as bar:
-        figures = evaluate(
+        results = evaluate(
             arguments.model,
             arguments.data,
+            benchmark=arguments.benchmark,
             forget_split=arguments.forget_split,
             retain_split=arguments.retain_split,
             mode=arguments.mode,
             batch_size=arguments.batch_size,
             max_samples=arguments.max_samples,
             seed=arguments.seed,
-            log_path=arguments.out / "samples.jsonl",
+            log_path=arguments.out / SAMPLES,
+            reference_eval=arguments.reference_eval,
             device=arguments.device,
             bf16=arguments.bf16,
+            local_files_only=arguments.local_files_only,
             progress=bar,
         )
-    write_atomically(arguments.out / "results.json", (json.dumps(figures, indent=1) + "\n").encode())
-    print(f"{'set':10} {'kind':4} {'accuracy':>9} {'95 % interval':>17} {'n':>6} {'ROUGE-L':>8} {'cloze':>7}")
-    for cell, kinds in figures.items():
-        for kind, f in kinds.items():
-            interval = "{:.3f} ... {:.3f}".format(*f["ci95"]) if f["ci95"] else "-"
-            accuracy, rouge_l, cloze = (_three(f[key]) for key in ("accuracy", "rouge_l", "cloze"))
-            print(f"{cell:10} {kind:4} {accuracy:>9} {interval:>17} {f['n']:>6} {rouge_l:>8} {cloze:>7}")
+    write_atomically(arguments.out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    print(f"{results['benchmark']}, {results['mode']} mode")
+    print(table(read_runs([arguments.out]), "text"))
     return 0
 
 
-def _three(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _compare(arguments: argparse.Namespace) -> int:
+    from fastvkd.evaluation.comparison import read_runs, table
+
+    print(table(read_runs(arguments.runs), arguments.format))
+    return 0
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -224,8 +242,10 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _data_check(arguments: argparse.Namespace) -> int:
     from fastvkd.data.check import check_data
+    from fastvkd.progress import Progress
 
-    report = check_data(arguments.path)
+    with Progress("Checking") as bar:
+        report = check_data(arguments.path, bar, model=arguments.model, local_files_only=arguments.local_files_only)
     print(json.dumps(dataclasses.asdict(report), indent=1) if arguments.json else "\n".join(report.lines()))
     return 0 if report.ok else 2
 

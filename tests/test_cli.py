@@ -38,8 +38,9 @@ def test_train_then_export_then_evaluate(world, tmp_path: Path, capsys) -> None:
     out = ["--out", str(tmp_path / "eval"), "--max-samples", "3"]
     assert main(["eval", "--model", str(tmp_path / "merged"), *data, *out]) == 0
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
-    assert set(results) == {"forget", "test", "retain", "realworld"}
-    assert results["forget"]["vqa"]["n"] == 3
+    assert results["benchmark"] == "mllmu" and results["mode"] == "corrected"
+    assert set(results["cells"]) == {"forget", "test", "retain", "realworld"}
+    assert results["cells"]["forget"]["vqa"]["n"] == 3
 
     live = load_model(world.model)
     live.load_state_dict(trained, strict=False)
@@ -47,7 +48,7 @@ def test_train_then_export_then_evaluate(world, tmp_path: Path, capsys) -> None:
     processor = load_processor(world.model)
     log = tmp_path / "live.jsonl"
     figures = evaluate_cells(live, processor, cells, batch_size=32, seed=0, max_samples=3, log_path=log)
-    assert json.loads(json.dumps(figures)) == results
+    assert json.loads(json.dumps(figures)) == results["cells"]
     samples = [
         [line for line in map(json.loads, file.read_text().splitlines()) if "finished" not in line]
         for file in (log, tmp_path / "eval" / "samples.jsonl")

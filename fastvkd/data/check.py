@@ -8,11 +8,13 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from fastvkd.data import jsonl, mllmu
+from PIL import Image
+
+from fastvkd.data.hub import data_folder
 from fastvkd.data.images import content_hash, decode_image
 from fastvkd.data.records import Photo, Profile
+from fastvkd.data.sources import recognise
 from fastvkd.errors import DataError
 
 # Everything the readers never open: loading one runs code of whoever wrote it.
@@ -32,6 +34,8 @@ class SplitCounts:
     text_choice: int = 0
     text_generation: int = 0
     text_cloze: int = 0
+    visual_truth: int = 0
+    text_truth: int = 0
 
 
 @dataclass
@@ -56,7 +60,7 @@ class CheckReport:
 
     def lines(self) -> list[str]:
         """The report as text: format, a table of counts per split, problems, notes, verdict."""
-        heads = ("rows", "entities", "images", "choice", "generation", "cloze")
+        heads = ("rows", "entities", "images", "choice", "generation", "cloze", "truth")
         width = max([len("split"), *(len(name) for name in self.splits)])
         table = [f"{'split':<{width}}  " + "  ".join(f"{head:>13}" for head in heads)]
         for name, counts in self.splits.items():
@@ -67,6 +71,7 @@ class CheckReport:
                 f"{counts.visual_choice}+{counts.text_choice}",
                 f"{counts.visual_generation}+{counts.text_generation}",
                 f"{counts.visual_cloze}+{counts.text_cloze}",
+                f"{counts.visual_truth}+{counts.text_truth}",
             )
             table.append(f"{name:<{width}}  " + "  ".join(f"{cell:>13}" for cell in cells))
         return [
@@ -87,71 +92,55 @@ class _Contents:
     images: dict[str, tuple[str, str]] = field(default_factory=dict)  # content hash -> (entity, place)
 
 
-def check_data(path: str | os.PathLike[str], progress: Callable[[int, int, str], None] | None = None) -> CheckReport:
-    """Check a data folder. Raises `DataError` only where there is nothing to check: no folder, no known format.
+def check_data(
+    path: str | os.PathLike[str],
+    progress: Callable[[int, int, str], None] | None = None,
+    *,
+    model: str | None = None,
+    local_files_only: bool = False,
+) -> CheckReport:
+    """Check a data folder (or hub id). Raises `DataError` only where there is nothing to check: no folder, no known
+    format.
 
     Verified: the schema of every row, options that contain the answer, no empty question or answer, every image
     decodes, no entity both forgotten and retained, no image under two entities, and no image in two splits that must be
     disjoint (see `_must_differ`). Pickles are reported and never loaded.
+
+    With `model`, a model folder, every row's photo goes through its processor with the row's first question, and the
+    labels of training are checked: answer tokens, all of them, and never an image placeholder.
     """
-    root = Path(path)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; give the folder that holds the splits")
-    if own := jsonl.splits(root):
-        report = CheckReport(str(root), "own data (JSONL)")
-        parts: dict[str, Iterator[Profile | DataError]] = {name: _jsonl_rows(root, name) for name in own}
-        for needed in ("forget", "retain"):
-            if needed not in own:
-                report.problems.append(
-                    f"{root}: {needed}.jsonl is missing; own data needs forget.jsonl and retain.jsonl"
-                )
-    elif public := mllmu.splits(root):
-        report = CheckReport(str(root), "MLLMU-Bench schema")
-        parts = {name: _mllmu_rows(root, name) for name in public}
-        if not any(_role(name) == "forget" for name in public):
-            report.notes.append(f"{root}: no forget_* split, so nothing here can be unlearned")
-    else:
-        raise DataError(
-            f"{root}: no known data format; expected <split>/*.parquet (MLLMU-Bench schema) or forget.jsonl and "
-            "retain.jsonl; see docs/data.md"
-        )
+    root = data_folder(str(path), local_files_only=local_files_only)
+    labels = _Labels(model) if model is not None else None
+    reader = recognise(root)
+    names = reader.splits(root)
+    report = CheckReport(str(root), reader.TITLE)
+    if reader.NAME == "jsonl":
+        report.problems += [
+            f"{root}: {needed}.jsonl is missing; own data needs forget.jsonl and retain.jsonl"
+            for needed in ("forget", "retain")
+            if needed not in names
+        ]
+    elif not any(_role(name) == "forget" for name in names):
+        report.notes.append(f"{root}: no forget split, so nothing here can be unlearned")
+    parts = {name: reader.each_profile(root, name) for name in names}
     contents: dict[str, _Contents] = {}
     for place, (name, part) in enumerate(parts.items()):
-        contents[name] = _check_split(report, name, part)
+        contents[name] = _check_split(report, name, part, labels)
         if progress is not None:
             progress(place + 1, len(parts), name)
     for one, other in itertools.combinations(contents, 2):
         _compare(report, one, contents[one], other, contents[other])
     pickles = sorted(str(file.relative_to(root)) for file in root.rglob("*") if file.suffix in _PICKLES)
+    if labels is not None:
+        report.notes.append(f"{root}: labels of {labels.checked} rows checked with the processor of {model}")
     if pickles:
         report.notes.append(f"{root}: {len(pickles)} file(s) never loaded, since pickles run code: {pickles[0]} ...")
     return report
 
 
-def _mllmu_rows(root: Path, split: str) -> Iterator[Profile | DataError]:
-    for file in mllmu.split_files(root, split):
-        try:
-            for source, row in mllmu.rows(file):
-                try:
-                    yield mllmu.profile_of_row(row, source)
-                except DataError as error:
-                    yield error
-        except DataError as error:  # the file as a whole: unreadable, or a column missing
-            yield error
-
-
-def _jsonl_rows(root: Path, split: str) -> Iterator[Profile | DataError]:
-    try:
-        for source, line in jsonl.lines(jsonl.split_file(root, split)):
-            try:
-                yield jsonl.parse_line(line, source, root)
-            except DataError as error:
-                yield error
-    except DataError as error:
-        yield error
-
-
-def _check_split(report: CheckReport, name: str, part: Iterator[Profile | DataError]) -> _Contents:
+def _check_split(
+    report: CheckReport, name: str, part: Iterator[Profile | DataError], labels: "_Labels | None"
+) -> _Contents:
     counts, contents = SplitCounts(), _Contents()
     report.splits[name] = counts
     for profile in part:
@@ -166,22 +155,98 @@ def _check_split(report: CheckReport, name: str, part: Iterator[Profile | DataEr
         counts.text_choice += len(profile.textual.choice)
         counts.text_generation += len(profile.textual.generation)
         counts.text_cloze += len(profile.textual.cloze)
+        counts.visual_truth += len(profile.visual.truth)
+        counts.text_truth += len(profile.textual.truth)
         for cloze in (*profile.visual.cloze, *profile.textual.cloze):
-            if "__" not in cloze.question:
+            # UMU-Bench pairs its questions, and its instruction does not speak of a blank
+            if "__" not in cloze.question and not cloze.pair:
                 report.problems.append(f"{profile.source}: cloze question {cloze.question!r} has no blank '__'")
         for choice in (*profile.visual.choice, *profile.textual.choice):
             texts = list(choice.options.values())
             if len(set(texts)) != len(texts):
                 report.problems.append(f"{profile.source}: two options of {choice.question!r} are the same: {texts}")
+        for truth in (*profile.visual.truth, *profile.textual.truth):
+            if truth.answer in truth.perturbed or not truth.perturbed:
+                what = "is among its own wrong answers" if truth.perturbed else "has no wrong answers to compare with"
+                report.problems.append(f"{profile.source}: {truth.answer!r} {what}")
+        if twice := _differing_pairs(profile):
+            report.notes.append(f"{profile.source}: {twice}")
         for photo in profile.photos:
-            _check_photo(report, profile, photo, contents)
+            readable = _check_photo(report, profile, photo, contents)
+            if labels is not None and readable is not None:
+                report.problems += labels.add(profile, readable)
+    if labels is not None:
+        report.problems += labels.flush()
     counts.entities, counts.images = len(contents.entities), len(contents.images)
     if counts.rows == 0:
         report.problems.append(f"{report.path}: split {name} is empty; add rows or remove it")
     return contents
 
 
-def _check_photo(report: CheckReport, profile: Profile, photo: Photo, contents: _Contents) -> None:
+def _differing_pairs(profile: Profile) -> str | None:
+    """How a question about the photo and its form about the text do not fit together, for the first that does not."""
+    for task in ("choice", "generation", "cloze"):
+        about_photo, about_text = (
+            {question.pair: question for question in getattr(questions, task) if question.pair}
+            for questions in (profile.visual, profile.textual)
+        )
+        if alone := sorted(about_photo.keys() ^ about_text.keys()):
+            return f"{task} question {alone[0]!r} is asked about the photo or the text only; it has no joint figure"
+        for pair, question in about_photo.items():
+            one, other = (q.answer_text if task == "choice" else q.answer for q in (question, about_text[pair]))
+            if task != "generation" and one.strip() != other.strip():
+                return f"{task} question {pair!r} has the answer {one!r} about the photo and {other!r} about the text"
+    return None
+
+
+class _Labels:
+    """Checks the labels that training makes of real rows, a few at a time."""
+
+    _BATCH = 8
+
+    def __init__(self, model: str) -> None:
+        from fastvkd.models.families import image_token_id  # torch and transformers take seconds to import
+        from fastvkd.models.loading import load_config, load_processor
+
+        self._processor, self._placeholder = load_processor(model), image_token_id(load_config(model))
+        self._pending: list[tuple[Profile, tuple[Image.Image, str, str]]] = []
+        self.checked = 0
+
+    def add(self, profile: Profile, image: Image.Image) -> list[str]:
+        """Problems found so far, when a batch is full."""
+        from fastvkd.evaluation.wording import question_answer_pairs
+
+        pairs = question_answer_pairs(profile.visual)
+        if pairs:
+            self._pending.append((profile, (image, *pairs[0])))
+        return self.flush() if len(self._pending) >= self._BATCH else []
+
+    def flush(self) -> list[str]:
+        if not self._pending:
+            return []
+        from fastvkd.unlearning.answers import collate_answers
+
+        rows, self._pending = self._pending, []
+        pairs = [pair for _, pair in rows]
+        batch = collate_answers(self._processor, pairs, range(len(rows)), [True] * len(rows))
+        tokenizer = self._processor.tokenizer
+        problems = []
+        for (profile, (_, question, answer)), predicts in zip(rows, batch.predicts.tolist(), strict=True):
+            labels = [token for token in predicts if token != -100]
+            said = "".join(tokenizer.decode(labels, skip_special_tokens=True).split())
+            place = f"{profile.source}: the labels of {question!r}"
+            if self._placeholder in labels:
+                problems.append(f"{place} hold {labels.count(self._placeholder)} image placeholders")
+            elif tokenizer.unk_token_id in labels:
+                problems.append(f"{place} hold the unknown token: the tokenizer cannot write {answer!r}")
+            elif said != "".join(answer.split()):
+                problems.append(f"{place} say {said!r}, but the answer is {answer!r}")
+        self.checked += len(rows)
+        return problems
+
+
+def _check_photo(report: CheckReport, profile: Profile, photo: Photo, contents: _Contents) -> Image.Image | None:
+    """The decoded photo, unless it was seen before or cannot be decoded."""
     key = content_hash(photo.data)
     if key in contents.images:
         entity, place = contents.images[key]
@@ -189,20 +254,22 @@ def _check_photo(report: CheckReport, profile: Profile, photo: Photo, contents: 
             report.problems.append(
                 f"{photo.source}: the same image as {place}, but of entity {profile.entity!r}, not {entity!r}"
             )
-        return
+        return None
     contents.images[key] = (profile.entity, photo.source)
     try:
-        decode_image(photo.data, photo.source)
+        return decode_image(photo.data, photo.source)
     except DataError as error:
         report.problems.append(str(error))
+        return None
 
 
 def _role(split: str) -> str:
+    """What a split is for, whatever benchmark's name it has."""
     for role, pattern in (
-        ("forget", r"forget(_\d+)?"),
-        ("retain", r"retain(_\d+)?"),
+        ("forget", r"forget(_?\d+)?(\+tofu|_perturbed)?"),
+        ("retain", r"retain(_?\d+)?(\+tofu|_perturbed)?"),
         ("test", r"test|Test_Set"),
-        ("realworld", r"realworld|Retain_Set"),
+        ("realworld", r"realworld|Retain_Set|Real_Person_Set|real_(person|faces|world)"),
     ):
         if re.fullmatch(pattern, split):
             return role
@@ -213,8 +280,9 @@ def _must_differ(one: str, other: str) -> tuple[bool, bool]:
     """Whether two splits may share no entity, and whether they may share no image.
 
     `forget_5` is the complement of `retain_95` only: `forget_10` holds `forget_5`, and shares people with `retain_95`.
-    The test split shows people of the other splits in photos that those must not hold. `Full_Set` and `ft_Data` are the
-    union of forget and retain. The celebrities of `Retain_Set` are numbered on their own, so only images tell.
+    The test split shows people of the other splits in photos that those must not hold. `Full_Set`, `ft_Data` and
+    CLEAR's `full` and `data` are the union of forget and retain, and its `retain_perturbed` shows people who are
+    retained in every split. Celebrities are numbered on their own in the benchmarks, so only images tell.
     """
     roles = {_role(one): one, _role(other): other}
     if set(roles) == {"forget", "retain"}:
@@ -222,7 +290,7 @@ def _must_differ(one: str, other: str) -> tuple[bool, bool]:
         complements = forget is None or retain is None or int(forget[0]) + int(retain[0]) == 100
         return complements, complements
     if "realworld" in roles and len(roles) == 2:
-        return "Retain_Set" not in (one, other), True
+        return "realworld" in (one, other), True
     return False, "test" in roles and len(roles) == 2
 
 

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from fastvkd.data.records import Choice, Open, Photo, Profile, Questions
+from fastvkd.data.tables import four_cells, path_inside, strict
 from fastvkd.errors import DataError
 
-SPLITS = ("forget", "retain", "test", "realworld")
+NAME, TITLE = "jsonl", "own data (JSONL)"
+SPLITS = ("forget", "test", "retain", "realworld")
 _KEYS = ("image", "entity", "question", "answer", "options")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -27,14 +29,37 @@ def splits(folder: str | os.PathLike[str]) -> list[str]:
     return [name for name in SPLITS if (Path(folder) / f"{name}.jsonl").is_file()]
 
 
+def each_profile(folder: str | os.PathLike[str], split: str) -> Iterator[Profile | DataError]:
+    """One profile a line, in file order; a line that cannot be used comes as its error."""
+    try:
+        for source, line in lines(split_file(folder, split)):
+            try:
+                yield parse_line(line, source, Path(folder))
+            except DataError as error:
+                yield error
+    except DataError as error:  # the file as a whole
+        yield error
+
+
 def read_split(folder: str | os.PathLike[str], split: str) -> list[Profile]:
     """One `Profile` per (entity, image), and one without photos per entity that has text questions, in file order.
 
     Raises `DataError` naming file and line: no such split, a line that is no JSON object, an unknown or missing key, an
     answer that is no option, an image outside the folder or unreadable as a file.
     """
-    file = split_file(folder, split)
-    return group(parse_line(line, source, Path(folder)) for source, line in lines(file))
+    return group(strict(each_profile(folder, split)))
+
+
+def training_sets(
+    folder: str | os.PathLike[str], forget_split: str, retain_split: str
+) -> tuple[list[Profile], list[Profile]]:
+    """Both sides. Own data name their splits themselves: the arguments are for the other formats."""
+    return read_split(folder, "forget"), read_split(folder, "retain")
+
+
+def evaluation_cells(folder: str | os.PathLike[str], forget_split: str, retain_split: str) -> dict[str, list[Profile]]:
+    """forget, test, retain and realworld, as far as the folder has them."""
+    return four_cells(splits(folder), lambda split: read_split(folder, split), *SPLITS)
 
 
 def split_file(folder: str | os.PathLike[str], split: str) -> Path:
@@ -127,9 +152,7 @@ def _choice(question: str, answer: str, options: Any, source: str) -> Choice:
 def _photo(name: Any, source: str, folder: Path) -> Photo:
     if not isinstance(name, str):
         raise DataError(f"{source}: image is {name!r}; expected a path relative to {folder}")
-    path = (folder / name).resolve()
-    if Path(name).is_absolute() or not path.is_relative_to(folder.resolve()):
-        raise DataError(f"{source}: image {name!r} is outside the data folder; put it there and give a relative path")
+    path = path_inside(folder, folder / name, source)
     try:
         return Photo(path.read_bytes(), f"{source} ({name})")
     except OSError as error:

@@ -4,7 +4,6 @@ One reader serves the public benchmark and the demo, because the demo is written
 is read (pyarrow, no pickles). `data.check` validates; this module refuses the first row it cannot understand.
 """
 
-import difflib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,10 +12,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fastvkd.data import tables
 from fastvkd.data.records import Choice, Open, Photo, Profile, Questions
+from fastvkd.data.tables import kind_of, one_line, text_of
 from fastvkd.errors import DataError
 
-TEST_SPLIT = "Test_Set"
+NAME, TITLE = "mllmu", "MLLMU-Bench schema"
+COLUMNS = frozenset({"Classification_Task", "Generation_Task", "Mask_Task"})  # by which the schema is recognised
+TEST_SPLIT, REALWORLD_SPLIT = "Test_Set", "Retain_Set"
 LETTERS = ("A", "B", "C", "D")
 
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -48,63 +51,34 @@ _REQUIRED = ("ID", "Classification_Task", "Generation_Task", "Mask_Task")
 _VISUAL, _TEXTUAL = "Image_Textual", "Pure_Text"
 
 
-def splits(folder: str | os.PathLike[str]) -> list[str]:
-    """Names of the sub-folders that hold parquet files, sorted."""
-    root = Path(folder)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; give the folder that holds Full_Set/, forget_10/ ...")
-    return sorted(child.name for child in root.iterdir() if child.is_dir() and any(child.glob("*.parquet")))
+splits = tables.splits
 
 
-def read_split(folder: str | os.PathLike[str], split: str) -> list[Profile]:
+def each_profile(folder: tables.Folder, split: str) -> Iterator[Profile | DataError]:
+    """Every row of a split, in file order, images still encoded; a row that cannot be used comes as its error."""
+    return tables.each_profile(folder, split, profile_of_row, (("image", "images"), *_REQUIRED), ("biography",))
+
+
+def read_split(folder: tables.Folder, split: str) -> list[Profile]:
     """All rows of a split, in file order, images still encoded.
 
     Raises `DataError` naming file, row and column: unknown split, a file that is no parquet, a missing column, a
     question without text, an answer that is empty or no option, an image cell without bytes.
     """
-    profiles: list[Profile] = []
-    for file in split_files(folder, split):
-        profiles.extend(profile_of_row(row, source) for source, row in rows(file))
-    return profiles
+    return tables.strict(each_profile(folder, split))
 
 
-def split_files(folder: str | os.PathLike[str], split: str) -> list[Path]:
-    """The parquet files of a split, sorted; `DataError` with the nearest name when there is none."""
-    files = sorted((Path(folder) / split).glob("*.parquet"))
-    if not files:
-        known = splits(folder)
-        nearest = difflib.get_close_matches(split, known, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise DataError(f"{folder}: no split {split!r} with parquet files; found: {', '.join(known) or 'none'}{hint}")
-    return files
+def training_sets(folder: tables.Folder, forget_split: str, retain_split: str) -> tuple[list[Profile], list[Profile]]:
+    """Both sides with the questions that the splits themselves carry; the column `metadata`, which training code
+    elsewhere reads, exists in one split only."""
+    return read_split(folder, forget_split), read_split(folder, retain_split)
 
 
-def rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`('file:row', row)` for every row, read a few at a time since images are large. Columns are checked first."""
-    try:
-        parquet = pq.ParquetFile(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file}: not a readable parquet file ({_one_line(error)}); download it again") from error
-    with parquet:
-        present = parquet.schema_arrow.names
-        missing = [name for name in _REQUIRED if name not in present]
-        if "image" not in present and "images" not in present:
-            missing.insert(0, "image (or images)")
-        if missing:
-            raise DataError(
-                f"{file}: missing column {', '.join(missing)}; found: {', '.join(present)}; "
-                "MLLMU-Bench's columns are listed in docs/data.md"
-            )
-        wanted = {"image", "images", "biography", *_REQUIRED}
-        columns = [name for name in present if name in wanted]
-        index = 0
-        try:
-            for batch in parquet.iter_batches(batch_size=64, columns=columns):
-                for row in batch.to_pylist():
-                    yield f"{file}:{index}", row
-                    index += 1
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{file}:{index}: damaged parquet data ({_one_line(error)}); download it again") from error
+def evaluation_cells(folder: tables.Folder, forget_split: str, retain_split: str) -> dict[str, list[Profile]]:
+    """forget, test (unseen photos of the same entities), retain and realworld, as far as the folder has them."""
+    return tables.four_cells(
+        splits(folder), lambda split: read_split(folder, split), forget_split, TEST_SPLIT, retain_split, REALWORLD_SPLIT
+    )
 
 
 def profile_of_row(row: dict[str, Any], source: str) -> Profile:
@@ -115,7 +89,7 @@ def profile_of_row(row: dict[str, Any], source: str) -> Profile:
     tasks = row["Classification_Task"]
     if not isinstance(tasks, dict):
         raise DataError(
-            f"{source}: column Classification_Task is {_kind(tasks)}; expected a struct with "
+            f"{source}: column Classification_Task is {kind_of(tasks)}; expected a struct with "
             "Image_Textual_Questions and Pure_Text_Questions"
         )
     opens = {column: _open_questions(row[column], source, column) for column in ("Generation_Task", "Mask_Task")}
@@ -140,18 +114,17 @@ def profile_of_row(row: dict[str, Any], source: str) -> Profile:
 
 
 def _photos(row: dict[str, Any], source: str) -> tuple[Photo, ...]:
-    several = row.get("images") is not None
-    column = "images" if several else "image"
-    cells = row["images"] if several else [row.get("image")] if row.get("image") is not None else []
-    if not isinstance(cells, list):
-        raise DataError(f"{source}: column images is {_kind(cells)}; expected a list of images")
+    if row.get("images") is None:
+        photo = tables.photo(row.get("image"), source)
+        return () if photo is None else (photo,)
+    if not isinstance(row["images"], list):
+        raise DataError(f"{source}: column images is {kind_of(row['images'])}; expected a list of images")
     photos = []
-    for position, cell in enumerate(cells):
-        place = f"{source}:{position}" if several else source
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
-        if not isinstance(data, bytes):
-            raise DataError(f"{place}: column {column} holds {_kind(data)}; expected encoded image bytes")
-        photos.append(Photo(data, place))
+    for position, cell in enumerate(row["images"]):
+        photo = tables.photo(cell, source, position)
+        if photo is None:
+            raise DataError(f"{source}:{position}: column images holds null; expected encoded image bytes")
+        photos.append(photo)
     return tuple(photos)
 
 
@@ -159,17 +132,17 @@ def _choice_questions(cells: Any, source: str, column: str) -> tuple[Choice, ...
     questions = []
     for position, cell in _entries(cells, source, column):
         place = f"{source}: {column}[{position}]"
-        question = _text(cell, "Question", place)
+        question = text_of(cell, "Question", place)
         given = cell.get("Options")
         if not isinstance(given, dict):
-            raise DataError(f"{place}: Options is {_kind(given)}; expected a struct of letters A, B, C, D")
+            raise DataError(f"{place}: Options is {kind_of(given)}; expected a struct of letters A, B, C, D")
         # A struct column carries every letter on every row: the unused ones are null.
         options = {letter: str(text) for letter, text in sorted(given.items()) if text is not None}
         empty = [letter for letter, text in options.items() if not text.strip()]
         if empty or len(options) < 2:
             what = f"option {empty[0]} is empty" if empty else f"{len(options)} option(s)"
             raise DataError(f"{place}: {what}; at least two options, each with a text, are needed")
-        answer = _text(cell, "Correct_Answer", place).strip()
+        answer = text_of(cell, "Correct_Answer", place).strip()
         if answer not in options:
             # Some releases give the option's text in place of its letter.
             letters = [letter for letter, text in options.items() if text.strip() == answer]
@@ -187,7 +160,7 @@ def _open_questions(cells: Any, source: str, column: str) -> list[tuple[str, Ope
         kind = cell.get("Type")
         if kind not in (_VISUAL, _TEXTUAL):
             raise DataError(f"{place}: Type is {kind!r}; allowed: {_VISUAL}, {_TEXTUAL}")
-        questions.append((kind, Open(_text(cell, "Question", place), _text(cell, "Ground_Truth", place))))
+        questions.append((kind, Open(text_of(cell, "Question", place), text_of(cell, "Ground_Truth", place))))
     return questions
 
 
@@ -195,24 +168,11 @@ def _entries(cells: Any, source: str, column: str) -> Iterator[tuple[int, dict[s
     if cells is None:
         return
     if not isinstance(cells, list):
-        raise DataError(f"{source}: column {column} is {_kind(cells)}; expected a list of structs")
+        raise DataError(f"{source}: column {column} is {kind_of(cells)}; expected a list of structs")
     for position, cell in enumerate(cells):
         if not isinstance(cell, dict):
-            raise DataError(f"{source}: {column}[{position}] is {_kind(cell)}; expected a struct")
+            raise DataError(f"{source}: {column}[{position}] is {kind_of(cell)}; expected a struct")
         yield position, cell
-
-
-def _text(cell: dict[str, Any], key: str, place: str) -> str:
-    value = cell.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{place}: {key} is {_kind(value)}; a text is needed")
-    return value
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    return repr(value) if value == "" else f"a {type(value).__name__}"
 
 
 def write_split(folder: str | os.PathLike[str], split: str, profiles: Sequence[Profile]) -> Path:
@@ -237,7 +197,7 @@ def write_split(folder: str | os.PathLike[str], split: str, profiles: Sequence[P
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise DataError(
-            f"{target}: cannot be written ({_one_line(error)}); free space or choose another folder"
+            f"{target}: cannot be written ({one_line(error)}); free space or choose another folder"
         ) from error
     return target
 
@@ -278,7 +238,3 @@ def _open_rows(visual: Iterable[Open], textual: Iterable[Open]) -> list[dict[str
         for kind, questions in ((_VISUAL, visual), (_TEXTUAL, textual))
         for question in questions
     ]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -13,11 +13,15 @@ class Photo:
 
 @dataclass(frozen=True)
 class Choice:
-    """A multiple-choice question: `options` maps letter to text, `answer` is the letter of the right one."""
+    """A multiple-choice question: `options` maps letter to text, `answer` is the letter of the right one.
+
+    A benchmark that asks the same thing about the photo and about the text gives both questions the same `pair`.
+    """
 
     question: str
     options: dict[str, str]
     answer: str
+    pair: str = ""
 
     @property
     def answer_text(self) -> str:
@@ -26,10 +30,22 @@ class Choice:
 
 @dataclass(frozen=True)
 class Open:
-    """A question with a free-text answer; in a cloze question the blank is written `__`."""
+    """A question with a free-text answer; in a cloze question the blank is written `__`. `pair` as in `Choice`."""
 
     question: str
     answer: str
+    pair: str = ""
+
+
+@dataclass(frozen=True)
+class Perturbed:
+    """A question whose answer is weighed against wrong ones of the same form (TOFU, arXiv 2401.06121): `paraphrase` is
+    the answer in other words, `perturbed` are the wrong answers."""
+
+    question: str
+    answer: str
+    paraphrase: str
+    perturbed: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,7 @@ class Questions:
     choice: tuple[Choice, ...] = ()
     generation: tuple[Open, ...] = ()
     cloze: tuple[Open, ...] = ()
+    truth: tuple[Perturbed, ...] = ()
 
 
 @dataclass(frozen=True)

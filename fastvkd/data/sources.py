@@ -1,32 +1,106 @@
-"""The forget and retain sets of a run, from any supported folder, with what would make the run meaningless refused."""
+"""One way in to every data format: recognise it, and read the sets of a run or of an evaluation from it, with what
+would make them meaningless refused.
+"""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
-from fastvkd.data import jsonl, mllmu
+from fastvkd.data import clear, jsonl, mllmu, tables, umu
+from fastvkd.data.hub import data_folder
 from fastvkd.data.images import content_hash
 from fastvkd.data.records import Profile
-from fastvkd.errors import DataError
+from fastvkd.errors import DataError, SettingsError
 
 
-def read_forget_retain(folder: str, forget_split: str, retain_split: str) -> tuple[list[Profile], list[Profile]]:
-    """Profiles with images of both sides.
+class Reader(Protocol):
+    """What the module of a data format offers."""
 
-    Raises DataError: an empty side, or an entity or image that is in both.
+    @property
+    def NAME(self) -> str: ...
+    @property
+    def TITLE(self) -> str: ...
+    def splits(self, folder: tables.Folder) -> list[str]: ...
+    def each_profile(self, folder: tables.Folder, split: str) -> Iterator[Profile | DataError]: ...
+    def training_sets(
+        self, folder: tables.Folder, forget_split: str, retain_split: str
+    ) -> tuple[list[Profile], list[Profile]]: ...
+    def evaluation_cells(
+        self, folder: tables.Folder, forget_split: str, retain_split: str
+    ) -> dict[str, list[Profile]]: ...
+
+
+_TABLES = (mllmu, umu, clear)
+READERS: dict[str, Reader] = {"mllmu": mllmu, "clear": clear, "umu": umu, "jsonl": jsonl}
+
+
+def recognise(folder: tables.Folder) -> Reader:
+    """The reader of a local data folder: own data by its files' names, the benchmarks by their columns.
+
+    Raises `DataError` where there is no folder or no known format.
     """
-    if jsonl.splits(folder):  # own data names its splits itself
-        forget_split, retain_split = "forget", "retain"
-    read = _reader(folder)
-    forget, retain = read(folder, forget_split), read(folder, retain_split)
-    for split, profiles in ((forget_split, forget), (retain_split, retain)):
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; give the folder that holds the splits")
+    if jsonl.splits(root):
+        return READERS["jsonl"]
+    # All splits are asked: one damaged file or missing column must not hide what the folder is.
+    found: set[str] = set().union(
+        *(tables.columns(file) for split in tables.splits(root) for file in tables.split_files(root, split)[:1])
+    )
+    format = max(_TABLES, key=lambda one: len(one.COLUMNS & found))
+    if not format.COLUMNS & found:
+        raise DataError(
+            f"{root}: no known data format; expected the splits of MLLMU-Bench, CLEAR or UMU-Bench as "
+            "<split>/*.parquet, or forget.jsonl and retain.jsonl; "
+            f"columns found: {', '.join(sorted(found)) or 'none'}; see docs/data.md"
+        )
+    return READERS[format.NAME]
+
+
+def reader_of(folder: tables.Folder, benchmark: str | None = None) -> Reader:
+    """The reader named by `benchmark`, or the recognised one.
+
+    Raises `SettingsError` for an unknown name and for one that the data do not have.
+    """
+    if benchmark is not None and benchmark not in READERS:
+        raise SettingsError(f"benchmark: unknown value {benchmark!r}; allowed: {', '.join(READERS)}")
+    found = recognise(folder)
+    if benchmark not in (None, found.NAME):
+        raise SettingsError(f"benchmark: {benchmark!r}, but {folder} holds {found.TITLE} ({found.NAME}); name that")
+    return found
+
+
+def read_forget_retain(data: str, forget_split: str, retain_split: str) -> tuple[list[Profile], list[Profile]]:
+    """Profiles of both sides with the questions that are trained on. `data` is a folder or a hub id.
+
+    Raises DataError: a side without images, or an entity or image that is in both.
+    """
+    folder = data_folder(data)
+    forget, retain = recognise(folder).training_sets(folder, forget_split, retain_split)
+    _refuse_overlap(folder, forget, retain)
+    return forget, retain
+
+
+def evaluation_cells(
+    data: str, forget_split: str, retain_split: str, benchmark: str | None = None
+) -> dict[str, list[Profile]]:
+    """The sets of an evaluation by name: forget and retain always, the others as the format and the folder have them
+    (see docs/data.md). Raises as `read_forget_retain` and `reader_of`."""
+    folder = data_folder(data)
+    cells = reader_of(folder, benchmark).evaluation_cells(folder, forget_split, retain_split)
+    _refuse_overlap(folder, cells["forget"], cells["retain"])
+    return cells
+
+
+def _refuse_overlap(folder: Path, forget: list[Profile], retain: list[Profile]) -> None:
+    for side, profiles in (("forget", forget), ("retain", retain)):
         if not any(profile.photos for profile in profiles):
-            raise DataError(
-                f"{Path(folder) / split}: holds no image; name another split with forget_split/retain_split"
-            )
+            raise DataError(f"{folder}: the {side} set holds no image; name another split with {side}_split")
     shared = {p.entity for p in forget} & {p.entity for p in retain}
     if shared:
         raise DataError(
-            f"{folder}: entity {sorted(shared)[0]!r} is in both {forget_split} and {retain_split} "
+            f"{folder}: entity {sorted(shared)[0]!r} is in both the forget and the retain set "
             f"({len(shared)} in all); remove it from one of them"
         )
     seen = {content_hash(photo.data): photo.source for p in forget for photo in p.photos}
@@ -34,30 +108,4 @@ def read_forget_retain(folder: str, forget_split: str, retain_split: str) -> tup
         for photo in profile.photos:
             twin = seen.get(content_hash(photo.data))
             if twin:
-                raise DataError(
-                    f"{photo.source}: the same image as {twin}, in {forget_split}; remove it from one of them"
-                )
-    return forget, retain
-
-
-def evaluation_cells(folder: str, forget_split: str, retain_split: str) -> dict[str, list[Profile]]:
-    """The four sets of an evaluation: forget, test (unseen photos of the same entities), retain and realworld.
-
-    Test_Set and Retain_Set (own data: test and realworld) may be missing; then so are their cells.
-    """
-    forget, retain = read_forget_retain(folder, forget_split, retain_split)
-    cells = {"forget": forget}
-    own = bool(jsonl.splits(folder))
-    available, read = (jsonl if own else mllmu).splits(folder), _reader(folder)
-    test, realworld = ("test", "realworld") if own else ("Test_Set", "Retain_Set")
-    if test in available:
-        entities = {profile.entity for profile in forget}
-        cells["test"] = [profile for profile in read(folder, test) if profile.entity in entities]
-    cells["retain"] = retain
-    if realworld in available:
-        cells["realworld"] = read(folder, realworld)
-    return cells
-
-
-def _reader(folder: str) -> Callable[[str, str], list[Profile]]:
-    return jsonl.read_split if jsonl.splits(folder) else mllmu.read_split
+                raise DataError(f"{photo.source}: the same image as {twin}, in the forget set; remove one of them")

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from fastvkd.data.records import Open
-from fastvkd.evaluation.inputs import Embedder, Query, Tokens, eos_ids, evaluating, processor_inputs
+from fastvkd.evaluation.inputs import Embedder, Query, Tick, Tokens, eos_ids, evaluating, processor_inputs
 from fastvkd.evaluation.multiple_choice import image_line, speaks_user_assistant
 from fastvkd.models.prompts import chat_prompt
 
@@ -43,8 +43,10 @@ def generate_with_processor(
     queries: Sequence[Query],
     batch_size: int,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    tick: Tick | None = None,
 ) -> list[str]:
-    """Greedy answers through the processor and `model.generate`: right for every family."""
+    """Greedy answers through the processor and `model.generate`: right for every family. `tick` gets the number of
+    answers after every batch."""
     answers = [""] * len(queries)
     ends = eos_ids(model, processor)
     generator: Any = model
@@ -66,10 +68,14 @@ def generate_with_processor(
             new = ids_BT[:, inputs["input_ids"].shape[1] :].tolist()
             for index, ids in zip(part, new, strict=True):
                 answers[index] = _decode(processor, ids, ends)
+            if tick is not None:
+                tick(len(part))
     return answers
 
 
-def generate_embedded(embedder: Embedder, queries: Sequence[Query], max_new_tokens: int = MAX_NEW_TOKENS) -> list[str]:
+def generate_embedded(
+    embedder: Embedder, queries: Sequence[Query], max_new_tokens: int = MAX_NEW_TOKENS, tick: Tick | None = None
+) -> list[str]:
     """The texts of `generate_with_processor` for a family in `inputs.EMBEDDABLE`: the vision tower runs once per
     distinct photo, logits exist for the last token only, and finished rows leave the batch and its key-value cache."""
     answers = [""] * len(queries)
@@ -84,6 +90,8 @@ def generate_embedded(embedder: Embedder, queries: Sequence[Query], max_new_toke
             ends = eos_ids(embedder.model, embedder.processor)
             for index, tokens in zip(part, new, strict=True):
                 answers[index] = _decode(embedder.processor, tokens, ends)
+            if tick is not None:
+                tick(len(part))
     return answers
 
 
@@ -159,12 +167,13 @@ def _rouge() -> RougeScorer:
 
 
 def rouge(reference: str, answer: str) -> dict[str, float]:
-    """ROUGE-1, -2 and -L F1 with Porter's stemmer (rouge-score), each in [0, 1]."""
+    """ROUGE-1, -2 and -L F1 and ROUGE-L recall with Porter's stemmer (rouge-score), each in [0, 1]."""
     scores = _rouge().score(reference, answer)
     return {
         "rouge_1": scores["rouge1"].fmeasure,
         "rouge_2": scores["rouge2"].fmeasure,
         "rouge_l": scores["rougeL"].fmeasure,
+        "rouge_l_recall": scores["rougeL"].recall,
     }
 
 

@@ -4,7 +4,7 @@ hands everything to the processor, which is right for every family and repeats t
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,8 @@ _FIXED_SIZE_TOWERS = ("clip_vision_model", "siglip_vision_model")
 # An arbitrary attention mask (the packed option scoring) is understood by these only.
 _MASKED_ATTENTION = ("sdpa", "eager")
 _FEATURE_CACHE_BYTES = 4 << 30  # host memory: at 576 x 4096 in bfloat16, 900 photos
+
+Tick = Callable[[int], None]  # so many more questions are done
 
 
 @dataclass(frozen=True)

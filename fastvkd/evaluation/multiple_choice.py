@@ -16,6 +16,7 @@ from fastvkd.data.records import Choice
 from fastvkd.evaluation.inputs import (
     Embedder,
     Query,
+    Tick,
     Tokens,
     common_prefix,
     evaluating,
@@ -95,15 +96,22 @@ class _Pack:
 
 
 def score_options(
-    model: nn.Module, processor: Any, queries: Sequence[Query], options: Sequence[Sequence[str]], batch_size: int
+    model: nn.Module,
+    processor: Any,
+    queries: Sequence[Query],
+    options: Sequence[Sequence[str]],
+    batch_size: int,
+    tick: Tick | None = None,
 ) -> list[OptionScores]:
     """Score each option text as the answer to its query, through the processor and the whole model, one row per
-    option: right for every family. `score_options_packed` gives the same numbers faster where the family allows."""
+    option: right for every family. `score_options_packed` gives the same numbers faster where the family allows.
+    `tick` gets the number of finished questions after every batch."""
     rows = [(q, o) for q, texts in enumerate(options) for o in range(len(texts))]
     answers = [options[q][o] for q, o in rows]
     lengths = _answer_lengths(processor, [queries[q].prompt for q, _ in rows], answers)
     rows_by_length = sorted(range(len(rows)), key=lambda row: len(queries[rows[row][0]].prompt) + len(answers[row]))
     totals = [0.0] * len(rows)
+    left = [len(texts) for texts in options]
     device = next(model.parameters()).device
     # PaliGemma lets all tokens of type 0 see each other: an answer of that type would be read off instead of predicted.
     config: Any = model.config
@@ -125,6 +133,9 @@ def score_options(
                 targets_M = inputs["input_ids"][place, -count:]
                 log_probs_MV = logits_BTV[place, -count - 1 : -1].float().log_softmax(-1)
                 totals[row] = float(log_probs_MV.gather(-1, targets_M[:, None]).double().sum())
+                left[rows[row][0]] -= 1
+            if tick is not None:
+                tick(len({rows[row][0] for row in part if left[rows[row][0]] == 0}))
     return _collect(options, {row: (totals[i], lengths[i]) for i, row in enumerate(rows)})
 
 
@@ -137,7 +148,7 @@ def _answer_lengths(processor: Any, prompts: Sequence[str], answers: Sequence[st
 
 
 def score_options_packed(
-    embedder: Embedder, queries: Sequence[Query], options: Sequence[Sequence[str]]
+    embedder: Embedder, queries: Sequence[Query], options: Sequence[Sequence[str]], tick: Tick | None = None
 ) -> list[OptionScores]:
     """The numbers of `score_options` for a family in `inputs.EMBEDDABLE`, from packs of questions that share a photo
     and options that share a question (see `_Pack`); `embedder.batch_size` packs go through the decoder at once, and
@@ -150,6 +161,8 @@ def score_options_packed(
             for key, value in _score_packs(embedder, packs[start : start + embedder.batch_size]):
                 total, count = found.get(key, (0.0, 0))
                 found[key] = (total + value, count + 1)
+            if tick is not None:  # a pack holds whole questions
+                tick(sum(len({q for q, *_ in pack.targets}) for pack in packs[start : start + embedder.batch_size]))
     return _collect(options, found)
 
 

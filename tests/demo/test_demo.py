@@ -49,4 +49,4 @@ def test_the_unlearned_model_is_an_ordinary_folder_that_eval_reads(tiny_demo, tm
     command = ["eval", "--model", str(out / "unlearned"), *arguments, "--max-samples", "200", "--out", str(tmp_path)]
     assert main(command) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["forget"]["vqa"]["accuracy"] == report["unlearned"]["forget"]["vqa"]["accuracy"]
+    assert results["cells"]["forget"]["vqa"]["accuracy"] == report["unlearned"]["forget"]["vqa"]["accuracy"]

@@ -114,9 +114,9 @@ def test_finished_cells_are_not_computed_again(tiny, people, tmp_path, monkeypat
     ran = []
     run = protocol._Runner.run
 
-    def counted(self, task, items, demonstration):
+    def counted(self, task, items, *rest):
         ran.append((items[0].entity, task))
-        return run(self, task, items, demonstration)
+        return run(self, task, items, *rest)
 
     monkeypatch.setattr(protocol._Runner, "run", counted)
     assert evaluate(tiny, cells, log_path=path, fingerprint="weights-a") == first

@@ -1,0 +1,231 @@
+"""Rows of a benchmark folder `<folder>/<split>/*.parquet` (or `*.json`, `*.jsonl`), as the public data sets are laid
+out. What the columns mean is the readers' business. Pickles are never opened.
+"""
+
+import base64
+import binascii
+import difflib
+import json
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastvkd.data.records import Photo, Profile
+from fastvkd.errors import DataError
+
+Row = dict[str, Any]
+Folder = str | os.PathLike[str]
+
+
+def splits(folder: Folder) -> list[str]:
+    """Names of the sub-folders that hold parquet or JSON files, sorted."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; give the folder that holds Full_Set/, forget_10/ ...")
+    return sorted(child.name for child in root.iterdir() if child.is_dir() and _files(child))
+
+
+def split_files(folder: Folder, split: str) -> list[Path]:
+    """The data files of a split, sorted; `DataError` with the nearest name when there is none."""
+    files = _files(Path(folder) / split)
+    if not files:
+        known = splits(folder)
+        nearest = difflib.get_close_matches(split, known, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise DataError(
+            f"{folder}: no split {split!r} with parquet or JSON files; found: {', '.join(known) or 'none'}{hint}"
+        )
+    return files
+
+
+def _files(folder: Path) -> list[Path]:
+    # Beside parquet files, JSON is something else: lists of ids, settings.
+    for patterns in (("*.parquet",), ("*.json", "*.jsonl")):
+        if found := sorted(file for pattern in patterns for file in folder.glob(pattern)):
+            return found
+    return []
+
+
+def columns(file: Path) -> set[str]:
+    """Names of the columns, empty for a file that cannot be read (`rows` says why)."""
+    try:
+        if file.suffix == ".parquet":
+            return set(pq.read_schema(file).names)
+        return set(next((row for _, row in _json_rows(file)), {}))
+    except (pa.ArrowInvalid, OSError, DataError):
+        return set()
+
+
+def rows(file: Path, required: Collection[str | tuple[str, ...]], wanted: Collection[str]) -> Iterator[tuple[str, Row]]:
+    """`('file:row', row)` of every row, with the columns in `required` and `wanted`, read a few at a time since images
+    are large.
+
+    A tuple in `required` names alternatives, of which one must be there. Raises `DataError` for a missing column and a
+    file that cannot be read.
+    """
+    choices = [one if isinstance(one, tuple) else (one,) for one in required]
+    read = {*wanted, *(name for names in choices for name in names)}
+    if file.suffix != ".parquet":
+        for source, row in _json_rows(file):
+            _require(source, row, choices)
+            yield source, {name: row[name] for name in read & row.keys()}
+        return
+    try:
+        parquet = pq.ParquetFile(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{file}: not a readable parquet file ({one_line(error)}); download it again") from error
+    with parquet:
+        present = parquet.schema_arrow.names
+        _require(str(file), present, choices)
+        index = 0
+        try:
+            for batch in parquet.iter_batches(batch_size=64, columns=[name for name in present if name in read]):
+                for row in batch.to_pylist():
+                    yield f"{file}:{index}", row
+                    index += 1
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{file}:{index}: damaged parquet data ({one_line(error)}); download it again") from error
+
+
+def _require(place: str, present: Collection[str], choices: Iterable[tuple[str, ...]]) -> None:
+    missing = [names for names in choices if not any(name in present for name in names)]
+    if missing:
+        listed = ", ".join(f"{names[0]} (or {names[1]})" if names[1:] else names[0] for names in missing)
+        raise DataError(
+            f"{place}: missing column {listed}; found: {', '.join(present)}; the columns are listed in docs/data.md"
+        )
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
+    """Rows of a JSON array (numbered from 0, as in parquet) or of JSON lines (numbered from 1, as editors do)."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".json":
+            found = list(enumerate(json.loads(text)))
+        else:
+            found = [(number, json.loads(line)) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    except (OSError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{file}: not readable as JSON ({one_line(error)}); a .json file holds a list of rows, a .jsonl file one "
+            "row a line"
+        ) from error
+    for number, row in found:
+        if not isinstance(row, dict):
+            raise DataError(f"{file}:{number}: {kind_of(row)}; expected an object with a key for every column")
+        yield f"{file}:{number}", row
+
+
+def photo(cell: Any, source: str, position: int | None = None) -> Photo | None:
+    """An image cell of the row at `source` ('file:row') -> a `Photo`; None for a null cell. `position` counts within
+    the column `images`; without it the column is `image`.
+
+    A cell is a struct of `bytes` and `path`, or bytes; in JSON a path, or a struct with base64 text. Paths are relative
+    to the split's folder or to the data folder and must lie inside the latter.
+    """
+    column, place = ("image", source) if position is None else ("images", f"{source}:{position}")
+    data, path = cell, None
+    if isinstance(cell, dict) and cell.keys() & {"bytes", "path"}:
+        data, path = cell.get("bytes"), cell.get("path")
+        if isinstance(data, str):
+            try:
+                data = base64.b64decode(data, validate=True)
+            except binascii.Error as error:
+                raise DataError(f"{place}: column {column}: bytes are no base64 ({one_line(error)})") from error
+    elif isinstance(cell, str):
+        data, path = None, cell
+    if data is None:
+        return None if path is None else Photo(_read_image(path, source, place), place)
+    if not isinstance(data, bytes):
+        raise DataError(f"{place}: column {column} holds {kind_of(data)}; expected encoded image bytes")
+    return Photo(data, place)
+
+
+def _read_image(name: str, source: str, place: str) -> bytes:
+    split = Path(source.rpartition(":")[0]).parent
+    for base in (split, split.parent):
+        path = path_inside(split.parent, base / name, place)
+        if path.is_file():
+            return path.read_bytes()
+    raise DataError(f"{place}: image {name!r} is neither in {split} nor in {split.parent}; check the path")
+
+
+def path_inside(root: Path, path: Path, place: str) -> Path:
+    """`path` without its `..`, if that lies inside `root`; else `DataError`. Links are not followed, since the hub's
+    cache is made of links to files elsewhere."""
+    path = Path(os.path.abspath(path))
+    if not path.is_relative_to(os.path.abspath(root)):
+        raise DataError(f"{place}: image {path} is outside the data folder; put it there and give a relative path")
+    return path
+
+
+def each_profile(
+    folder: Folder,
+    split: str,
+    parse: Callable[[Row, str], Profile],
+    required: Collection[str | tuple[str, ...]],
+    wanted: Collection[str],
+) -> Iterator[Profile | DataError]:
+    """`parse(row, source)` of every row of a split in file order; what a row or a file lacks comes as the `DataError`
+    that says so, so that a check can go on."""
+    for file in split_files(folder, split):
+        try:
+            for source, row in rows(file, required, wanted):
+                try:
+                    yield parse(row, source)
+                except DataError as error:
+                    yield error
+        except DataError as error:  # the file as a whole: unreadable, or a column missing
+            yield error
+
+
+def strict(profiles: Iterable[Profile | DataError]) -> list[Profile]:
+    """The profiles; raises the first `DataError` among them."""
+    found = []
+    for profile in profiles:
+        if isinstance(profile, DataError):
+            raise profile
+        found.append(profile)
+    return found
+
+
+def four_cells(
+    available: Collection[str],
+    read: Callable[[str], list[Profile]],
+    forget: str,
+    test: str,
+    retain: str,
+    realworld: str,
+) -> dict[str, list[Profile]]:
+    """The sets forget, test (of the forgotten entities only), retain and realworld, from the splits of these names;
+    those of test and realworld may be missing."""
+    cells = {"forget": read(forget)}
+    if test in available:
+        entities = {profile.entity for profile in cells["forget"]}
+        cells["test"] = [profile for profile in read(test) if profile.entity in entities]
+    cells["retain"] = read(retain)
+    if realworld in available:
+        cells["realworld"] = read(realworld)
+    return cells
+
+
+def text_of(cell: Row, key: str, place: str) -> str:
+    """The text under `key`; `DataError` if it is not one, or blank."""
+    value = cell.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{place}: {key} is {kind_of(value)}; a text is needed")
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, for a message."""
+    if value is None:
+        return "null"
+    return repr(value) if value == "" else f"a {type(value).__name__}"
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

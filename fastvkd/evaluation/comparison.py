@@ -1,0 +1,123 @@
+"""One table over several runs: results of `fastvkd eval` and reports of `fastvkd demo`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastvkd.errors import DataError, SettingsError
+
+FORMATS = ("text", "json", "latex")
+_SETS = ("forget", "test", "retain", "realworld", "forget_faces", "retain_faces", "real_faces", "real_world")
+# How the table calls the figures of a cell, in its order.
+_FIGURES = {
+    "accuracy": "acc",
+    "rouge_l": "R-L",
+    "cloze": "cloze",
+    "prob": "prob",
+    "truth_ratio": "TR",
+}
+_KINDS = {"vqa": "VQA", "qa": "QA"}
+_INTERVALS = {"accuracy": "ci95"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model: its name, what was measured how, and `figures` by title with `intervals` where there are any."""
+
+    name: str
+    measured: str
+    figures: dict[str, float]
+    intervals: dict[str, list[float]]
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[Row]:
+    """Rows of every run: a folder with `results.json` (one row) or `report.json` (one row per model of the demo), or
+    such a file. Raises `DataError` naming the run that is neither."""
+    rows: list[Row] = []
+    for path in map(Path, paths):
+        files = [path] if path.is_file() else [path / "results.json", path / "report.json"]
+        file = next((one for one in files if one.is_file()), None)
+        if file is None:
+            raise DataError(
+                f"{path}: holds neither results.json (of fastvkd eval) nor report.json (of fastvkd demo); give the "
+                "--out folder of a finished run"
+            )
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file}: cannot be read ({' '.join(str(error).split())}); run it again") from error
+        name = path.name if path.is_dir() else path.parent.name
+        if isinstance(content, dict) and isinstance(content.get("cells"), dict):
+            measured = f"{content.get('benchmark')} {content.get('mode')}"
+            rows.append(_row(name, measured, content["cells"], content.get("summary") or {}))
+        elif isinstance(content, dict) and "unlearned" in content:
+            models = [model for model in ("vanilla", "unlearned", "gold") if model in content]
+            rows += [_row(f"{name}/{model}", "demo corrected", content[model], {}) for model in models]
+        else:
+            raise DataError(f"{file}: neither a result of fastvkd eval nor a report of fastvkd demo")
+    return rows
+
+
+def _row(name: str, measured: str, cells: Mapping[str, Any], summary: Mapping[str, Any]) -> Row:
+    figures: dict[str, float] = {}
+    intervals: dict[str, list[float]] = {}
+
+    def add(title: str, values: Mapping[str, Any], figure: str) -> None:
+        if values.get(figure) is not None:
+            figures[title] = float(values[figure])
+            interval = values.get(_INTERVALS.get(figure, f"{figure}_ci95"))
+            if interval is not None:
+                intervals[title] = interval
+
+    for cell in (*(one for one in _SETS if one in cells), *(one for one in cells if one not in _SETS)):
+        for kind, title in _KINDS.items():
+            for figure, short in _FIGURES.items():
+                add(f"{cell} {title} {short}", cells[cell].get(kind, {}), figure)
+    for key, value in summary.items():
+        if isinstance(value, dict):  # joint figures of a set
+            for figure in value:
+                if not figure.endswith("_ci95") and figure != "n_pairs":
+                    add(f"{key} {figure}", value, figure)
+        elif key != "utility_missing":
+            add(key, summary, key)
+    return Row(name, measured, figures, intervals)
+
+
+def table(rows: Sequence[Row], format: str) -> str:
+    """Figures down and runs across, as `text` or `latex` (a `tabular` of booktabs) with three decimals and the 95 %
+    interval where there is one; or as `json` with all digits. Fractions are given as such, not in per cent.
+
+    Raises `SettingsError` for another format.
+    """
+    if format not in FORMATS:
+        raise SettingsError(f"format: unknown value {format!r}; allowed: {', '.join(FORMATS)}")
+    if format == "json":
+        return json.dumps([vars(row) for row in rows], indent=1)
+    titles = dict.fromkeys(title for row in rows for title in row.figures)
+    lines = [["", *(row.name for row in rows)], ["measured", *(row.measured for row in rows)]]
+    lines += [[title, *(_cell(row, title) for row in rows)] for title in titles]
+    if format == "latex":
+        head, *body = [" & ".join(map(_latex, line)) + r" \\" for line in lines]
+        start = rf"\begin{{tabular}}{{l{'r' * len(rows)}}}"
+        return "\n".join([start, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(rows) + 1)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )
+
+
+def _cell(row: Row, title: str) -> str:
+    if title not in row.figures:
+        return "-"
+    value = f"{row.figures[title]:.3f}"
+    if title not in row.intervals:
+        return value
+    low, high = row.intervals[title]
+    return f"{value} [{low:.3f}, {high:.3f}]"
+
+
+def _latex(text: str) -> str:
+    return "".join({"\\": r"\textbackslash{}"}.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text)
