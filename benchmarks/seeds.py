@@ -16,7 +16,7 @@ from world import World, about, write
 
 from fastvkd.data.demo_data import CHANCE
 from fastvkd.demo.run import demo
-from fastvkd.engines.checkpoints import load_weights
+from fastvkd.exporting import load_trained
 from fastvkd.models.loading import load_model
 from fastvkd.settings import load_settings
 from fastvkd.unlearning.loop import unlearn
@@ -58,7 +58,7 @@ def gradient_ascent(world: World, learning_rates: list[float]) -> dict[str, Any]
         settings = load_settings(
             None,
             {
-                "method": "ga",
+                "method": "gd",
                 "model_name_or_path": str(world.vanilla),
                 "data": str(world.folder),
                 "forget_split": world.data.forget_split,
@@ -76,7 +76,7 @@ def gradient_ascent(world: World, learning_rates: list[float]) -> dict[str, Any]
         unlearn(settings)
         for step in range(EVERY, STEPS + 1, EVERY):
             model = load_model(world.vanilla)
-            model.load_state_dict(load_weights(folder / f"checkpoint-{step}"), strict=False)
+            load_trained(model, folder / f"checkpoint-{step}")
             points.append({**setting, "step": step, **world.accuracy(model, max_samples=504)})
             print("  ga", json.dumps(points[-1]), flush=True)
     return {"chosen": [best([p for p in points if p["lambda_retain"] == w]) for w in LAMBDAS], "points": points}

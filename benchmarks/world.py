@@ -12,9 +12,9 @@ import torch
 
 from fastvkd.data.sources import evaluation_cells
 from fastvkd.demo.run import SIZES, build_data, trained_model
-from fastvkd.engines.checkpoints import load_weights
 from fastvkd.evaluation.inputs import PreparedPhotos
 from fastvkd.evaluation.protocol import evaluate_cells
+from fastvkd.exporting import load_trained
 from fastvkd.models.loading import load_model, load_processor
 from fastvkd.paths import shipped
 from fastvkd.reporting.report import library_versions
@@ -58,7 +58,7 @@ class World:
             )
             result = unlearn(settings)
             model = load_model(self.vanilla)
-            model.load_state_dict(load_weights(result.checkpoint), strict=False)
+            load_trained(model, result.checkpoint)
         return model, result
 
     def accuracy(self, model: Any, max_samples: int | None = 1008) -> dict[str, float]:

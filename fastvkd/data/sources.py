@@ -40,6 +40,14 @@ def read_forget_retain(folder: str, forget_split: str, retain_split: str) -> tup
     return forget, retain
 
 
+def read_split(folder: str, split: str) -> list[Profile]:
+    """The profiles of one split. Raises DataError where it has no image."""
+    profiles = _reader(folder)(folder, split)
+    if not any(profile.photos for profile in profiles):
+        raise DataError(f"{Path(folder) / split}: holds no image; name another split with finetune_split")
+    return profiles
+
+
 def evaluation_cells(folder: str, forget_split: str, retain_split: str) -> dict[str, list[Profile]]:
     """The four sets of an evaluation: forget, test (unseen photos of the same entities), retain and realworld.
 
