@@ -174,13 +174,13 @@ class AnswerSampler:
         self._processor, self._size, self._seed = processor, settings.per_device_train_batch_size, settings.seed
         self._decode = lru_cache(maxsize=4096)(lambda photo: decode_image(photo.data, photo.source))
         rng = np.random.default_rng([settings.seed, 16])
-        self._samples: list[tuple[Photo | None, str, str]] = list(_image_questions(forget))
+        self._samples: list[tuple[Photo | None, str, str]] = list(image_questions(forget))
         if refusals:
             self._samples = [(photo, question, str(rng.choice(refusals))) for photo, question, _ in self._samples]
         self._n_forget = len(self._samples)
-        self._samples += _image_questions(retain)
+        self._samples += image_questions(retain)
         n_images = len(self._samples)
-        self._samples += _text_questions(texts)
+        self._samples += text_questions(texts)
         self._text_range = range(n_images, len(self._samples))
         self._texts_per_batch = 0
         if self._text_range:
@@ -243,7 +243,7 @@ class AnswerSampler:
         return draw(len(self._pool), (step * world_size + rank) * each, each, (self._seed, 19))
 
 
-def _image_questions(profiles: Sequence[Profile]) -> list[tuple[Photo, str, str]]:
+def image_questions(profiles: Sequence[Profile]) -> list[tuple[Photo, str, str]]:
     """Every (photo, question, answer) of the profiles' image questions, worded as the evaluation words them."""
     return [
         (photo, question, answer)
@@ -253,7 +253,7 @@ def _image_questions(profiles: Sequence[Profile]) -> list[tuple[Photo, str, str]
     ]
 
 
-def _text_questions(profiles: Sequence[Profile]) -> list[tuple[None, str, str]]:
+def text_questions(profiles: Sequence[Profile]) -> list[tuple[None, str, str]]:
     """Every distinct (None, question, answer) of the profiles' text questions: rows of one entity repeat them."""
     pairs = (pair for profile in profiles for pair in question_answer_pairs(profile.textual))
     return [(None, question, answer) for question, answer in dict.fromkeys(pairs)]
