@@ -3,8 +3,8 @@
     python benchmarks/seeds.py --seeds 0 1 2 --json benchmarks/results/seeds.json
 
 Gradient ascent with retain (`method: gd`, `-l_f + lambda l_r` on answers, the same weights) is followed along its way,
-with lambda 1 as published and with 4. The point that counts, for each lambda, is the one with the best retained accuracy among those whose forget
-accuracy is within 0.10 of chance, or, where there is none, the nearest to it.
+with lambda 1 as published and with 4. For each lambda the point counts that has the best retained accuracy among those
+whose forget accuracy is within 0.10 of chance, or, where there is none, is the nearest to it.
 """
 
 import argparse

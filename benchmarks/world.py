@@ -68,7 +68,7 @@ class World:
         return model, result
 
     def follow(self, overrides: dict[str, Any], *, steps: int, every: int) -> Iterator[tuple[int, Any, Unlearned]]:
-        """One run without a recipe, at a constant learning rate, seen along its way: (step, model, the run's figures)."""
+        """One run without a recipe, at a constant rate, seen along its way: (steps done, model, the run's figures)."""
         with tempfile.TemporaryDirectory(dir=self.out) as folder:
             along = {
                 "lr_scheduler_type": "constant",

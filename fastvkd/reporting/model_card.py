@@ -46,8 +46,7 @@ def run_card(run: Path) -> str:
     lines += [
         f"# {_markdown(str(settings['model_name_or_path']).rstrip('/').rsplit('/', 1)[-1])}, unlearned",
         "",
-        f"Trained for {manifest['updates']} steps to stop recognising the images of `{settings['forget_split']}` by "
-        "Visual Knowledge Distillation; only the visual part was changed. **Nobody has evaluated this model yet**: run",
+        _made_by(settings, manifest["updates"]) + " **Nobody has evaluated this model yet**: run",
         "`fastvkd eval` on it before you rely on it.",
         "",
     ]
@@ -61,6 +60,18 @@ def run_card(run: Path) -> str:
     lines += ["## Settings", "", "| setting | value |", "|---|---|"]
     lines += [f"| {_code(key)} | {_code(value)} |" for key, value in flatten(settings).items()]
     return "\n".join(lines) + "\n"
+
+
+def _made_by(settings: Mapping[str, Any], updates: int) -> str:
+    """One sentence: what the run did, and which part of the model it changed."""
+    method, trainable = settings.get("method", "vkd"), settings.get("trainable", "vision+projector")
+    if method == "finetune":
+        return f"Fine-tuned for {updates} steps on `{settings['finetune_split']}` (trained: {trainable})."
+    name = "Visual Knowledge Distillation" if method == "vkd" else f"the method `{method}`"
+    part = "the language model was changed too" if trainable in ("lora", "all") else "only the visual part was changed"
+    return (
+        f"Trained for {updates} steps to stop recognising the images of `{settings['forget_split']}` by {name}; {part}."
+    )
 
 
 def model_card(report: Mapping[str, Any]) -> str:

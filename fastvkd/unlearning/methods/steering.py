@@ -31,12 +31,13 @@ from fastvkd.unlearning.answers import collate_answers, image_questions, text_qu
 from fastvkd.unlearning.images import draw, noise_image
 
 QUESTIONS = 256
+_POSITIONS = 2048  # of a batch, at most
 Question = tuple[Image.Image | None, str, str]
 
 
 @dataclass(frozen=True)
 class Steering:
-    """By LLM layer (0 is the first): direction (H,), and the gate clamp(h . weight + bias, 0, 1), weight (H,), bias ()."""
+    """By LLM layer (0 is the first): direction (H,), and weight (H,) and bias () of the gate."""
 
     directions: dict[int, Tensor]
     weights: dict[int, Tensor]
@@ -91,8 +92,10 @@ def fit(
     """Find direction and gate at every one of `layers` from at most `questions` questions of each side.
 
     The direction is the mean over forget questions of h(noise image) - h(photo), h being the layer's output at the
-    positions that predict the answer. Retained are image questions of `retain` and text questions of both sides.
-    `ridge` is relative to the mean variance of the hidden states. Raises SettingsError for a layer the model lacks.
+    positions that predict the answer. The gate opens for h(photo) there. It closes for the same positions of retained
+    image questions, and, so that it does at what all inputs share, for all positions of these and of text questions of
+    both sides. `ridge` is relative to the mean variance of the hidden states. Raises SettingsError for a layer that the
+    model lacks.
     """
     depth = len(_decoder_layers(model))
     wrong = [layer for layer in layers if not 0 <= layer < depth]
@@ -107,16 +110,16 @@ def fit(
         if image is not None
     ]
 
-    def states(asked: Sequence[Question]) -> dict[int, Tensor]:
-        return _hidden_states(model, processor, asked, layers, batch_size)
+    def states(asked: Sequence[Question], *, everywhere: bool) -> dict[int, Tensor]:
+        return _hidden_states(model, processor, asked, layers, batch_size, everywhere=everywhere)
 
-    recalled, erased, retained = states(about_forget), states(noise), states(about_retain)
-    in_words = states(texts)
+    recalled, erased, retained = (states(asked, everywhere=False) for asked in (about_forget, noise, about_retain))
+    shared, in_words = states(about_retain, everywhere=True), states(texts, everywhere=True)
     directions, weights, biases = {}, {}, {}
     for layer in layers:
         directions[layer] = (erased[layer] - recalled[layer]).mean(0)
-        held = torch.cat([retained[layer], in_words[layer]]) if in_words else retained[layer]
-        weights[layer], biases[layer] = _gate(recalled[layer], held, ridge)
+        elsewhere = torch.cat([shared[layer], in_words[layer]]) if in_words else shared[layer]
+        weights[layer], biases[layer] = _gate(recalled[layer], [retained[layer], elsewhere], ridge)
     return Steering(directions, weights, biases, strength)
 
 
@@ -140,14 +143,15 @@ def _hook(steering: Steering, layer: int) -> Callable[..., Any]:
     return hook
 
 
-def _gate(forget: Tensor, retain: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Weight (H,) and bias () of the affine function nearest to 1 on `forget` (n, H) and 0 on `retain`; float32.
+def _gate(forget: Tensor, retain: Sequence[Tensor], ridge: float) -> tuple[Tensor, Tensor]:
+    """Weight (H,) and bias () of the affine function nearest to 1 on `forget` (n, H) and to 0 on each of `retain`.
 
-    Both sides count the same, whatever their numbers.
+    Both sides count the same, and so do the parts of `retain`, whatever their numbers.
     """
-    states = torch.cat([forget, retain]).double()
-    share = torch.cat([torch.full((len(side),), 0.5 / len(side)) for side in (forget, retain)]).double()
-    aim = torch.cat([torch.ones(len(forget)), torch.zeros(len(retain))]).double()
+    states = torch.cat([forget, *retain]).double()
+    parts = [(forget, 0.5), *((part, 0.5 / len(retain)) for part in retain)]
+    share = torch.cat([torch.full((len(part),), weight / len(part)) for part, weight in parts]).double()
+    aim = (torch.arange(len(states)) < len(forget)).double()
     mean, mean_aim = share @ states, share @ aim
     centred = states - mean
     covariance = (centred * share[:, None]).T @ centred
@@ -158,9 +162,18 @@ def _gate(forget: Tensor, retain: Tensor, ridge: float) -> tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def _hidden_states(
-    model: nn.Module, processor: Any, asked: Sequence[Question], layers: Iterable[int], batch_size: int
+    model: nn.Module,
+    processor: Any,
+    asked: Sequence[Question],
+    layers: Iterable[int],
+    batch_size: int,
+    *,
+    everywhere: bool,
 ) -> dict[int, Tensor]:
-    """(n, H) float32 on the CPU for every layer: its output at the positions that predict the answers; {} for none."""
+    """(n, H) float32 on the CPU for every layer: its output at the positions that predict the answers; {} for none.
+
+    `everywhere`: at all tokens instead, evenly thinned out where a batch has more than `_POSITIONS`.
+    """
     if not asked:
         return {}
     device = next(model.parameters()).device
@@ -180,8 +193,11 @@ def _hidden_states(
             part = asked[start : start + batch_size]
             batch = collate_answers(processor, part, range(len(part)), [True] * len(part)).to(device)
             families.base_model(model)(**batch.inputs, use_cache=False)
+            wanted = batch.inputs["attention_mask"].bool() if everywhere else batch.predicts != -100
+            positions = wanted.nonzero()
+            positions = positions[:: -(-len(positions) // _POSITIONS)]
             for layer, parts in found.items():
-                parts.append(seen[layer][batch.predicts != -100].float().cpu())
+                parts.append(seen[layer][positions[:, 0], positions[:, 1]].float().cpu())
     finally:
         for hook in hooks:
             hook.remove()
