@@ -31,7 +31,7 @@ def test_the_gate_is_one_on_forget_and_zero_on_retained_states() -> None:
 def test_steering_moves_answers_only_while_attached(world, tmp_path) -> None:
     model, processor = load_model(world.model), load_processor(world.model)
     forget, retain = (mllmu.read_split(world.data, split) for split in (world.forget_split, world.retain_split))
-    vector = steering.fit(model, processor, forget, retain, layers=[1, 2], strength=8.0, questions=200, ridge=1e-6)
+    vector = steering.fit(model, processor, forget, retain, layers=[1, 2], strength=8.0, questions=16)
     assert all(value.shape == (32,) for value in (*vector.directions.values(), *vector.weights.values()))
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -57,7 +57,7 @@ def test_steering_moves_answers_only_while_attached(world, tmp_path) -> None:
 def test_the_gate_opens_for_forget_answers_and_closes_elsewhere(world) -> None:
     model, processor = load_model(world.model), load_processor(world.model)
     forget, retain = (mllmu.read_split(world.data, split) for split in (world.forget_split, world.retain_split))
-    vector = steering.fit(model, processor, forget, retain, layers=[1], questions=200, ridge=1e-6)
+    vector = steering.fit(model, processor, forget, retain, layers=[1], questions=128, ridge=1e-6)
 
     def gate(profiles, *, everywhere: bool) -> float:
         asked = steering._drawn(image_questions(profiles), 100, (1,))
