@@ -24,6 +24,18 @@ def _code(text: Any) -> str:
     return "`" + " ".join(str(text).split()).replace("`", "'").replace("|", "\\|") + "`"
 
 
+def _made_by(settings: Mapping[str, Any], updates: int) -> str:
+    """One sentence: what the run did, and which part of the model it changed."""
+    method, trainable = settings.get("method", "vkd"), settings.get("trainable", "vision+projector")
+    if method == "finetune":
+        return f"Fine-tuned for {updates} steps on `{settings['finetune_split']}` (trained: {trainable})."
+    name = "Visual Knowledge Distillation" if method == "vkd" else f"the method `{method}`"
+    part = "the language model was changed too" if trainable in ("lora", "all") else "only the visual part was changed"
+    return (
+        f"Trained for {updates} steps to stop recognising the images of `{settings['forget_split']}` by {name}; {part}."
+    )
+
+
 def run_card(run: Path) -> str:
     """A model card for a training run that no evaluation has judged: its settings and last figures.
 
@@ -60,18 +72,6 @@ def run_card(run: Path) -> str:
     lines += ["## Settings", "", "| setting | value |", "|---|---|"]
     lines += [f"| {_code(key)} | {_code(value)} |" for key, value in flatten(settings).items()]
     return "\n".join(lines) + "\n"
-
-
-def _made_by(settings: Mapping[str, Any], updates: int) -> str:
-    """One sentence: what the run did, and which part of the model it changed."""
-    method, trainable = settings.get("method", "vkd"), settings.get("trainable", "vision+projector")
-    if method == "finetune":
-        return f"Fine-tuned for {updates} steps on `{settings['finetune_split']}` (trained: {trainable})."
-    name = "Visual Knowledge Distillation" if method == "vkd" else f"the method `{method}`"
-    part = "the language model was changed too" if trainable in ("lora", "all") else "only the visual part was changed"
-    return (
-        f"Trained for {updates} steps to stop recognising the images of `{settings['forget_split']}` by {name}; {part}."
-    )
 
 
 def model_card(report: Mapping[str, Any]) -> str:
