@@ -11,6 +11,7 @@ steps. Steered models are attacked with the steering on.
 """
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import json
@@ -57,9 +58,10 @@ GRID: dict[str, tuple[dict[str, Any], ...]] = {
         {"learning_rate": 1e-3, "lambda_retain": 4.0, "trainable": "lora"},
     ),
     "manu": tuple({"manu_fraction": fraction} for fraction in (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)),
-    "steering": tuple({"layers": layers, "strength": s} for layers in ((1,), (2,)) for s in (1.0, 2.0, 4.0, 8.0)),
+    "steering": ({"layers": (1,)}, {"layers": (2,)}),  # each at every one of `STRENGTHS`
     "vkd": ({},),  # configs/demo.yaml as it is
 }
+STRENGTHS = (4.0, 8.0, 16.0, 32.0, 64.0)
 GRID_SAMPLES = 160  # questions a set, to choose the point
 SAMPLES = 504  # questions a set and kind, of the chosen point
 ATTACK_SHARE, ATTACK_SAMPLES = 0.2, 168
@@ -116,7 +118,7 @@ def main() -> None:
 def key(size: str, seed: int, method: str) -> str:
     """What a finished row depends on."""
     recipe = shipped("configs/demo.yaml").read_text() if method == "vkd" else ""
-    measured = [STEPS, EVERY, BATCH, GRID_SAMPLES, SAMPLES, ATTACK_SHARE, ATTACK_SAMPLES]
+    measured = [STRENGTHS, STEPS, EVERY, BATCH, GRID_SAMPLES, SAMPLES, ATTACK_SHARE, ATTACK_SAMPLES]
     facts = [size, repr(SIZES[size]), seed, method, GRID[method], recipe, measured]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
@@ -194,7 +196,7 @@ def candidates(world: World, method: str) -> Iterator[tuple[dict[str, Any], Any]
             model, run = world.unlearn(world.spec.overrides)
             yield {"seconds": sum(run.seconds.values()), "images": run.images_seen}, model
         elif method == "steering":
-            yield steered(world, setting)
+            yield from steered(world, setting)
         elif method == "manu":
             model, run = world.unlearn({"method": method, "per_device_train_batch_size": BATCH, **setting}, config=None)
             looked_at = Settings().manu_batches * BATCH  # to choose neurons
@@ -206,16 +208,17 @@ def candidates(world: World, method: str) -> Iterator[tuple[dict[str, Any], Any]
                 yield {**setting, "step": step, "seconds": seconds, "images": step * BATCH}, model
 
 
-def steered(world: World, setting: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """The vanilla model with hooks that stay on."""
+def steered(world: World, setting: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Any]]:
+    """The vanilla model with hooks that stay on: one fit, at every strength."""
     started = time.perf_counter()
-    model = load_model(world.vanilla)
-    vector = steering.fit(
-        model, world.processor, world.cells["forget"], world.cells["retain"], seed=world.seed, **setting
-    )
+    vanilla, sides = load_model(world.vanilla), (world.cells["forget"], world.cells["retain"])
+    vector = steering.fit(vanilla, world.processor, *sides, seed=world.seed, **setting)
     seconds = time.perf_counter() - started
-    steering.attach(model, vector)
-    return {**setting, "seconds": seconds, "images": 3 * steering.QUESTIONS}, model  # photo, noise, retained
+    for strength in STRENGTHS:
+        model = load_model(world.vanilla)
+        steering.attach(model, dataclasses.replace(vector, strength=strength))
+        images = 3 * steering.QUESTIONS  # photo, noise, retained
+        yield {**setting, "strength": strength, "seconds": seconds, "images": images}, model
 
 
 def same_language_model(model: Any, world: World) -> bool:

@@ -33,13 +33,20 @@ def random_world(world, tmp_path: Path, monkeypatch) -> World:
     small.cells = evaluation_cells(str(world.data), world.forget_split, world.retain_split)
     monkeypatch.setattr(small, "gold", lambda: world.model)
     monkeypatch.setattr(methods, "world_of", lambda *_: small)
-    for name, value in {"STEPS": 4, "EVERY": 2, "BATCH": 4, "GRID_SAMPLES": 8, "ATTACK_SAMPLES": 8}.items():
+    for name, value in {
+        "STEPS": 4,
+        "EVERY": 2,
+        "BATCH": 4,
+        "GRID_SAMPLES": 8,
+        "ATTACK_SAMPLES": 8,
+        "STRENGTHS": (2.0, 4.0),
+    }.items():
         monkeypatch.setattr(methods, name, value)
     grid = {
         **methods.GRID,
         "gd-lora": methods.GRID["gd-lora"][:1],
         "manu": ({"manu_fraction": 0.1, "manu_batches": 1},),
-        "steering": ({"layers": (1,), "strength": 2.0, "questions": 8},),
+        "steering": ({"layers": (1,), "questions": 8},),
     }
     monkeypatch.setattr(methods, "GRID", grid)
     return small
