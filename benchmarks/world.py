@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import tempfile
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ import torch
 
 from fastvkd.data.sources import evaluation_cells
 from fastvkd.demo.run import SIZES, build_data, trained_model
-from fastvkd.engines.checkpoints import load_weights
 from fastvkd.evaluation.inputs import PreparedPhotos
 from fastvkd.evaluation.protocol import evaluate_cells
+from fastvkd.exporting import load_trained
 from fastvkd.models.loading import load_model, load_processor
 from fastvkd.paths import shipped
 from fastvkd.reporting.report import library_versions
-from fastvkd.settings import load_settings
+from fastvkd.settings import Settings, load_settings
 from fastvkd.unlearning.loop import Unlearned, unlearn
 
 
@@ -39,34 +40,56 @@ class World:
         """The model that never saw the forgotten people."""
         return trained_model(self.spec, self.data, self.seed, self.cache, {}, gold=True)
 
+    def settings(
+        self, output: Path, overrides: dict[str, Any], *, config: str | None = "configs/demo.yaml"
+    ) -> Settings:
+        """The settings of a run on this world's data and vanilla model: a recipe with `overrides`."""
+        return load_settings(
+            shipped(config) if config else None,
+            {
+                "model_name_or_path": str(self.vanilla),
+                "data": str(self.folder),
+                "forget_split": self.data.forget_split,
+                "retain_split": self.data.retain_split,
+                "output_dir": str(output),
+                "cache_dir": str(self.out / "teacher_cache"),
+                "seed": self.seed,
+                "logging_steps": 50,
+                **overrides,
+            },
+        )
+
     def unlearn(self, overrides: dict[str, Any], *, config: str | None = "configs/demo.yaml") -> tuple[Any, Unlearned]:
         """Run with the demo's recipe and `overrides`; returns the unlearned model and the run's figures."""
         with tempfile.TemporaryDirectory(dir=self.out) as folder:
-            settings = load_settings(
-                shipped(config) if config else None,
-                {
-                    "model_name_or_path": str(self.vanilla),
-                    "data": str(self.folder),
-                    "forget_split": self.data.forget_split,
-                    "retain_split": self.data.retain_split,
-                    "output_dir": folder,
-                    "cache_dir": str(self.out / "teacher_cache"),
-                    "seed": self.seed,
-                    "logging_steps": 50,
-                    **overrides,
-                },
-            )
-            result = unlearn(settings)
+            result = unlearn(self.settings(Path(folder), overrides, config=config))
             model = load_model(self.vanilla)
-            model.load_state_dict(load_weights(result.checkpoint), strict=False)
+            load_trained(model, result.checkpoint)
         return model, result
 
-    def accuracy(self, model: Any, max_samples: int | None = 1008) -> dict[str, float]:
-        """Visual multiple-choice accuracy of every cell."""
-        cells = evaluate_cells(
+    def follow(self, overrides: dict[str, Any], *, steps: int, every: int) -> Iterator[tuple[int, Any, Unlearned]]:
+        """One run without a recipe, at a constant rate, seen along its way: (steps done, model, the run's figures)."""
+        with tempfile.TemporaryDirectory(dir=self.out) as folder:
+            along = {
+                "lr_scheduler_type": "constant",
+                "max_steps": steps,
+                "save_steps": every,
+                "save_total_limit": steps // every,
+            }
+            result = unlearn(self.settings(Path(folder), {**along, **overrides}, config=None))
+            for step in range(every, steps + 1, every):
+                model = load_model(self.vanilla)
+                load_trained(model, Path(folder) / f"checkpoint-{step}")
+                yield step, model, result
+
+    def accuracy(
+        self, model: Any, max_samples: int | None = 1008, cells: Sequence[str] | None = None
+    ) -> dict[str, float]:
+        """Visual multiple-choice accuracy of every cell, or of `cells`."""
+        figures = evaluate_cells(
             model,
             self.processor,
-            self.cells,
+            {name: profiles for name, profiles in self.cells.items() if cells is None or name in cells},
             batch_size=64,
             seed=self.seed,
             max_samples=max_samples,
@@ -74,7 +97,7 @@ class World:
             kinds=("vqa",),
             photos=self.prepared,
         )
-        return {name: kinds["vqa"]["accuracy"] for name, kinds in cells.items()}
+        return {name: kinds["vqa"]["accuracy"] for name, kinds in figures.items()}
 
 
 def about() -> dict[str, Any]:

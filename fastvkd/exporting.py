@@ -1,7 +1,8 @@
-"""Turn a run into an ordinary model folder: the base's own files, with only the visual weights' bytes replaced.
+"""Turn a run into an ordinary model folder: the base's own files, with only the trained weights' bytes replaced.
 
 Nothing is loaded as a model. Shards are copied by the file system (sharing blocks copy-on-write where it can), and in
-those that hold visual weights the tensors are overwritten in place, one at a time, under the keys the base uses.
+those that hold trained weights the tensors are overwritten in place, one at a time, under the keys the base uses.
+Low-rank adapters are merged into the weights that they belong to.
 """
 
 import errno
@@ -15,17 +16,19 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvkd.engines.checkpoints import (
     WEIGHTS,
     find_latest,
     identify_base,
+    load_weights,
     read_safetensors_header,
     shards_of,
     verify_checkpoint,
 )
 from fastvkd.errors import ModelError, TrainingError, disk_is_full
+from fastvkd.models.lora import adapted, merged, merged_weight
 
 _FICLONE = 0x40049409  # ioctl: let two files share their blocks until one of them is written
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -74,7 +77,8 @@ def export(run_dir: Path, to: Path, *, model_card: str, base: Path | None = None
         shutil.rmtree(unfinished)
     unfinished.mkdir(parents=True)
     try:
-        exported = _write(checkpoint / WEIGHTS, base, unfinished, to, model_card)
+        alpha = float(manifest["settings"].get("lora_alpha", 0))
+        exported = _write(checkpoint / WEIGHTS, base, unfinished, to, model_card, lora_alpha=alpha)
         if to.exists():
             to.rmdir()
         unfinished.rename(to)
@@ -87,11 +91,27 @@ def export(run_dir: Path, to: Path, *, model_card: str, base: Path | None = None
     return exported
 
 
-def _write(weights_file: Path, base: Path, folder: Path, to: Path, model_card: str) -> Exported:
+def load_trained(model: nn.Module, checkpoint: Path) -> None:
+    """Put a checkpoint's weights, adapters merged, into its base `model`, loaded whole or as far as they reach.
+
+    Raises TrainingError for a damaged checkpoint, ModelError when `model` lacks one of the weights.
+    """
+    manifest = verify_checkpoint(checkpoint)
+    own = model.state_dict()
+    weights = merged(load_weights(checkpoint), own.__getitem__, alpha=float(manifest["settings"].get("lora_alpha", 0)))
+    missing = sorted(set(weights) - set(own))
+    if missing:
+        raise ModelError(f"{checkpoint}: the model has no {missing[0]}; load the base model that the run started from")
+    model.load_state_dict(weights, strict=False)
+
+
+def _write(weights_file: Path, base: Path, folder: Path, to: Path, model_card: str, *, lora_alpha: float) -> Exported:
     shards = shards_of(base)
     headers = {shard: read_safetensors_header(shard) for shard in shards}
     with safe_open(weights_file, "pt") as weights:
-        names = list(weights.keys())
+        adapters = adapted(weights.keys())
+        parts = {part for pair in adapters.values() for part in pair}
+        names = [*(name for name in weights.keys() if name not in parts), *adapters]  # noqa: SIM118 - not a dict
         disk_keys = match_keys(names, {key for header, _ in headers.values() for key in header})
         live_of = {key: name for name, key in disk_keys.items()}
         rewritten: list[str] = []
@@ -106,8 +126,14 @@ def _write(weights_file: Path, base: Path, folder: Path, to: Path, model_card: s
             if keys:
                 with target.open("r+b") as file:
                     for key in keys:
-                        tensor = weights.get_tensor(live_of[key])
-                        _replace(file, key, header[key], data_start, tensor, shard)
+                        name = live_of[key]
+                        if name in adapters:
+                            a, b = (weights.get_tensor(part) for part in adapters[name])
+                            original = _read(file, key, header[key], data_start, shard)
+                            trained = merged_weight(original, a, b, alpha=lora_alpha)
+                        else:
+                            trained = weights.get_tensor(name)
+                        _replace(file, key, header[key], data_start, trained, shard)
                     file.flush()
                     os.fsync(file.fileno())
     left_out: list[str] = []
@@ -125,21 +151,26 @@ def _write(weights_file: Path, base: Path, folder: Path, to: Path, model_card: s
     return Exported(to, rewritten, copied, len(names), left_out, reflinked)
 
 
-def _replace(file: Any, key: str, entry: dict[str, Any], data_start: int, trained: Tensor, shard: Path) -> None:
+def _read(file: Any, key: str, entry: dict[str, Any], data_start: int, shard: Path) -> Tensor:
+    """One tensor of an open shard, as it is stored."""
     dtype = _DTYPES.get(entry["dtype"])
     if dtype is None:
         raise ModelError(f"{shard}: {key} is stored as {entry['dtype']}; export needs a base in F32, F16 or BF16")
-    if list(trained.shape) != entry["shape"]:
-        raise ModelError(f"{shard}: {key} has shape {entry['shape']}, the trained weight {list(trained.shape)}")
     begin, end = entry["data_offsets"]
     file.seek(data_start + begin)
-    original = torch.frombuffer(bytearray(file.read(end - begin)), dtype=dtype).view(trained.shape)
-    merged = trained.to(dtype)
+    return torch.frombuffer(bytearray(file.read(end - begin)), dtype=dtype).view(entry["shape"])
+
+
+def _replace(file: Any, key: str, entry: dict[str, Any], data_start: int, trained: Tensor, shard: Path) -> None:
+    original = _read(file, key, entry, data_start, shard)
+    if trained.shape != original.shape:
+        raise ModelError(f"{shard}: {key} has shape {entry['shape']}, the trained weight {list(trained.shape)}")
+    merged = trained.to(original.dtype)
     if not torch.isfinite(merged).all():
         raise ModelError(f"{key}: a trained value does not fit the base's {entry['dtype']}; was training stable?")
     # A run in bf16 from an fp16 base starts from rounded weights; whoever did not move gets its own bits back.
     merged = torch.where(original.to(trained.dtype) == trained, original, merged)
-    file.seek(data_start + begin)
+    file.seek(data_start + entry["data_offsets"][0])
     file.write(merged.contiguous().view(torch.uint8).numpy().tobytes())
 
 
@@ -147,8 +178,9 @@ def match_keys(live_names: list[str], disk_keys: set[str]) -> dict[str, str]:
     """Live parameter name -> key in the base's files, in either spelling.
 
     Older files say `vision_tower.vision_model.encoder...`, newer ones `model.vision_tower.encoder...` or a mix; both
-    name the same tensor once the leading `model.` and the inner `vision_model` are dropped. Raises ModelError when a
-    name has no key, or more than one.
+    name the same tensor once the leading `model.` and the inner `vision_model` are dropped. So do
+    `language_model.model.layers...`, `model.layers...` and `model.language_model.layers...`, once what comes before
+    `layers` is. Raises ModelError when a name has no key, or more than one.
     """
     by_canonical: dict[str, list[str]] = {}
     for key in sorted(disk_keys):
@@ -164,7 +196,10 @@ def match_keys(live_names: list[str], disk_keys: set[str]) -> dict[str, str]:
 
 
 def _canonical(name: str) -> str:
-    first, *rest = name.removeprefix("model.").split(".")
+    parts = name.split(".")
+    while parts[0] in ("model", "language_model", "text_model"):
+        parts = parts[1:]
+    first, *rest = parts
     return ".".join([first, *(part for part in rest if part != "vision_model")])
 
 

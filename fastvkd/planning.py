@@ -569,7 +569,12 @@ def plan(
 
 
 def recipe_of(settings: "Settings", world_size: int) -> Recipe:
-    """The cost-bearing part of `settings`; the DeepSpeed configuration is read for its ZeRO stage and offloading."""
+    """The cost-bearing part of `settings`; the DeepSpeed configuration is read for its ZeRO stage and offloading.
+
+    Raises SettingsError for a method that reads answers: its cost depends on the lengths of questions.
+    """
+    if settings.method != "vkd":
+        raise SettingsError(f"method={settings.method}: plans are made for method=vkd; leave it out to compare")
     stage, offload_optimizer, offload_parameters = 0, False, False
     if settings.deepspeed:
         from fastvkd.engines.ds_config import read_ds_config

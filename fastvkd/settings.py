@@ -19,15 +19,17 @@ from fastvkd.errors import SettingsError
 
 ForgetTarget = Literal["noise", "mean", "redirect", "reference", "repel"]
 Distance = Literal["mse", "cosine", "smooth_l1"]
-AnswerLoss = Literal["none", "ga", "npo", "idk"]
-Trainable = Literal["vision+projector", "projector", "vision"]
+Method = Literal["vkd", "ga", "gd", "kl", "npo", "idk", "rmu", "mmunlearner", "manu", "finetune"]
+AnswerLoss = Literal["none", "ga", "gd", "kl", "npo", "idk"]
+Trainable = Literal["vision+projector", "projector", "vision", "lora", "all"]
 
 
 @dataclass(kw_only=True)
 class Saliency:
-    """Which visual weights may move: those whose Fisher information for the forget set outweighs the retain set's."""
+    """Which weights may move: those whose Fisher information for the forget set outweighs the retain set's."""
 
     granularity: Literal["none", "weight", "neuron"] = "none"
+    score: Literal["fisher", "wagle"] = "fisher"  # F_forget / F_retain, or WAGLE's attribution (by fraction only)
     threshold: float | None = None  # keep where F_forget / F_retain >= threshold
     fraction: float | None = None  # or: keep this share of the weights (neurons), highest ratio first
     batches: int = 8  # batches of each side that estimate the Fisher information
@@ -45,7 +47,7 @@ class Settings:
     output_dir: str = "out/run"
 
     # The objective: lambda_forget * L_f + lambda_retain * L_r (+ lambda_answer * L_a); see docs/method.md.
-    method: Literal["vkd", "ga"] = "vkd"
+    method: Method = "vkd"
     sites: dict[str, float] = field(default_factory=lambda: {"projector": 1.0})  # site -> weight
     forget_target: ForgetTarget = "noise"
     reference_model: str | None = None  # for forget_target: reference
@@ -59,6 +61,12 @@ class Settings:
     answer_loss: AnswerLoss = "none"
     lambda_answer: float = 0.1
     npo_beta: float = 0.4
+    kl_top_k: int = 64  # tokens of the original's distribution that are remembered at each retained answer position
+    rmu_layer: int | None = None  # k, the LLM layer whose output rmu steers; None: a quarter of the depth
+    rmu_scale: float = 6.5  # length of the vector that forget answers are steered to
+    manu_fraction: float = 0.02  # share of MLP neurons that manu zeroes
+    manu_batches: int = 16  # batches of each side that estimate the neurons' importance
+    finetune_split: str = "Full_Set"  # what method: finetune learns, image and text questions
     augment: bool = False  # views (shift, flip, light) of every image; needs the online teacher
     auxiliary_images: int = 0  # synthetic "dead leaves" images that are retained too, to protect what no data set names
     auxiliary_share: float = 0.25  # their share of the retained part of a batch
@@ -67,7 +75,9 @@ class Settings:
     cache_dtype: Literal["float32", "bfloat16", "float8"] = "float32"
 
     # Which weights move.
-    trainable: Trainable = "vision+projector"
+    trainable: Trainable = "vision+projector"  # lora: adapters on the LLM's linear layers; all: everything
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
     saliency: Saliency = field(default_factory=Saliency)
 
     # Optimisation.
@@ -75,6 +85,7 @@ class Settings:
     lr_scheduler_type: Literal["constant", "cosine", "linear"] = "cosine"
     warmup_steps: int = 0
     max_steps: int = 500
+    num_train_epochs: float | None = None  # instead of max_steps: passes over the forget (fine-tuning: all) questions
     per_device_train_batch_size: int = 16  # images a step on each device, forget and retain together
     forget_share: float = 0.5  # share of forget images in a batch
     gradient_accumulation_steps: int = 1
@@ -110,8 +121,23 @@ class Settings:
                 raise SettingsError(f"sites.{site}={weight}: a weight must be above 0")
         _within(self, "forget_share", 0, 1, open_ends=True)
         _within(self, "auxiliary_share", 0, 1, open_ends=False)
-        for key in ("learning_rate", "huber_beta", "repel_margin", "max_steps", "gradient_accumulation_steps"):
-            if not getattr(self, key) > 0:
+        _within(self, "manu_fraction", 0, 1, open_ends=True)
+        for key in (
+            "learning_rate",
+            "huber_beta",
+            "repel_margin",
+            "max_steps",
+            "num_train_epochs",
+            "gradient_accumulation_steps",
+            "npo_beta",
+            "kl_top_k",
+            "rmu_layer",
+            "rmu_scale",
+            "manu_batches",
+            "lora_rank",
+            "lora_alpha",
+        ):
+            if getattr(self, key) is not None and not getattr(self, key) > 0:
                 raise SettingsError(f"{key}={getattr(self, key)}: must be above 0")
         for key in (
             "lambda_forget",
@@ -139,9 +165,20 @@ class Settings:
             raise SettingsError(
                 "forget_target=reference is cached once per image and cannot follow augment=true: set augment=false"
             )
-        if self.saliency.granularity != "none":
-            if (self.saliency.threshold is None) == (self.saliency.fraction is None):
+        self._check_trainable()
+        mask = self.mask
+        if mask is not None:
+            if self.method in ("ga", "manu", "finetune"):
+                raise SettingsError(
+                    f"saliency with method={self.method}: a mask weighs forget against retain; set "
+                    "saliency.granularity=none, or choose a method with a retain term, such as gd"
+                )
+            if (mask.threshold is None) == (mask.fraction is None):
                 raise SettingsError("saliency needs exactly one of saliency.threshold and saliency.fraction")
+            if mask.score == "wagle" and mask.fraction is None:
+                raise SettingsError(
+                    "saliency.score=wagle ranks weights: give saliency.fraction, not saliency.threshold"
+                )
             if self.weight_decay:
                 raise SettingsError(
                     f"weight_decay={self.weight_decay} would move weights that the saliency mask holds: "
@@ -153,6 +190,41 @@ class Settings:
         if unknown:
             raise SettingsError(f"report_to={sorted(unknown)}: allowed are tensorboard and wandb")
         return self
+
+    def _check_trainable(self) -> None:
+        """Refuse what cannot be trained together."""
+        changes_llm = self.trainable in ("lora", "all")
+        if self.method == "vkd" and changes_llm:
+            raise SettingsError(
+                f"method=vkd with trainable={self.trainable}: VKD leaves the LLM as it is; set trainable to "
+                "vision+projector, projector or vision, or choose another method"
+            )
+        if self.method == "vkd" and self.num_train_epochs is not None:
+            raise SettingsError("num_train_epochs counts questions, which method=vkd does not ask: set max_steps")
+        if self.trainable == "lora" and (self.method == "manu" or self.mask is not None):
+            what = "method=manu zeroes" if self.method == "manu" else "a saliency mask holds"
+            raise SettingsError(f"trainable=lora: {what} weights that the model has already; set trainable=all")
+        if self.trainable == "all" and self.quantize_llm != "none":
+            raise SettingsError(
+                f"trainable=all with quantize_llm={self.quantize_llm}: quantised weights cannot be trained; "
+                "set trainable=lora, or quantize_llm=none"
+            )
+        if changes_llm and self.fused_frozen_ops:
+            raise SettingsError(
+                f"fused_frozen_ops=true with trainable={self.trainable}: they are for a frozen LLM; set it to false"
+            )
+        if self.method == "manu" and self.engine != "local":
+            raise SettingsError(f"method=manu with engine={self.engine}: it trains nothing; set engine=local")
+
+    @property
+    def mask(self) -> Saliency | None:
+        """What chooses the weights that may move, or None. MMUnlearner's default is F_forget / F_retain >= 1."""
+        if self.saliency.granularity != "none":
+            return self.saliency
+        if self.method != "mmunlearner":
+            return None
+        default = 1.0 if self.saliency.threshold is None and self.saliency.fraction is None else self.saliency.threshold
+        return dataclasses.replace(self.saliency, granularity="weight", threshold=default)
 
     @property
     def online_teacher(self) -> bool:

@@ -82,6 +82,15 @@ def read_forget_retain(data: str, forget_split: str, retain_split: str) -> tuple
     return forget, retain
 
 
+def read_split(data: str, split: str) -> list[Profile]:
+    """The profiles of one split of a folder or hub id. Raises DataError where it has no image."""
+    folder = data_folder(data)
+    profiles = tables.strict(recognise(folder).each_profile(folder, split))
+    if not any(profile.photos for profile in profiles):
+        raise DataError(f"{folder / split}: holds no image; name another split with finetune_split")
+    return profiles
+
+
 def evaluation_cells(
     data: str, forget_split: str, retain_split: str, benchmark: str | None = None
 ) -> dict[str, list[Profile]]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 
+from fastvkd.attacks.relearning import MEASURE_AT, Curve, relearn
 from fastvkd.data import demo_data, flags, mllmu, people
 from fastvkd.data.demo_data import CHANCE, DemoData, make_demo_data
 from fastvkd.data.people import PHOTO_SIZE
@@ -29,7 +30,6 @@ from fastvkd.errors import SettingsError
 from fastvkd.evaluation import cloze, wording
 from fastvkd.evaluation.inputs import PreparedPhotos
 from fastvkd.evaluation.protocol import evaluate_cells
-from fastvkd.evaluation.relearning import relearning_curve
 from fastvkd.exporting import export
 from fastvkd.models.hashing import language_model_sha256
 from fastvkd.models.loading import load_model, load_processor
@@ -42,7 +42,7 @@ from fastvkd.unlearning.loop import Unlearned, peak_memory_bytes, unlearn
 
 @dataclass(frozen=True)
 class Size:
-    """How large a demo is; `max_samples` caps a cell's questions, `relearning_photos` are what the attacker has."""
+    """How large a demo is; `max_samples` caps a cell's questions, an attacker has `relearning_share` of the photos."""
 
     people: int = 40
     forget_percent: int = 10
@@ -54,8 +54,8 @@ class Size:
     schedule: Schedule = field(default_factory=lambda: Schedule(steps=650, questions_per_photo=3))
     overrides: dict[str, Any] = field(default_factory=dict)
     max_samples: int = 1008
-    relearning_steps: tuple[int, ...] = (0, 2, 5, 10, 20, 40)
-    relearning_photos: int = 16
+    relearning_steps: tuple[int, ...] = MEASURE_AT
+    relearning_share: float = 0.2
 
 
 SIZES = {
@@ -72,7 +72,6 @@ SIZES = {
         overrides={"max_steps": 150, "per_device_train_batch_size": 24},
         max_samples=200,
         relearning_steps=(0, 2, 5, 10),
-        relearning_photos=8,
     ),
 }
 
@@ -218,7 +217,7 @@ def trained_model(spec: Size, data: DemoData, seed: int, cache: Path, seconds: d
 def _fingerprint(spec: Size, seed: int, gold: bool) -> str:
     """All that shapes the trained model: sizes, seed, the code that draws, words and trains, library versions."""
     sources = [inspect.getsource(m) for m in (people, flags, demo_data, demo_model, pretraining, wording, cloze)]
-    later = ("overrides", "max_samples", "relearning_steps", "relearning_photos")  # what comes after training
+    later = ("overrides", "max_samples", "relearning_steps", "relearning_share")  # what comes after training
     shaping = {k: v for k, v in asdict(spec).items() if k not in later}
     facts = [shaping, seed, gold, torch.__version__, transformers.__version__, PHOTO_SIZE, sources]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -264,25 +263,20 @@ def _relearn(
     spec: Size,
     seed: int,
     prepared: PreparedPhotos,
-) -> dict[str, dict[str, list[dict[str, float]]]]:
-    curves: dict[str, dict[str, list[dict[str, float]]]] = {}
-    for weights in ("visual", "all"):
-        curves[weights] = {}
-        for name, path in models.items():
-            with Progress(f"Relearning attack on the {name} model, {weights} weights") as bar:
-                curves[weights][name] = relearning_curve(
-                    load_model(path),
-                    processor,
-                    cells["forget"],
-                    cells["test"],
-                    weights=weights,
-                    measure_at=spec.relearning_steps,
-                    photos=spec.relearning_photos,
-                    seed=seed,
-                    prepared=prepared,
-                    progress=bar,
-                )
-    return curves
+) -> dict[str, dict[str, Curve]]:
+    with Progress("Relearning attack") as bar:
+        rows = relearn(
+            {name: load_model(path) for name, path in models.items()},
+            processor,
+            cells["forget"],
+            cells["test"],
+            shares=(spec.relearning_share,),
+            seeds=(seed,),
+            measure_at=spec.relearning_steps,
+            prepared=prepared,
+            progress=bar,
+        )
+    return {row["weights"]: row["curves"] for row in rows}
 
 
 def _parameters(run: Unlearned, vanilla_dir: Path) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Checkpoints of the visual part only: written so that a kill at any moment leaves the last good one, resumed exactly.
+"""Checkpoints of the trained part only: written so that a kill at any moment leaves the last good one, resumed exactly.
 
 A checkpoint folder `checkpoint-<updates>/` holds
 
@@ -7,7 +7,7 @@ A checkpoint folder `checkpoint-<updates>/` holds
 - `rank-<r>.pt`: optimiser moments and random-number states of one rank;
 - `checkpoint.json`: updates done, sampler position, settings, the base model's fingerprint, and SHA-256 of the rest.
 
-The frozen LLM is in none of them.
+What stays frozen is in none of them: with VKD and every other run on the visual part, the LLM.
 """
 
 import dataclasses
@@ -271,7 +271,7 @@ def verify_checkpoint(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The trained visual weights of a checkpoint on the CPU, HF live names, in their working dtype."""
+    """The trained weights of a checkpoint on the CPU, HF live names, in their working dtype."""
     return load_file(checkpoint / WEIGHTS)
 
 

@@ -182,6 +182,14 @@ def visual_parameters(
     return found
 
 
+def all_parameters(model: nn.Module, family: Family) -> list[tuple[str, nn.Parameter]]:
+    """The (live name, parameter) pairs of everything that acts on the model's answers: LLM, head, and visual part."""
+    visual = visual_parameters(model, family, "vision+projector")
+    reached = {id(p) for _, p in visual}
+    unreached = {id(p) for p in tower(model, family).parameters()} - reached
+    return [(name, p) for name, p in model.named_parameters() if id(p) not in unreached]
+
+
 def train_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """Sets requires_grad on exactly these parameters and clears it on every other one of `model`."""
     wanted = {id(p) for p in parameters}

@@ -24,6 +24,18 @@ def _code(text: Any) -> str:
     return "`" + " ".join(str(text).split()).replace("`", "'").replace("|", "\\|") + "`"
 
 
+def _made_by(settings: Mapping[str, Any], updates: int) -> str:
+    """One sentence: what the run did, and which part of the model it changed."""
+    method, trainable = settings.get("method", "vkd"), settings.get("trainable", "vision+projector")
+    if method == "finetune":
+        return f"Fine-tuned for {updates} steps on `{settings['finetune_split']}` (trained: {trainable})."
+    name = "Visual Knowledge Distillation" if method == "vkd" else f"the method `{method}`"
+    part = "the language model was changed too" if trainable in ("lora", "all") else "only the visual part was changed"
+    return (
+        f"Trained for {updates} steps to stop recognising the images of `{settings['forget_split']}` by {name}; {part}."
+    )
+
+
 def run_card(run: Path) -> str:
     """A model card for a training run that no evaluation has judged: its settings and last figures.
 
@@ -46,8 +58,7 @@ def run_card(run: Path) -> str:
     lines += [
         f"# {_markdown(str(settings['model_name_or_path']).rstrip('/').rsplit('/', 1)[-1])}, unlearned",
         "",
-        f"Trained for {manifest['updates']} steps to stop recognising the images of `{settings['forget_split']}` by "
-        "Visual Knowledge Distillation; only the visual part was changed. **Nobody has evaluated this model yet**: run",
+        _made_by(settings, manifest["updates"]) + " **Nobody has evaluated this model yet**: run",
         "`fastvkd eval` on it before you rely on it.",
         "",
     ]

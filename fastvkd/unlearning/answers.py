@@ -1,10 +1,12 @@
-"""Output-level losses on answers: gradient ascent, NPO and refusal, each with cross-entropy on retained answers.
+"""Question-answer batches, and what a model makes of them at answer positions: the raw material of the output-level
+methods in `methods/`.
 
-The only part of unlearning that needs the whole LLM and the text. Labels are answer tokens only; logits are computed at
-answer positions and nowhere else, so image placeholders can neither be supervised nor cost memory.
+Labels are answer tokens only. Hidden states and logits are taken at answer positions and nowhere else, so image
+placeholders can neither be supervised nor cost memory. Legend: B answers, T tokens of the longest, n answer tokens in a
+batch, H width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -22,14 +24,7 @@ from fastvkd.evaluation.wording import question_answer_pairs
 from fastvkd.models import families
 from fastvkd.models.prompts import adds_special_tokens, chat_prompt
 from fastvkd.settings import Settings
-from fastvkd.unlearning.images import BatchPlan
-
-REFUSALS = (
-    "I don't know.",
-    "I am not able to tell who this is.",
-    "I cannot answer that.",
-    "That is not something I know.",
-)
+from fastvkd.unlearning.images import BatchPlan, draw
 
 
 @dataclass
@@ -52,18 +47,23 @@ class AnswerBatch:
 
 
 def collate_answers(
-    processor: Any, pairs: Sequence[tuple[Image.Image, str, str]], indices: Sequence[int], is_forget: Sequence[bool]
+    processor: Any,
+    pairs: Sequence[tuple[Image.Image | None, str, str]],
+    indices: Sequence[int],
+    is_forget: Sequence[bool],
 ) -> AnswerBatch:
-    """`pairs` are (image, question, answer), `indices` their positions in the sampler's list."""
+    """`pairs` are (image, question, answer), all with an image or all without one; `indices` are their positions in
+    the sampler's list."""
     tokenizer = processor.tokenizer
-    prompts = [chat_prompt(processor, question, image=True) for _, question, _ in pairs]
+    prompts = [chat_prompt(processor, question, image=image is not None) for image, question, _ in pairs]
     texts = [with_answer(p, a) + tokenizer.eos_token for p, (_, _, a) in zip(prompts, pairs, strict=True)]
     answers = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+    images = [[image] for image, _, _ in pairs if image is not None]
     side, tokenizer.padding_side = tokenizer.padding_side, "right"
     try:
         encoded = processor(
             text=texts,
-            images=[[image] for image, _, _ in pairs],
+            **({"images": images} if images else {}),
             add_special_tokens=adds_special_tokens(processor, prompts[0]),
             padding=True,
             return_tensors="pt",
@@ -79,101 +79,171 @@ def collate_answers(
     return AnswerBatch(dict(encoded), predicts, torch.tensor(list(is_forget)), torch.tensor(list(indices)))
 
 
-def answer_log_probabilities(model: nn.Module, batch: AnswerBatch) -> tuple[Tensor, Tensor]:
-    """(B,) summed log-probability of each answer in float32, and (B,) its number of tokens."""
-    hidden = families.base_model(model)(**batch.inputs, use_cache=False).last_hidden_state
-    wanted = batch.predicts != -100
-    head: Any = model.lm_head
-    token_loss = F.cross_entropy(head(hidden[wanted]).float(), batch.predicts[wanted], reduction="none")
-    row = wanted.nonzero()[:, 0]
-    zeros = torch.zeros(len(batch.predicts), device=token_loss.device)
-    return zeros.index_add(0, row, -token_loss), wanted.sum(1)
+@dataclass
+class Answers:
+    """What a model makes of a batch at its answer positions.
 
-
-def answer_loss(
-    kind: str, log_p: Tensor, tokens: Tensor, is_forget: Tensor, *, log_p0: Tensor | None, beta: float
-) -> dict[str, Tensor]:
-    """Forget and retain terms of an output-level loss.
-
-    `log_p` (B,) summed answer log-probabilities, `tokens` (B,) their lengths. With l the mean token cross-entropy:
-    ga is -l on forget answers (Thudi et al., 2022); npo is -(2 / beta) log sigmoid(-beta (log p - log p0)) a
-    sequence (Zhang et al., arXiv 2404.05868); idk is l on refusals, which the caller puts in place of the forget
-    answers (TOFU, arXiv 2401.06121). Retained answers have l.
+    hidden: (n, H), of the LLM's last layer (or the last one that is loaded). logits: (n, V) float32; None where the
+    model has no head. tokens: (n,) int64, the right token at each position. row: (n,) int64, the answer that it
+    belongs to. is_forget, sample: (B,), of the batch.
     """
 
-    def mean_nll(rows: Tensor) -> Tensor:
-        return -(log_p * rows).sum() / (tokens * rows).sum().clamp(min=1)
+    hidden: Tensor
+    logits: Tensor | None
+    tokens: Tensor
+    row: Tensor
+    is_forget: Tensor
+    sample: Tensor
 
-    if kind == "ga":
-        forget = -mean_nll(is_forget)
-    elif kind == "idk":
-        forget = mean_nll(is_forget)
-    elif kind == "npo":
-        assert log_p0 is not None
-        terms = -(2 / beta) * F.logsigmoid(-beta * (log_p - log_p0))
-        forget = (terms * is_forget).sum() / is_forget.sum().clamp(min=1)
-    else:
-        raise ValueError(f"unknown answer loss {kind!r}")
-    return {"forget": forget, "retain": mean_nll(~is_forget)}
+    def log_probabilities(self) -> Tensor:
+        """(B,) summed log-probability of each answer, float32."""
+        assert self.logits is not None
+        token_loss = F.cross_entropy(self.logits, self.tokens, reduction="none")
+        return torch.zeros(len(self.is_forget), device=token_loss.device).index_add(0, self.row, -token_loss)
+
+    def cross_entropy(self, *, forget: bool) -> Tensor:
+        """Mean cross-entropy over the tokens of forget (or else of retained) answers; 0 where there are none."""
+        assert self.logits is not None
+        return mean_where(F.cross_entropy(self.logits, self.tokens, reduction="none"), self.answers_of(forget))
+
+    def answers_of(self, forget: bool) -> Tensor:
+        """(n,) bool: the tokens of forget (or else of retained) answers."""
+        return self.is_forget[self.row] == forget
+
+    def retained_samples(self) -> list[int]:
+        """Positions in the sampler's list of the retained answers with tokens here, in the order of those tokens."""
+        rows = self.row[self.answers_of(forget=False)].unique_consecutive()
+        return self.sample[rows].tolist()
+
+
+def mean_where(values: Tensor, chosen: Tensor) -> Tensor:
+    """Mean of those `values` (n,) that `chosen` (n,) bool selects; 0 (with a graph) where it selects none."""
+    return (values * chosen).sum() / chosen.sum().clamp(min=1)
+
+
+def read_answers(model: nn.Module, batch: AnswerBatch) -> Answers:
+    """One forward pass of `model`, whole or truncated, over `batch`."""
+    hidden = families.base_model(model)(**batch.inputs, use_cache=False).last_hidden_state
+    wanted = batch.predicts != -100
+    kept = hidden[wanted]
+    head: Any = getattr(model, "lm_head", None)
+    logits = head(kept).float() if head is not None else None
+    return Answers(kept, logits, batch.predicts[wanted], wanted.nonzero()[:, 0], batch.is_forget, batch.sample)
+
+
+def answer_log_probabilities(model: nn.Module, batch: AnswerBatch) -> tuple[Tensor, Tensor]:
+    """(B,) summed log-probability of each answer in float32, and (B,) its number of tokens."""
+    answers = read_answers(model, batch)
+    return answers.log_probabilities(), torch.bincount(answers.row, minlength=len(answers.is_forget))
 
 
 class AnswerTerm(nn.Module):
-    """`answer_loss` of one batch under `model`, whose LLM is whole."""
+    """The loss terms of one output-level method (see `methods/`) under `model`."""
 
-    def __init__(self, model: nn.Module, kind: str, log_p0: Tensor | None, *, beta: float, lambda_retain: float):
+    def __init__(self, model: nn.Module, method: Any, lambda_forget: float, lambda_retain: float):
         super().__init__()
-        self.model, self.kind, self.beta, self.lambda_retain = model, kind, beta, lambda_retain
-        self.log_p0 = log_p0  # (samples,), of the frozen original
+        self.model, self.method = model, method
+        self.lambda_forget, self.lambda_retain = lambda_forget, lambda_retain
 
     def forward(self, batch: AnswerBatch) -> dict[str, Tensor]:
-        """`forget` and `retain`, scalars with graph."""
-        log_p, tokens = answer_log_probabilities(self.model, batch)
-        log_p0 = None if self.log_p0 is None else self.log_p0[batch.sample]
-        return answer_loss(self.kind, log_p, tokens, batch.is_forget, log_p0=log_p0, beta=self.beta)
+        """`forget` and `retain`, whichever the method has, and `total`, their weighted sum; scalars with graph."""
+        terms: dict[str, Tensor] = self.method(read_answers(self.model, batch))
+        weights = {"forget": self.lambda_forget, "retain": self.lambda_retain}
+        return {**terms, "total": torch.stack([weights[name] * term for name, term in terms.items()]).sum()}
 
 
 class AnswerSampler:
-    """Batches of image questions, forget first; every rank and step gets as many of each."""
+    """Batches of questions with their answers. Every rank and step gets as many of each kind.
+
+    Args:
+        forget, retain: profiles whose image questions are asked; one of them may be empty.
+        texts: profiles whose text questions are asked too, in batches of their own (fine-tuning).
+        refusals: put in place of the forget answers, at random; empty for the true answers.
+    """
 
     def __init__(
-        self, processor: Any, forget: Sequence[Profile], retain: Sequence[Profile], settings: Settings, *, idk: bool
+        self,
+        processor: Any,
+        settings: Settings,
+        *,
+        forget: Sequence[Profile] = (),
+        retain: Sequence[Profile] = (),
+        texts: Sequence[Profile] = (),
+        refusals: Sequence[str] = (),
     ):
-        self._processor, self._size = processor, settings.per_device_train_batch_size
+        self._processor, self._size, self._seed = processor, settings.per_device_train_batch_size, settings.seed
         self._decode = lru_cache(maxsize=4096)(lambda photo: decode_image(photo.data, photo.source))
         rng = np.random.default_rng([settings.seed, 16])
-        self._samples = _image_questions(forget)
-        if idk:
-            self._samples = [(photo, question, str(rng.choice(REFUSALS))) for photo, question, _ in self._samples]
+        self._samples: list[tuple[Photo | None, str, str]] = list(image_questions(forget))
+        if refusals:
+            self._samples = [(photo, question, str(rng.choice(refusals))) for photo, question, _ in self._samples]
         self._n_forget = len(self._samples)
-        self._samples += _image_questions(retain)
-        self._plan = BatchPlan(
-            range(self._n_forget),
-            range(self._n_forget, len(self._samples)),
-            batch_size=self._size,
-            forget_share=settings.forget_share,
-            seed=settings.seed,
-        )
+        self._samples += image_questions(retain)
+        n_images = len(self._samples)
+        self._samples += text_questions(texts)
+        self._text_range = range(n_images, len(self._samples))
+        self._texts_per_batch = 0
+        if self._text_range:
+            share = round(self._size * len(self._text_range) / len(self._samples))
+            self._texts_per_batch = min(max(1, share), self._size - 1)
+        self._pool = range(n_images)
+        self._plan: BatchPlan | None = None
+        if 0 < self._n_forget < n_images:
+            self._plan = BatchPlan(
+                range(self._n_forget),
+                range(self._n_forget, n_images),
+                batch_size=self._size,
+                forget_share=settings.forget_share,
+                seed=settings.seed,
+            )
+
+    def __len__(self) -> int:
+        """Number of questions that one epoch asks: the forget set's where there is one, else all."""
+        return self._n_forget or len(self._samples)
+
+    @property
+    def per_batch(self) -> int:
+        """How many of those one batch asks."""
+        return self._plan.forget_per_rank if self._plan is not None else self._size
 
     def batch(self, step: int, rank: int, world_size: int) -> AnswerBatch:
-        forget, retain = self._plan.indices(step, rank, world_size)
-        return self._collate(forget + retain)
+        """The image questions of one step on one rank, forget first."""
+        return self.collate(self._indices(step, rank, world_size))
 
-    @torch.no_grad()
-    def reference_log_probabilities(self, model: nn.Module, device: torch.device) -> Tensor:
-        """(samples,) log-probabilities under the frozen original, computed once, so that no second model is held."""
-        parts = []
-        for start in range(0, len(self._samples), self._size):
-            batch = self._collate(list(range(start, min(start + self._size, len(self._samples)))))
-            parts.append(answer_log_probabilities(model, batch.to(device))[0])
-        return torch.cat(parts)
+    def text_batch(self, step: int, rank: int, world_size: int) -> AnswerBatch | None:
+        """The text questions of one step on one rank; None where there are none."""
+        if not self._text_range:
+            return None
+        each = self._texts_per_batch
+        chosen = draw(len(self._text_range), (step * world_size + rank) * each, each, (self._seed, 20))
+        return self.collate([self._text_range[i] for i in chosen])
 
-    def _collate(self, indices: Sequence[int]) -> AnswerBatch:
+    def visited(self, steps: int, world_size: int, *, forget: bool, retain: bool) -> Iterator[AnswerBatch]:
+        """Batches of every forget (retained) image question that `steps` micro-batches on all ranks draw, each once."""
+        seen: dict[int, None] = {}
+        for step in range(steps):
+            for rank in range(world_size):
+                seen.update(dict.fromkeys(self._indices(step, rank, world_size)))
+        wanted = sorted(i for i in seen if (forget if i < self._n_forget else retain))
+        for start in range(0, len(wanted), self._size):
+            yield self.collate(wanted[start : start + self._size])
+
+    def collate(self, indices: Sequence[int]) -> AnswerBatch:
         samples = [self._samples[i] for i in indices]
-        pairs = [(self._decode(photo), question, answer) for photo, question, answer in samples]
+        pairs = [
+            (None if photo is None else self._decode(photo), question, answer) for photo, question, answer in samples
+        ]
         return collate_answers(self._processor, pairs, indices, [i < self._n_forget for i in indices])
 
+    def _indices(self, step: int, rank: int, world_size: int) -> list[int]:
+        if self._plan is not None:
+            forget, retain = self._plan.indices(step, rank, world_size)
+            return forget + retain
+        each = self._size - self._texts_per_batch
+        return draw(len(self._pool), (step * world_size + rank) * each, each, (self._seed, 19))
 
-def _image_questions(profiles: Sequence[Profile]) -> list[tuple[Photo, str, str]]:
+
+def image_questions(profiles: Sequence[Profile]) -> list[tuple[Photo, str, str]]:
     """Every (photo, question, answer) of the profiles' image questions, worded as the evaluation words them."""
     return [
         (photo, question, answer)
@@ -181,3 +251,9 @@ def _image_questions(profiles: Sequence[Profile]) -> list[tuple[Photo, str, str]
         for photo in profile.photos
         for question, answer in question_answer_pairs(profile.visual)
     ]
+
+
+def text_questions(profiles: Sequence[Profile]) -> list[tuple[None, str, str]]:
+    """Every distinct (None, question, answer) of the profiles' text questions: rows of one entity repeat them."""
+    pairs = (pair for profile in profiles for pair in question_answer_pairs(profile.textual))
+    return [(None, question, answer) for question, answer in dict.fromkeys(pairs)]

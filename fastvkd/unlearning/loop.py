@@ -4,6 +4,7 @@ What is trained (objective, targets, masks) is put together in `tasks.py`; the e
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -75,6 +76,8 @@ def unlearn(settings: Settings, *, progress: Progress = lambda *_: None) -> Unle
         lambda done, total: progress("teacher", done, total, {}),
         partitioned=partitioning is not None,
     )
+    if task.max_steps:  # it may come from num_train_epochs; none where the method is free of training
+        settings = dataclasses.replace(settings, max_steps=task.max_steps)
     engine = build_engine(settings, task, device, ds_config)
     if task.see_teacher is not None:
         task.see_teacher(engine.forward_module)
@@ -105,7 +108,7 @@ def unlearn(settings: Settings, *, progress: Progress = lambda *_: None) -> Unle
         stop_asked = during.enter_context(_sigterm())
         if settings.fused_frozen_ops:
             during.enter_context(_fused_frozen_ops(task.model))
-        for update in range(first, settings.max_steps):
+        for update in range(first, task.max_steps):
             for part in range(settings.gradient_accumulation_steps):
                 batch = task.batch(update * settings.gradient_accumulation_steps + part, engine.rank, engine.world_size)
                 terms = engine.forward_module(batch)

@@ -1,8 +1,11 @@
 """From settings to something the loop can run: the model, what it is trained on, and which of its weights move."""
 
 import dataclasses
+import functools
 import io
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +17,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fastvkd.data.dead_leaves import dead_leaves
 from fastvkd.data.images import decode_image
 from fastvkd.data.records import Photo, Profile
-from fastvkd.data.sources import read_forget_retain
+from fastvkd.data.sources import read_forget_retain, read_split
 from fastvkd.engines.checkpoints import BaseModel, identify_base, local_folder
 from fastvkd.errors import SettingsError
-from fastvkd.models import families
+from fastvkd.models import families, lora
 from fastvkd.models.families import family_of
 from fastvkd.models.loading import llm_layers_needed, load_config, load_model, load_processor
 from fastvkd.models.prompts import visual_prefix
 from fastvkd.models.visual_path import VisualBatch, VisualPath, collate_images
-from fastvkd.settings import Settings
+from fastvkd.settings import Saliency, Settings
 from fastvkd.unlearning import saliency
-from fastvkd.unlearning.answers import AnswerBatch, AnswerSampler, AnswerTerm
+from fastvkd.unlearning.answers import AnswerBatch, AnswerSampler, AnswerTerm, read_answers
 from fastvkd.unlearning.images import BatchPlan, ImageSet, Views, noise_image
+from fastvkd.unlearning.methods import answer_method, manu
+from fastvkd.unlearning.methods.idk import REFUSALS
 from fastvkd.unlearning.objective import DistillBatch, VisualDistillation, site_losses
 from fastvkd.unlearning.targets import TargetTable, mean_features, redirect, variance
 from fastvkd.unlearning.teacher import FeatureCache, fill_caches, frozen_copy, split_by_image
@@ -35,10 +40,11 @@ Report = Callable[[int, int], None]
 
 @dataclass
 class StepBatch:
-    """What one forward pass gets: images to distil, answers to (un)learn, or both."""
+    """What one forward pass gets: images to distil, answers about images to (un)learn, and answers about text alone."""
 
     distill: DistillBatch | None
     answers: AnswerBatch | None
+    texts: AnswerBatch | None = None
 
 
 class UnlearningModule(nn.Module):
@@ -56,12 +62,14 @@ class UnlearningModule(nn.Module):
         terms: dict[str, Tensor] = {}
         if self.distill is not None and batch.distill is not None:
             terms = self.distill(batch.distill)
-        if self.answers is not None and batch.answers is not None:
-            parts = self.answers(batch.answers)
-            answer_loss = self.lambda_answer * (parts["forget"] + self.answers.lambda_retain * parts["retain"])
-            terms["loss"] = terms["loss"] + answer_loss if "loss" in terms else answer_loss
-            terms["loss_answer_forget"] = parts["forget"].detach()
-            terms["loss_answer_retain"] = parts["retain"].detach()
+        if self.answers is not None:
+            for name, asked in (("answer", batch.answers), ("text", batch.texts)):
+                if asked is None:
+                    continue
+                parts = self.answers(asked)
+                answer_loss = self.lambda_answer * parts.pop("total")
+                terms["loss"] = terms["loss"] + answer_loss if "loss" in terms else answer_loss
+                terms |= {f"loss_{name}_{side}": value.detach() for side, value in parts.items()}
         return terms
 
 
@@ -74,6 +82,7 @@ class Task:
     parameters: list[tuple[str, nn.Parameter]]
     batch: Callable[[int, int, int], StepBatch]
     images_per_step: int
+    max_steps: int
     trained_share: float = 1.0
     see_teacher: Callable[[Callable[[VisualBatch], Any]], None] | None = (
         None  # still to be called, with what runs the model
@@ -105,10 +114,14 @@ def prepare(
     if partitioned:
         _refuse_with_zero3(settings)
     uses_features = settings.method == "vkd"
-    answer_kind = "ga" if settings.method == "ga" else settings.answer_loss
+    method = settings.answer_loss if uses_features else settings.method
     config = load_config(settings.model_name_or_path)
-    layers = None if answer_kind != "none" else llm_layers_needed(settings.sites, config)
-    forget, retain = read_forget_retain(settings.data, settings.forget_split, settings.retain_split)
+    layers = _layers_needed(settings, config)
+    forget: list[Profile] = []
+    if settings.method == "finetune":
+        retain = read_split(settings.data, settings.finetune_split)
+    else:
+        forget, retain = read_forget_retain(settings.data, settings.forget_split, settings.retain_split)
     processor = load_processor(settings.model_name_or_path)
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
 
@@ -133,8 +146,28 @@ def prepare(
     )
     parameters = _trainable(model, settings)
     families.train_only(model, [p for _, p in parameters])
-    masked = settings.saliency.granularity != "none"
-    original = [p.detach().clone() for _, p in parameters] if masked else []
+    original = [p.detach().clone() for _, p in parameters] if settings.mask is not None else []
+
+    answers: AnswerTerm | None = None
+    sampler: AnswerSampler | None = None
+    max_steps = settings.max_steps
+    if method == "manu":
+        sampler = AnswerSampler(processor, settings, forget=forget, retain=retain)
+        parameters = _prune_neurons(settings, model, parameters, sampler, device)
+        max_steps = 0
+    elif method != "none":
+        sampler = AnswerSampler(
+            processor,
+            settings,
+            forget=forget,
+            retain=() if method == "ga" else retain,
+            texts=retain if method == "finetune" else (),
+            refusals=REFUSALS if method == "idk" else (),
+        )
+        max_steps = _steps(settings, sampler)
+        lambda_forget = 1.0 if uses_features else settings.lambda_forget  # with features, lambda_answer is the weight
+        answers = AnswerTerm(model, answer_method(method, settings), lambda_forget, settings.lambda_retain)
+        _remember_original(answers, sampler, max_steps * settings.gradient_accumulation_steps, settings, device)
 
     if settings.gradient_checkpointing:
         _checkpoint_layers(model)
@@ -163,27 +196,77 @@ def prepare(
         if settings.forget_target == "repel":
             _random_start(parameters, settings)
 
-    answers: AnswerTerm | None = None
-    sampler: AnswerSampler | None = None
-    if answer_kind != "none":
-        sampler = AnswerSampler(processor, forget, retain, settings, idk=answer_kind == "idk")
-        log_p0 = sampler.reference_log_probabilities(model, device) if answer_kind == "npo" else None
-        answers = AnswerTerm(model, answer_kind, log_p0, beta=settings.npo_beta, lambda_retain=settings.lambda_retain)
-
-    module = UnlearningModule(distill, answers, 1.0 if not uses_features else settings.lambda_answer)
+    module = UnlearningModule(distill, answers, settings.lambda_answer if uses_features else 1.0)
 
     def batch(step: int, rank: int, world_size: int) -> StepBatch:
+        asked = sampler.batch(step, rank, world_size).to(device) if sampler is not None else None
+        texts = sampler.text_batch(step, rank, world_size) if sampler is not None else None
         return StepBatch(
             distill_data.batch(step, rank, world_size) if distill_data is not None else None,
-            sampler.batch(step, rank, world_size).to(device) if sampler is not None else None,
+            asked,
+            texts.to(device) if texts is not None else None,
         )
 
-    task = Task(model, module, parameters, batch, settings.per_device_train_batch_size)
+    task = Task(model, module, parameters, batch, settings.per_device_train_batch_size, max_steps)
     if distill is not None and partitioned:
         task.see_teacher = see_teacher
-    if masked:
-        task.trained_share = _apply_saliency(settings, task, original)
+    if settings.mask is not None:
+        task.trained_share = _apply_saliency(settings, settings.mask, task, original)
     return task
+
+
+def _layers_needed(settings: Settings, config: Any) -> int | None:
+    """How many LLM layers the method reads; None for the whole model with its head."""
+    if settings.method == "vkd" and settings.answer_loss == "none":
+        return llm_layers_needed(settings.sites, config)
+    if settings.method == "rmu":
+        layer = settings.rmu_layer or max(1, families.llm_depth(config) // 4)
+        return llm_layers_needed([f"llm:{layer}"], config)
+    return None
+
+
+def _world_size(settings: Settings) -> int:
+    """Number of processes that draw from the data together; DeepSpeed's launcher tells."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if settings.engine == "deepspeed" else 1
+
+
+def _steps(settings: Settings, sampler: AnswerSampler) -> int:
+    """Optimiser updates: `max_steps`, or what `num_train_epochs` passes over the forget (or all) questions take."""
+    if settings.num_train_epochs is None:
+        return settings.max_steps
+    each = sampler.per_batch * settings.gradient_accumulation_steps * _world_size(settings)
+    return max(1, math.ceil(settings.num_train_epochs * len(sampler) / each))
+
+
+@torch.no_grad()
+def _remember_original(
+    term: AnswerTerm, sampler: AnswerSampler, micro_steps: int, settings: Settings, device: torch.device
+) -> None:
+    """Let the method note what it needs of the frozen original, of the questions that training will ask."""
+    method: Any = term.method
+    side = getattr(method, "remembers", None)
+    if side is None:
+        return
+    visited = sampler.visited(micro_steps, _world_size(settings), forget=side == "forget", retain=side == "retain")
+    for batch in visited:
+        method.remember(read_answers(term.model, batch.to(device)))
+
+
+def _prune_neurons(
+    settings: Settings,
+    model: nn.Module,
+    parameters: list[tuple[str, nn.Parameter]],
+    sampler: AnswerSampler,
+    device: torch.device,
+) -> list[tuple[str, nn.Parameter]]:
+    """MANU: zero neurons of the trainable part; returns the weights that changed."""
+    readers = manu.find_readers(model, parameters)
+
+    def side(forget: bool) -> list[Tensor]:
+        batches = sampler.visited(settings.manu_batches, 1, forget=forget, retain=not forget)
+        return manu.importance(model, readers, (batch.to(device) for batch in batches))
+
+    return manu.prune(readers, side(True), side(False), settings.manu_fraction)
 
 
 def _checkpoint_layers(model: Any) -> None:
@@ -198,16 +281,21 @@ def _checkpoint_layers(model: Any) -> None:
             module.training = True
 
 
+_REMEMBER = ("npo", "kl", "rmu")  # methods that note what the original answers before training
+
+
 def _refuse_with_zero3(settings: Settings) -> None:
     """What needs whole weights before DeepSpeed has taken the model over."""
     for found, key in (
-        (settings.saliency.granularity != "none", "saliency"),
+        (settings.mask is not None, "a saliency mask"),
+        (settings.trainable == "lora", "trainable=lora"),
         (
             settings.online_teacher and any(site.startswith("llm") for site in settings.sites),
             "an online teacher (augment=true) at a site inside the LLM",
         ),
         (settings.forget_target in ("reference", "repel"), f"forget_target={settings.forget_target}"),
-        (settings.answer_loss == "npo", "answer_loss=npo"),
+        (settings.answer_loss in _REMEMBER, f"answer_loss={settings.answer_loss}"),
+        (settings.method in _REMEMBER, f"method={settings.method}"),
     ):
         if found:
             raise SettingsError(
@@ -216,9 +304,16 @@ def _refuse_with_zero3(settings: Settings) -> None:
 
 
 def _trainable(model: nn.Module, settings: Settings) -> list[tuple[str, nn.Parameter]]:
-    """Visual parameters that the sites reach; an answer, at the end of the model, reaches all."""
+    """Visual parameters that the sites reach; an answer, at the end of the model, reaches all. Or (also) the LLM's."""
+    family = family_of(model)
+    if settings.trainable == "lora":
+        names = {id(module): name for name, module in model.named_modules()}
+        llm = families.language_model(model, family)
+        return lora.add_adapters(llm, names, rank=settings.lora_rank, alpha=settings.lora_alpha, seed=settings.seed)
+    if settings.trainable == "all":
+        return families.all_parameters(model, family)
     reached = list(settings.sites) if settings.method == "vkd" and settings.answer_loss == "none" else None
-    return families.visual_parameters(model, family_of(model), settings.trainable, reached)
+    return families.visual_parameters(model, family, settings.trainable, reached)
 
 
 @torch.no_grad()
@@ -231,38 +326,56 @@ def _random_start(parameters: list[tuple[str, nn.Parameter]], settings: Settings
             parameter.add_(noise * (settings.repel_start * parameter.norm() / noise.norm()))
 
 
-def _apply_saliency(settings: Settings, task: Task, original: list[Tensor]) -> float:
-    """Fisher information of each side of the task's own objective, then masks on every gradient to come.
+def _apply_saliency(settings: Settings, mask: Saliency, task: Task, original: list[Tensor]) -> float:
+    """Score every weight for each side of the task's own objective, then mask every gradient to come.
 
     Weights outside the masks get their `original` values, which a random start may have left.
     """
 
-    def side(forget_side: bool) -> dict[str, Tensor]:
-        def losses():
-            for step in range(settings.saliency.batches):
-                yield lambda step=step: task.module(_one_side(task.batch(step, 0, 1), forget_side))["loss"]
+    def side(forget_side: bool) -> Iterator[Callable[[], Tensor]]:
+        for step in range(mask.batches):
+            yield functools.partial(_side_loss, task, step, forget_side)
 
-        return saliency.fisher_information(task.parameters, losses())
-
-    # Retain rows are exact at the start, so their gradient there is zero: estimate both where one step has been taken.
     start = [p.detach().clone() for _, p in task.parameters]
-    _nudge(task, settings)
-    fisher_forget, fisher_retain = side(True), side(False)
+    if settings.method in ("vkd", "rmu"):
+        # Retained features are exact at the start, so their gradient is zero: estimate both sides one step further on.
+        _nudge(task, settings)
+    fisher_forget = saliency.fisher_information(task.parameters, side(True))
+    fisher_retain = saliency.fisher_information(task.parameters, side(False))
+    saliency.check_reached(fisher_forget, fisher_retain)
+    if mask.score == "wagle":
+        fisher_forget = saliency.wagle_scores(
+            task.parameters,
+            saliency.mean_gradient(task.parameters, side(True)),
+            saliency.mean_gradient(task.parameters, side(False)),
+            fisher_retain,
+        )
+        fisher_retain = {name: torch.ones_like(score) for name, score in fisher_forget.items()}
     with torch.no_grad():
         for (_, parameter), value in zip(task.parameters, start, strict=True):
             parameter.copy_(value)
     masks = saliency.build_masks(
         fisher_forget,
         fisher_retain,
-        granularity=settings.saliency.granularity,
-        threshold=settings.saliency.threshold,
-        fraction=settings.saliency.fraction,
+        granularity=mask.granularity,
+        threshold=mask.threshold,
+        fraction=mask.fraction,
     )
     with torch.no_grad():
         for (name, parameter), value in zip(task.parameters, original, strict=True):
             parameter.copy_(torch.where(masks[name].to(value.device).to_bool(), parameter, value))
     saliency.mask_gradients(task.parameters, masks)
     return saliency.trained_share(masks)
+
+
+def _side_loss(task: Task, step: int, forget_side: bool) -> Tensor:
+    """What one side adds to the loss of batch `step`; of an output-level method its own term, without its lambda."""
+    one = _one_side(task.batch(step, 0, 1), forget_side)
+    assert isinstance(task.module, UnlearningModule)
+    if task.module.distill is not None or task.module.answers is None:
+        return task.module(one)["loss"]
+    terms = task.module.answers(one.answers)
+    return terms["forget" if forget_side else "retain"]
 
 
 def _nudge(task: Task, settings: Settings) -> None:

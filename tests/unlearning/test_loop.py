@@ -128,7 +128,7 @@ def test_bf16_run_keeps_float32_masters(world, tmp_path: Path) -> None:
     assert not torch.equal(weights[name], base_weights(world)[name].bfloat16())
 
 
-@pytest.mark.parametrize("answer_loss", ["ga", "npo", "idk"])
+@pytest.mark.parametrize("answer_loss", ["gd", "kl", "npo", "idk"])
 def test_answer_terms_join_the_feature_loss(world, tmp_path: Path, answer_loss: str) -> None:
     result = unlearn(world.settings(tmp_path, answer_loss=answer_loss, max_steps=3))
     lines = figures(result.metrics)

@@ -1,0 +1,223 @@
+"""The relearning attack: fine-tune the unlearned model on some forget photos and watch whether the rest comes back.
+
+Knowledge that was hidden returns for unseen photos within a few steps; knowledge that is gone must be learnt anew, as
+slowly as by a model that never had it (the "gold" model). So the figure is not how far accuracy rises, but by how much
+its curve lies above gold's under the same budget: `relearning_gap`.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastvkd.data.images import decode_image
+from fastvkd.data.records import Photo, Profile
+from fastvkd.evaluation.inputs import PreparedPhotos
+from fastvkd.evaluation.protocol import evaluate_cells
+from fastvkd.evaluation.wording import question_answer_pairs
+from fastvkd.models.families import family_of, train_only, visual_parameters
+from fastvkd.unlearning.answers import AnswerBatch, answer_log_probabilities, collate_answers
+
+Weights = Literal["visual", "all"]
+Curve = list[dict[str, float]]
+MEASURE_AT = (0, 2, 5, 10, 20, 40)
+SHARES = (0.1, 0.2, 0.5, 1.0)
+
+
+class Attacker:
+    """The photos an attacker holds, and the batches that come of them: the same for every model that is attacked.
+
+    Args:
+        forget: the rows of the forget set; `share` of their photos, spread evenly over the entities, are taken, at
+            least one.
+        batch_size: question-answer pairs a step, drawn by `seed`.
+    """
+
+    def __init__(
+        self, processor: Any, forget: Sequence[Profile], *, share: float = 1.0, batch_size: int = 16, seed: int = 0
+    ):
+        if not 0 < share <= 1:
+            raise ValueError(f"share={share}: must lie above 0 and at most at 1")
+        rng = np.random.default_rng([seed, 21])
+        rows = [(profile, photo) for profile in forget for photo in profile.photos]
+        taken = spread(rows, max(1, round(share * len(rows))), rng)
+        self.photos = len(taken)
+        self._samples = [
+            (photo, question, answer)
+            for profile, photo in taken
+            for question, answer in question_answer_pairs(profile.visual)
+        ]
+        self._processor, self._batch_size, self._seed = processor, batch_size, seed
+        self._decode = cache(lambda photo: decode_image(photo.data, photo.source))
+        self._batches: dict[int, AnswerBatch] = {}
+
+    def batch(self, step: int) -> AnswerBatch:
+        """The batch of step 1, 2, ...: prepared once, kept on the CPU."""
+        if step not in self._batches:
+            rng = np.random.default_rng([self._seed, 22, step])
+            chosen = rng.choice(len(self._samples), min(self._batch_size, len(self._samples)), replace=False).tolist()
+            pairs = [
+                (self._decode(photo), question, answer)
+                for photo, question, answer in (self._samples[i] for i in chosen)
+            ]
+            self._batches[step] = collate_answers(self._processor, pairs, chosen, [True] * len(chosen))
+        return self._batches[step]
+
+
+def relearning_curve(
+    model: nn.Module,
+    processor: Any,
+    attacker: Attacker,
+    unseen: Sequence[Profile],
+    *,
+    weights: Weights,
+    measure_at: Sequence[int] = MEASURE_AT,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    max_samples: int | None = None,
+    prepared: PreparedPhotos | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> Curve:
+    """Accuracy (fraction) of visual multiple choice on `unseen` against fine-tuning steps on the attacker's photos.
+
+    A copy of `model` is trained with AdamW on answer tokens; `weights` says whether tower and projector move or
+    everything does. Returns one {"step", "accuracy"} for each number of steps in `measure_at`, 0 included in any case.
+    `max_samples` (seeded) caps the questions of a measurement.
+    """
+    victim: Any = copy.deepcopy(model)
+    device = next(victim.parameters()).device
+    parameters = list(victim.parameters())
+    if weights == "visual":
+        parameters = [p for _, p in visual_parameters(victim, family_of(victim), "vision+projector")]
+    train_only(victim, parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    curve: Curve = []
+
+    def measure(step: int) -> None:
+        cells = evaluate_cells(
+            victim,
+            processor,
+            {"test": list(unseen)},
+            batch_size=64,
+            seed=seed,
+            tasks=("choice",),
+            kinds=("vqa",),
+            max_samples=max_samples,
+            photos=prepared,
+        )
+        curve.append({"step": step, "accuracy": cells["test"]["vqa"]["accuracy"]})
+
+    measure(0)
+    for step in range(1, max(measure_at) + 1):
+        log_p, tokens = answer_log_probabilities(victim, attacker.batch(step).to(device))
+        loss = -log_p.sum() / tokens.sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if step in measure_at:
+            measure(step)
+        progress(step, max(measure_at))
+    return curve
+
+
+def area_under_curve(curve: Sequence[Mapping[str, float]]) -> float:
+    """Mean accuracy over the steps of a curve (trapezoids over its range of steps), a fraction; a single point is its
+    own mean. Raises ValueError for an empty curve or steps that do not rise."""
+    if not curve:
+        raise ValueError("area_under_curve of an empty curve")
+    steps, accuracy = ([float(point[key]) for point in curve] for key in ("step", "accuracy"))
+    if len(curve) == 1:
+        return accuracy[0]
+    if any(after <= before for before, after in pairwise(steps)):
+        raise ValueError(f"area_under_curve: steps {steps} do not rise")
+    return float(np.trapezoid(accuracy, steps) / (steps[-1] - steps[0]))
+
+
+def summarise(curves: Mapping[str, Mapping[str, Curve]]) -> dict[str, dict[str, float]]:
+    """Per kind of weights: the area under each model's curve by the model's name, and `relearning_gap`, that of
+    `unlearned` minus that of `gold`, where both were attacked."""
+    found: dict[str, dict[str, float]] = {}
+    for weights, by_model in curves.items():
+        areas = {name: area_under_curve(curve) for name, curve in by_model.items()}
+        if {"unlearned", "gold"} <= set(areas):
+            areas["relearning_gap"] = areas["unlearned"] - areas["gold"]
+        found[weights] = areas
+    return found
+
+
+def relearn(
+    models: Mapping[str, nn.Module],
+    processor: Any,
+    forget: Sequence[Profile],
+    unseen: Sequence[Profile],
+    *,
+    shares: Sequence[float] = SHARES,
+    weights: Sequence[Weights] = ("visual", "all"),
+    seeds: Sequence[int] = (0,),
+    measure_at: Sequence[int] = MEASURE_AT,
+    learning_rate: float = 1e-3,
+    max_samples: int | None = None,
+    prepared: PreparedPhotos | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> list[dict[str, Any]]:
+    """The whole attack: every share of the forget photos x weights x seed, on every model of `models` (`unlearned`, and
+    `gold` where there is one) with the same photos in the same order.
+
+    Returns one {"share", "photos", "weights", "seed", "curves": {model: curve}, "auc": {model: area, and
+    "relearning_gap" with a gold model}} for each.
+    """
+    rows = []
+    total = len(shares) * len(seeds) * len(weights) * len(models) * max(measure_at)
+    done = 0
+    for share in shares:
+        for seed in seeds:
+            attacker = Attacker(processor, forget, share=share, seed=seed)
+            for kind in weights:
+                curves = {}
+                for name, model in models.items():
+                    curves[name] = relearning_curve(
+                        model,
+                        processor,
+                        attacker,
+                        unseen,
+                        weights=kind,
+                        measure_at=measure_at,
+                        learning_rate=learning_rate,
+                        seed=seed,
+                        max_samples=max_samples,
+                        prepared=prepared,
+                        progress=lambda step, _, before=done: progress(before + step, total),  # type: ignore[misc]
+                    )
+                    done += max(measure_at)
+                areas = summarise({kind: curves})[kind]
+                rows.append(
+                    {
+                        "share": share,
+                        "photos": attacker.photos,
+                        "weights": kind,
+                        "seed": seed,
+                        "curves": curves,
+                        "auc": areas,
+                    }
+                )
+    return rows
+
+
+def spread(rows: Sequence[tuple[Profile, Photo]], count: int, rng: np.random.Generator) -> list[tuple[Profile, Photo]]:
+    """`count` photos taken in turn from every entity, in random order within an entity."""
+    by_entity: dict[str, list[tuple[Profile, Photo]]] = {}
+    for i in rng.permutation(len(rows)):
+        by_entity.setdefault(rows[i][0].entity, []).append(rows[i])
+    queues = [by_entity[entity] for entity in sorted(by_entity)]
+    taken: list[tuple[Profile, Photo]] = []
+    while len(taken) < count and any(queues):
+        for queue in queues:
+            if queue and len(taken) < count:
+                taken.append(queue.pop())
+    return taken

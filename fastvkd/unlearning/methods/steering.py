@@ -1,0 +1,219 @@
+"""Test-time steering: at chosen LLM layers, push the hidden states of forget-like inputs along an erasure direction.
+
+No weight changes; `attach` puts hooks on a model, and `Steering` is a small file beside it. Whoever has the weights can
+take the hooks off, so this suppresses knowledge and does not remove it.
+
+Source: MLLMEraser (arXiv 2510.04217): a direction from contrasting knowledge-recalling image-text pairs with
+knowledge-erasing ones, and an input-aware map that is zero on retained inputs. Ours are simpler: the erasing
+counterpart of a question about a photo is the same question about a noise image, and how far the direction is followed
+is one affine function of the hidden state, fitted by ridge regression to 1 on forget and 0 on retained inputs, cut to
+[0, 1]. Legend: n positions, H width.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fastvkd.data.images import decode_image
+from fastvkd.data.records import Photo, Profile
+from fastvkd.errors import ModelError, SettingsError
+from fastvkd.models import families
+from fastvkd.models.families import family_of
+from fastvkd.unlearning.answers import collate_answers, image_questions, text_questions
+from fastvkd.unlearning.images import draw, noise_image
+
+QUESTIONS = 256
+_POSITIONS = 2048  # of a batch, at most
+Question = tuple[Image.Image | None, str, str]
+
+
+@dataclass(frozen=True)
+class Steering:
+    """By LLM layer (0 is the first): direction (H,), and weight (H,) and bias () of the gate."""
+
+    directions: dict[int, Tensor]
+    weights: dict[int, Tensor]
+    biases: dict[int, Tensor]
+    strength: float = 1.0
+
+    def shift(self, layer: int, hidden: Tensor) -> Tensor:
+        """strength * gate(h) * direction for hidden states (..., H), in their dtype."""
+        weight, bias, direction = (
+            part[layer].to(hidden.device) for part in (self.weights, self.biases, self.directions)
+        )
+        gate = (hidden.float() @ weight + bias).clamp(0, 1)
+        return (self.strength * gate[..., None] * direction).to(hidden.dtype)
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file."""
+        tensors = {
+            f"{part}.{layer}": value.contiguous()
+            for part, values in (("direction", self.directions), ("weight", self.weights), ("bias", self.biases))
+            for layer, value in values.items()
+        }
+        save_file(tensors, path, {"strength": str(self.strength)})
+
+
+def load_steering(path: Path) -> Steering:
+    """Read what `Steering.save` wrote. Raises ModelError for another file."""
+    parts: dict[str, dict[int, Tensor]] = {"direction": {}, "weight": {}, "bias": {}}
+    try:
+        with safe_open(path, "pt") as file:
+            strength = float((file.metadata() or {})["strength"])
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                part, layer = name.split(".")
+                parts[part][int(layer)] = file.get_tensor(name)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ModelError(f"{path}: not a steering file ({' '.join(str(error).split())}); fit one anew") from error
+    return Steering(parts["direction"], parts["weight"], parts["bias"], strength)
+
+
+def fit(
+    model: nn.Module,
+    processor: Any,
+    forget: Sequence[Profile],
+    retain: Sequence[Profile],
+    *,
+    layers: Sequence[int],
+    strength: float = 1.0,
+    questions: int = QUESTIONS,
+    ridge: float = 1e-2,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> Steering:
+    """Find direction and gate at every one of `layers` from at most `questions` questions of each side.
+
+    The direction is the mean over forget questions of h(noise image) - h(photo), h being the layer's output at the
+    positions that predict the answer. The gate opens for h(photo) there. It closes for the same positions of retained
+    image questions, and, so that it does at what all inputs share, for all positions of these and of text questions of
+    both sides. `ridge` is relative to the mean variance of the hidden states. Raises SettingsError for a layer that the
+    model lacks.
+    """
+    depth = len(_decoder_layers(model))
+    wrong = [layer for layer in layers if not 0 <= layer < depth]
+    if wrong or not layers:
+        raise SettingsError(f"steering layers {list(layers)}: name some of 0 to {depth - 1}")
+    about_forget = _drawn(image_questions(forget), questions, (seed, 30))
+    about_retain = _drawn(image_questions(retain), questions, (seed, 31))
+    texts = _drawn(text_questions([*forget, *retain]), questions, (seed, 33))
+    noise = [
+        (noise_image(image.size, (seed, 32, i)), question, answer)
+        for i, (image, question, answer) in enumerate(about_forget)
+        if image is not None
+    ]
+
+    def states(asked: Sequence[Question], *, everywhere: bool) -> dict[int, Tensor]:
+        return _hidden_states(model, processor, asked, layers, batch_size, everywhere=everywhere)
+
+    recalled, erased, retained = (states(asked, everywhere=False) for asked in (about_forget, noise, about_retain))
+    shared, in_words = states(about_retain, everywhere=True), states(texts, everywhere=True)
+    directions, weights, biases = {}, {}, {}
+    for layer in layers:
+        directions[layer] = (erased[layer] - recalled[layer]).mean(0)
+        elsewhere = torch.cat([shared[layer], in_words[layer]]) if in_words else shared[layer]
+        weights[layer], biases[layer] = _gate(recalled[layer], [retained[layer], elsewhere], ridge)
+    return Steering(directions, weights, biases, strength)
+
+
+def attach(model: nn.Module, steering: Steering) -> list[RemovableHandle]:
+    """Steer `model` at every token of any forward pass from now on, until the returned hooks are removed.
+
+    Raises ModelError for a layer that the model lacks.
+    """
+    layers = _decoder_layers(model)
+    if max(steering.directions) >= len(layers):
+        raise ModelError(f"steering is for layer {max(steering.directions)}, but the model has {len(layers)} layers")
+    return [layers[layer].register_forward_hook(_hook(steering, layer)) for layer in steering.directions]
+
+
+def _hook(steering: Steering, layer: int) -> Callable[..., Any]:
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0] + steering.shift(layer, output[0]), *output[1:])
+        return output + steering.shift(layer, output)
+
+    return hook
+
+
+def _gate(forget: Tensor, retain: Sequence[Tensor], ridge: float) -> tuple[Tensor, Tensor]:
+    """Weight (H,) and bias () of the affine function nearest to 1 on `forget` (n, H) and to 0 on each of `retain`.
+
+    Both sides count the same, and so do the parts of `retain`, whatever their numbers.
+    """
+    states = torch.cat([forget, *retain]).double()
+    parts = [(forget, 0.5), *((part, 0.5 / len(retain)) for part in retain)]
+    share = torch.cat([torch.full((len(part),), weight / len(part)) for part, weight in parts]).double()
+    aim = (torch.arange(len(states)) < len(forget)).double()
+    mean, mean_aim = share @ states, share @ aim
+    centred = states - mean
+    covariance = (centred * share[:, None]).T @ centred
+    covariance += ridge * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
+    weight = torch.linalg.solve(covariance, (centred * share[:, None]).T @ (aim - mean_aim))
+    return weight.float(), (mean_aim - mean @ weight).float()
+
+
+@torch.no_grad()
+def _hidden_states(
+    model: nn.Module,
+    processor: Any,
+    asked: Sequence[Question],
+    layers: Iterable[int],
+    batch_size: int,
+    *,
+    everywhere: bool,
+) -> dict[int, Tensor]:
+    """(n, H) float32 on the CPU for every layer: its output at the positions that predict the answers; {} for none.
+
+    `everywhere`: at all tokens instead, evenly thinned out where a batch has more than `_POSITIONS`.
+    """
+    if not asked:
+        return {}
+    device = next(model.parameters()).device
+    decoder = _decoder_layers(model)
+    seen: dict[int, Tensor] = {}
+
+    def note(layer: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            seen[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    hooks = [decoder[layer].register_forward_hook(note(layer)) for layer in layers]
+    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    try:
+        for start in range(0, len(asked), batch_size):
+            part = asked[start : start + batch_size]
+            batch = collate_answers(processor, part, range(len(part)), [True] * len(part)).to(device)
+            families.base_model(model)(**batch.inputs, use_cache=False)
+            wanted = batch.inputs["attention_mask"].bool() if everywhere else batch.predicts != -100
+            positions = wanted.nonzero()
+            positions = positions[:: -(-len(positions) // _POSITIONS)]
+            for layer, parts in found.items():
+                parts.append(seen[layer][positions[:, 0], positions[:, 1]].float().cpu())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
+
+
+def _decoder_layers(model: nn.Module) -> nn.ModuleList:
+    layers = families.language_model(model, family_of(model)).layers
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def _drawn(questions: Sequence[tuple[Photo | None, str, str]], count: int, seed: Sequence[int]) -> list[Question]:
+    """At most `count` of the questions, with their photos decoded."""
+    chosen = draw(len(questions), 0, min(count, len(questions)), seed) if questions else []
+    return [
+        (None if photo is None else decode_image(photo.data, photo.source), question, answer)
+        for photo, question, answer in (questions[i] for i in chosen)
+    ]

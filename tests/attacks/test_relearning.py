@@ -1,0 +1,79 @@
+"""Relearning: the area under a curve, the attacker's share of photos, and that what was known returns faster."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_llava import person
+
+from fastvkd.attacks.relearning import Attacker, area_under_curve, relearn, relearning_curve, summarise
+
+
+def curve(*points: tuple[int, float]) -> list[dict[str, float]]:
+    return [{"step": step, "accuracy": accuracy} for step, accuracy in points]
+
+
+def test_the_area_is_the_mean_accuracy_over_steps() -> None:
+    assert area_under_curve(curve((0, 0.25), (10, 0.25), (40, 0.25))) == pytest.approx(0.25)
+    assert area_under_curve(curve((0, 0.0), (10, 1.0), (40, 1.0))) == pytest.approx((5 + 30) / 40)
+    assert area_under_curve(curve((0, 0.6))) == 0.6
+    for bad in ([], curve((0, 0.1), (0, 0.2)), curve((5, 0.1), (2, 0.2))):
+        with pytest.raises(ValueError, match="area_under_curve"):
+            area_under_curve(bad)
+
+
+def test_the_gap_is_unlearned_minus_gold() -> None:
+    curves = {"all": {"unlearned": curve((0, 0.2), (4, 1.0)), "gold": curve((0, 0.2), (4, 0.4))}}
+    assert summarise(curves) == {
+        "all": {"unlearned": pytest.approx(0.6), "gold": pytest.approx(0.3), "relearning_gap": pytest.approx(0.3)}
+    }
+    assert "relearning_gap" not in summarise({"all": {"unlearned": curve((0, 0.2), (4, 1.0))}})["all"]
+
+
+def test_an_attacker_holds_a_share_spread_over_the_entities(known) -> None:
+    rows = [person(n % 4, photo=100 + n) for n in range(20)]
+    for share, photos in ((0.1, 2), (0.2, 4), (0.5, 10), (1.0, 20), (0.01, 1)):
+        attacker = Attacker(known.processor, rows, share=share, seed=1)
+        assert attacker.photos == photos
+    held = Attacker(known.processor, rows, share=0.2, seed=1)._samples
+    assert {answer for _, question, answer in held if question.startswith("Where")} == {
+        row.visual.choice[0].answer_text for row in rows[:4]
+    }
+    again, other = (Attacker(known.processor, rows, share=0.2, seed=seed) for seed in (1, 2))
+    assert torch.equal(again.batch(3).predicts, Attacker(known.processor, rows, share=0.2, seed=1).batch(3).predicts)
+    assert [s[0].source for s in again._samples] != [s[0].source for s in other._samples]
+    with pytest.raises(ValueError, match="share"):
+        Attacker(known.processor, rows, share=0.0)
+
+
+@pytest.mark.parametrize("weights", ["visual", "all"])
+def test_relearning_moves_what_it_says_and_leaves_the_model_alone(known, weights) -> None:
+    before = {name: value.clone() for name, value in known.blank.state_dict().items()}
+    found = relearning_curve(
+        known.blank,
+        known.processor,
+        Attacker(known.processor, known.forget),
+        known.forget,
+        weights=weights,
+        measure_at=(0, 30),
+        learning_rate=3e-3,
+    )
+    assert [point["step"] for point in found] == [0, 30]
+    assert found[-1]["accuracy"] > found[0]["accuracy"] or found[0]["accuracy"] == 1.0
+    assert all(torch.equal(value, before[name]) for name, value in known.blank.state_dict().items())
+
+
+def test_a_model_that_knew_scores_a_larger_area_than_one_that_did_not(known) -> None:
+    rows = relearn(
+        {"unlearned": known.knows, "gold": known.blank},
+        known.processor,
+        known.forget,
+        known.forget,
+        shares=(0.5, 1.0),
+        seeds=(0, 1),
+        weights=("all",),
+        measure_at=(0, 1, 2),
+    )
+    assert [(row["share"], row["seed"], row["photos"]) for row in rows] == [
+        (0.5, 0, 2), (0.5, 1, 2), (1.0, 0, 4), (1.0, 1, 4)
+    ]  # fmt: skip
+    assert np.mean([row["auc"]["relearning_gap"] for row in rows]) > 0.2

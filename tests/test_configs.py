@@ -1,0 +1,45 @@
+"""Every recipe in configs/ can be used as it is, and so can every command that its comments give."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fastvkd.cli import _parser
+from fastvkd.settings import load_settings
+
+CONFIGS = sorted(Path(__file__).parents[1].joinpath("configs").glob("*.yaml"))
+PROTOCOLS = [path for path in CONFIGS if path.name.startswith(("mllmu-", "clear-"))]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_recipe_loads(path: Path) -> None:
+    settings = load_settings(path, {"model_name_or_path": "m", "data": "d"})
+    assert settings.method in ("vkd", "gd")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_command_in_the_comments_is_one(path: Path) -> None:
+    commands = re.findall(r"^#.*?(fastvkd (?:train|export|plan|eval) .*)$", path.read_text(), re.MULTILINE)
+    for command in commands:
+        arguments = _parser().parse_args(shlex.split(command)[1:])
+        if "fastvkd train" in command:
+            settings = load_settings(path.parents[1] / arguments.config, arguments.overrides)
+            assert settings.data
+
+
+@pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.name)
+def test_a_protocol_has_a_command_for_every_method(path: Path) -> None:
+    named = set(re.findall(r"method=(\w+)", path.read_text()))
+    assert named == {"finetune", "ga", "gd", "kl", "npo", "idk", "rmu", "mmunlearner", "manu"}
+    assert re.search(r"fastvkd train --config configs/[\w.-]+\.yaml data=DATA", path.read_text())  # VKD's own recipe
+
+
+def test_both_benchmarks_have_a_recipe_for_both_models() -> None:
+    assert [path.stem for path in PROTOCOLS] == [
+        "clear-llava-1.5-7b",
+        "clear-qwen2.5-vl-7b",
+        "mllmu-llava-1.5-7b",
+        "mllmu-qwen2.5-vl-7b",
+    ]

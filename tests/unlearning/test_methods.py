@@ -1,0 +1,421 @@
+"""Output-level methods: each loss against plain float64 arithmetic, what each may change, and how that is exported."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fastvkd.data import mllmu
+from fastvkd.data.images import decode_image
+from fastvkd.engines.checkpoints import load_weights
+from fastvkd.errors import SettingsError, TrainingError
+from fastvkd.evaluation.wording import question_answer_pairs
+from fastvkd.exporting import export, load_trained, match_keys
+from fastvkd.models import lora
+from fastvkd.models.families import all_parameters, family_of, visual_parameters
+from fastvkd.models.loading import load_model, load_processor
+from fastvkd.unlearning import saliency
+from fastvkd.unlearning.answers import AnswerBatch, Answers, collate_answers, read_answers
+from fastvkd.unlearning.loop import unlearn
+from fastvkd.unlearning.methods import manu
+from fastvkd.unlearning.methods.finetune import finetune
+from fastvkd.unlearning.methods.ga import gradient_ascent
+from fastvkd.unlearning.methods.gd import gradient_difference
+from fastvkd.unlearning.methods.idk import REFUSALS, refusal
+from fastvkd.unlearning.methods.kl import KlMinimisation
+from fastvkd.unlearning.methods.npo import NegativePreference
+from fastvkd.unlearning.methods.rmu import RepresentationMisdirection
+
+TRAINED = ("ga", "gd", "kl", "npo", "idk", "rmu", "mmunlearner", "finetune")
+LENGTHS = (3, 1, 2, 4)  # tokens of four answers
+IS_FORGET = (True, False, True, False)
+
+
+def some_answers(seed: int, vocabulary: int = 11, width: int = 5) -> Answers:
+    """Four answers of different lengths, two of each side, with random logits and hidden states."""
+    generator = torch.Generator().manual_seed(seed)
+    n = sum(LENGTHS)
+    return Answers(
+        torch.randn(n, width, generator=generator, requires_grad=True),
+        (3 * torch.randn(n, vocabulary, generator=generator)).requires_grad_(),
+        torch.randint(vocabulary, (n,), generator=generator),
+        torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS)),
+        torch.tensor(IS_FORGET),
+        torch.tensor([7, 30, 2, 41]),
+    )
+
+
+def log_softmax64(logits: torch.Tensor) -> list[list[float]]:
+    rows = logits.detach().double().tolist()
+    totals = [math.log(math.fsum(math.exp(v) for v in row)) for row in rows]
+    return [[v - total for v in row] for row, total in zip(rows, totals, strict=True)]
+
+
+def mean_nll64(answers: Answers, forget: bool) -> float:
+    log_p = log_softmax64(answers.logits)
+    wanted = [i for i, row in enumerate(answers.row.tolist()) if IS_FORGET[row] == forget]
+    return -math.fsum(log_p[i][int(answers.tokens[i])] for i in wanted) / len(wanted)
+
+
+def answer_log_p64(answers: Answers) -> list[float]:
+    log_p = log_softmax64(answers.logits)
+    return [
+        math.fsum(log_p[i][int(answers.tokens[i])] for i, r in enumerate(answers.row.tolist()) if r == row)
+        for row in range(4)
+    ]
+
+
+def test_cross_entropy_losses_are_their_formulas() -> None:
+    answers = some_answers(0)
+    l_f, l_r = mean_nll64(answers, True), mean_nll64(answers, False)
+    for found, expected in (
+        (gradient_ascent(answers), {"forget": -l_f}),
+        (gradient_difference(answers), {"forget": -l_f, "retain": l_r}),
+        (refusal(answers), {"forget": l_f, "retain": l_r}),
+        (finetune(dataclasses.replace(answers, is_forget=torch.zeros(4, dtype=torch.bool))), None),
+    ):
+        if expected is None:
+            total = -math.fsum(answer_log_p64(answers)) / sum(LENGTHS)
+            expected = {"retain": total}
+        assert {k: float(v.detach()) for k, v in found.items()} == pytest.approx(expected, rel=1e-6)
+
+
+def test_npo_is_its_formula_and_starts_at_two_log_two_over_beta() -> None:
+    beta, before, now = 0.4, some_answers(0), some_answers(1)
+    method = NegativePreference(beta)
+    method.remember(before)
+    assert float(method(before)["forget"]) == pytest.approx(2 * math.log(2) / beta, rel=1e-6)
+    ratios = [a - b for a, b in zip(answer_log_p64(now), answer_log_p64(before), strict=True)]
+    expected = [2 / beta * math.log1p(math.exp(beta * ratio)) for ratio, f in zip(ratios, IS_FORGET, strict=True) if f]
+    terms = method(now)
+    assert float(terms["forget"]) == pytest.approx(sum(expected) / 2, rel=1e-6)
+    assert float(terms["retain"]) == pytest.approx(mean_nll64(now, False), rel=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [3, 11, 64])
+def test_kl_is_its_formula_over_the_kept_tokens_and_the_rest(top_k: int) -> None:
+    before, now = some_answers(0), some_answers(1)
+    method = KlMinimisation(top_k)
+    method.remember(before)
+    log_p0, log_p = log_softmax64(before.logits), log_softmax64(now.logits)
+    retained = [i for i, row in enumerate(now.row.tolist()) if not IS_FORGET[row]]
+    divergence = 0.0
+    for i in retained:
+        kept = sorted(range(11), key=lambda v: -log_p0[i][v])[:top_k]
+        rest = [v for v in range(11) if v not in kept]
+        divergence += sum(math.exp(log_p0[i][v]) * (log_p0[i][v] - log_p[i][v]) for v in kept)
+        if rest:
+            p0, p = (math.fsum(math.exp(row[v]) for v in rest) for row in (log_p0[i], log_p[i]))
+            divergence += p0 * math.log(p0 / p)
+    terms = method(now)
+    assert float(terms["forget"]) == pytest.approx(-mean_nll64(now, True), rel=1e-6)
+    assert float(terms["retain"]) == pytest.approx(mean_nll64(now, False) + divergence / len(retained), rel=1e-5)
+    assert float(method(before)["retain"]) == pytest.approx(mean_nll64(before, False), rel=1e-5)  # no divergence yet
+    terms["retain"].backward()
+    assert torch.isfinite(now.logits.grad).all()
+
+
+def test_rmu_is_its_formula() -> None:
+    before, now = some_answers(0), some_answers(1)
+    method = RepresentationMisdirection(scale=6.5, seed=3)
+    method.remember(before)
+    u = [6.5 * v for v in method.direction(5).double().tolist()]
+    assert math.hypot(*u) == pytest.approx(6.5, rel=1e-6)
+    hidden, original = now.hidden.detach().double().tolist(), before.hidden.detach().double().tolist()
+    away, drift = [], []
+    for i, row in enumerate(now.row.tolist()):
+        aim = u if IS_FORGET[row] else original[i]
+        (away if IS_FORGET[row] else drift).append(
+            math.fsum((a - b) ** 2 for a, b in zip(hidden[i], aim, strict=True)) / 5
+        )
+    terms = method(dataclasses.replace(now, logits=None))
+    assert float(terms["forget"]) == pytest.approx(sum(away) / len(away), rel=1e-6)
+    assert float(terms["retain"]) == pytest.approx(sum(drift) / len(drift), rel=1e-6)
+
+
+def test_wagle_scores_and_fisher_are_their_formulas() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2)
+    parameters = list(layer.named_parameters())
+    forget, retain = torch.randn(4, 3), torch.randn(5, 3)
+
+    def losses(inputs):
+        return [lambda x=x: layer(x).square().sum() for x in inputs]
+
+    def naive(inputs):
+        each = []
+        for x in inputs:
+            weight, bias, x = layer.weight.detach().double(), layer.bias.detach().double(), x.double()
+            error = 2 * (weight @ x + bias)
+            each.append({"weight": torch.outer(error, x), "bias": error})
+        return each
+
+    g_f, g_r = naive(forget), naive(retain)
+    mean = {k: sum(g[k] for g in g_f) / 4 for k in g_f[0]}, {k: sum(g[k] for g in g_r) / 5 for k in g_r[0]}
+    fisher = {k: sum(g[k] ** 2 for g in g_r) / 5 for k in g_r[0]}
+    found_fisher = saliency.fisher_information(parameters, losses(retain))
+    gamma = sum(float(f.sum()) for f in fisher.values()) / 8
+    scores = saliency.wagle_scores(
+        parameters,
+        saliency.mean_gradient(parameters, losses(forget)),
+        saliency.mean_gradient(parameters, losses(retain)),
+        found_fisher,
+    )
+    for name, parameter in parameters:
+        torch.testing.assert_close(found_fisher[name].double(), fisher[name], rtol=1e-5, atol=1e-7)
+        expected = parameter.detach().double() * mean[0][name] - mean[1][name] * mean[0][name] / gamma
+        torch.testing.assert_close(scores[name].double(), expected.abs(), rtol=1e-4, atol=1e-6)
+
+
+def test_masks_that_match_nothing_are_errors() -> None:
+    rule = {"granularity": "weight", "threshold": 1.0, "fraction": None}
+    with pytest.raises(TrainingError, match="no parameter"):
+        saliency.build_masks({}, {}, **rule)
+    with pytest.raises(TrainingError, match="no weight"):
+        saliency.build_masks({"w": torch.zeros(2, 2)}, {"w": torch.ones(2, 2)}, **rule)
+    with pytest.raises(TrainingError, match="first b"):
+        saliency.check_reached(
+            {"a": torch.ones(2, 2), "b": torch.zeros(2, 2)}, {"a": torch.ones(2, 2), "b": torch.zeros(2, 2)}
+        )
+
+
+@pytest.mark.parametrize(("trainable", "score"), [("vision+projector", "fisher"), ("all", "fisher"), ("all", "wagle")])
+def test_the_mask_matches_every_parameter_that_is_trained(world, tmp_path: Path, monkeypatch, trainable, score) -> None:
+    masks: dict = {}
+    original = saliency.mask_gradients
+    monkeypatch.setattr(saliency, "mask_gradients", lambda p, m: (masks.update(m), original(p, m)))
+    extra = {"saliency.score": "wagle", "saliency.fraction": 0.4} if score == "wagle" else {}
+    result = unlearn(
+        world.settings(
+            tmp_path, method="mmunlearner", trainable=trainable, max_steps=2, **{"saliency.batches": 2}, **extra
+        )
+    )
+    model = load_model(world.model)
+    family = family_of(model)
+    intended = (
+        all_parameters(model, family) if trainable == "all" else visual_parameters(model, family, "vision+projector")
+    )
+    before, after = dict(model.named_parameters()), load_weights(result.checkpoint)
+    assert set(masks) == set(after) == {name for name, _ in intended}
+    for name, mask in masks.items():
+        assert torch.equal(after[name][~mask.to_bool()], before[name][~mask.to_bool()]), name
+    assert 0.2 < result.trained_share < 0.7
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+
+
+def questions(world, count: int = 4, image: bool = True):
+    profiles = mllmu.read_split(world.data, "Full_Set")[:count]
+    pairs = []
+    for profile in profiles:
+        question, answer = question_answer_pairs(profile.visual if image else profile.textual)[0]
+        photo = profile.photos[0]
+        pairs.append((decode_image(photo.data, photo.source) if image else None, question, answer))
+    return pairs
+
+
+@pytest.mark.parametrize("image", [True, False])
+def test_labels_are_the_answer_and_its_end_and_nothing_else(world, image: bool) -> None:
+    processor = load_processor(world.model)
+    pairs = questions(world, image=image)
+    batch = collate_answers(processor, pairs, range(4), [False] * 4)
+    assert ("pixel_values" in batch.inputs) == image
+    image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
+    for row, (_, _, answer) in enumerate(pairs):
+        labels = batch.predicts[row][batch.predicts[row] != -100]
+        assert processor.tokenizer.decode(labels).strip() == f"{answer}{processor.tokenizer.eos_token}"
+        assert image_token not in labels
+        at = (batch.predicts[row] != -100).nonzero()[:, 0]
+        assert torch.equal(batch.inputs["input_ids"][row, at + 1], labels)  # each position predicts the next token
+
+
+def test_logits_exist_at_answer_positions_only(world) -> None:
+    model = load_model(world.model)
+    batch = collate_answers(load_processor(world.model), questions(world), range(4), [False] * 4)
+    seen: list[int] = []
+    model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel() // args[0].shape[-1]))
+    answers = read_answers(model, batch)
+    assert seen == [int((batch.predicts != -100).sum())]
+    whole = model(**batch.inputs).logits.float()
+    torch.testing.assert_close(answers.logits, whole[batch.predicts != -100], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [*TRAINED, "manu"])
+def test_every_method_changes_the_visual_part_and_no_more(world, tmp_path: Path, method: str) -> None:
+    result = unlearn(
+        world.settings(
+            tmp_path / "run", method=method, **{"saliency.batches": 2, "manu_batches": 1, "manu_fraction": 0.1}
+        )
+    )
+    before, after = load_model(world.model).state_dict(), load_weights(result.checkpoint)
+    assert all("vision_tower" in name or "multi_modal_projector" in name for name in after)
+    assert any(not torch.equal(value, before[name]) for name, value in after.items())
+    lines = [json.loads(line) for line in result.metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines] == ([] if method == "manu" else [1, 2, 3, 4])
+
+
+@pytest.mark.parametrize(("method", "trainable"), [("gd", "lora"), ("rmu", "lora"), ("npo", "all"), ("manu", "all")])
+def test_a_trained_llm_is_exported(world, tmp_path: Path, method: str, trainable: str) -> None:
+    result = unlearn(
+        world.settings(
+            tmp_path / "run", method=method, trainable=trainable, lora_rank=4, manu_batches=1, manu_fraction=0.1
+        )
+    )
+    exported = export(tmp_path / "run", tmp_path / "out", model_card="")
+    found, base = load_model(exported.folder), load_model(world.model)
+    changed = {n for n, p in found.named_parameters() if not torch.equal(p, base.state_dict()[n])}
+    assert any("language_model.layers" in name for name in changed)
+    if trainable == "lora":
+        assert all("language_model.layers" in name and name.endswith("proj.weight") for name in changed)
+    load_trained(base, result.checkpoint)
+    for name, value in found.state_dict().items():
+        torch.testing.assert_close(value, base.state_dict()[name], rtol=0, atol=0)
+
+
+def test_adapters_begin_as_nothing_and_merge_into_what_they_did(world) -> None:
+    model = load_model(world.model)
+    batch = collate_answers(load_processor(world.model), questions(world), range(4), [False] * 4)
+    original = {name: value.clone() for name, value in model.state_dict().items()}
+    before = read_answers(model, batch).logits
+    names = {id(module): name for name, module in model.named_modules()}
+    added = lora.add_adapters(model.model.language_model, names, rank=4, alpha=8, seed=0)
+    assert len(added) == 2 * 7 * 3  # A and B, on seven linear layers of each of three decoder layers
+    assert torch.equal(read_answers(model, batch).logits, before)
+    with torch.no_grad():
+        for _, parameter in added:
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    trained = {name: p.detach() for name, p in added}
+    with_adapters = read_answers(model, batch).logits
+    assert not torch.allclose(with_adapters, before, atol=1e-3)
+    plain = load_model(world.model)
+    plain.load_state_dict(lora.merged(trained, original.__getitem__, alpha=8), strict=False)
+    torch.testing.assert_close(read_answers(plain, batch).logits, with_adapters, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.", "model.language_model."])
+def test_llm_weights_are_found_under_every_spelling(prefix: str) -> None:
+    live = "model.language_model.layers.3.mlp.up_proj.weight"
+    disk = {f"{prefix}layers.3.mlp.up_proj.weight", f"{prefix}norm.weight", "visual.blocks.3.mlp.up_proj.weight"}
+    assert match_keys([live], disk) == {live: f"{prefix}layers.3.mlp.up_proj.weight"}
+
+
+def test_manu_zeroes_the_neurons_with_the_highest_ratio() -> None:
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc2 = nn.Linear(4, 2)
+
+    model = Mlp()
+    before = model.fc2.weight.detach().clone()
+    readers = manu.find_readers(model, model.named_parameters())
+    changed = manu.prune(readers, [torch.tensor([1.0, 4, 2, 9])], [torch.tensor([1.0, 1, 4, 3])], 0.5)
+    assert [name for name, _ in changed] == ["fc2.weight"]
+    assert torch.equal(model.fc2.weight[:, [1, 3]], torch.zeros(2, 2))
+    assert torch.equal(model.fc2.weight[:, [0, 2]], before[:, [0, 2]])
+    with pytest.raises(TrainingError, match="trainable"):
+        manu.find_readers(nn.Sequential(nn.Linear(2, 2)), [])
+
+
+def test_manu_importance_is_the_root_mean_square_over_tokens(world) -> None:
+    model = load_model(world.model)
+    batch = collate_answers(load_processor(world.model), questions(world), range(4), [False] * 4)
+    readers = manu.find_readers(model, model.named_parameters())
+    seen: list[torch.Tensor] = []
+    handle = readers[0][1].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().double()))
+    found = manu.importance(model, readers, [batch, batch])
+    handle.remove()
+    values = torch.cat([s.reshape(-1, s.shape[-1]) for s in seen])
+    torch.testing.assert_close(found[0].double(), values.square().mean(0).sqrt(), rtol=1e-5, atol=1e-7)
+
+
+def test_finetuning_learns_images_and_texts(world, tmp_path: Path) -> None:
+    result = unlearn(
+        world.settings(
+            tmp_path,
+            method="finetune",
+            trainable="all",
+            max_steps=12,
+            per_device_train_batch_size=8,
+            learning_rate=1e-2,
+        )
+    )
+    lines = [json.loads(line) for line in result.metrics.read_text().splitlines()]
+    for part in ("loss_answer_retain", "loss_text_retain"):
+        assert lines[-1][part] < 0.9 * lines[0][part]
+
+
+def test_finetuning_on_the_retain_set_does_not_see_the_forget_set(world, tmp_path: Path, monkeypatch) -> None:
+    from fastvkd.unlearning import tasks
+
+    read: list[str] = []
+    original = tasks.read_split
+    monkeypatch.setattr(tasks, "read_split", lambda folder, split: (read.append(split), original(folder, split))[1])
+    unlearn(world.settings(tmp_path, method="finetune", finetune_split=world.retain_split, max_steps=1))
+    assert read == [world.retain_split]
+
+
+@pytest.mark.parametrize("method", ["gd", "ga", "finetune"])
+def test_epochs_count_questions(world, tmp_path: Path, method: str) -> None:
+    result = unlearn(
+        world.settings(
+            tmp_path, method=method, num_train_epochs=0.5, per_device_train_batch_size=64, trainable="projector"
+        )
+    )
+    profiles = mllmu.read_split(world.data, "Full_Set" if method == "finetune" else world.forget_split)
+    count = sum(len(question_answer_pairs(p.visual)) * len(p.photos) for p in profiles)
+    if method == "finetune":
+        count += len({pair for p in profiles for pair in question_answer_pairs(p.textual)})
+    each = 32 if method == "gd" else 64
+    assert result.steps == math.ceil(count / 2 / each)
+
+
+@pytest.mark.parametrize("method", ["npo", "kl", "rmu"])
+def test_the_original_is_remembered_across_a_resume(world, tmp_path: Path, method: str) -> None:
+    whole = unlearn(world.settings(tmp_path / "whole", method=method))
+    settings = world.settings(tmp_path / "cut", method=method, save_steps=2, save_total_limit=5)
+    unlearn(settings)
+    (tmp_path / "cut" / "checkpoint-4" / "checkpoint.json").unlink()
+    resumed = unlearn(dataclasses.replace(settings, resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2")))
+    expected, found = load_weights(whole.checkpoint), load_weights(resumed.checkpoint)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_refusals_take_the_place_of_forget_answers_only(world) -> None:
+    from fastvkd.unlearning.answers import AnswerSampler
+
+    processor = load_processor(world.model)
+    settings = world.settings(Path("unused"), method="idk")
+    sides = {
+        "forget": mllmu.read_split(world.data, world.forget_split),
+        "retain": mllmu.read_split(world.data, world.retain_split),
+    }
+    batch: AnswerBatch = AnswerSampler(processor, settings, refusals=REFUSALS, **sides).batch(0, 0, 1)
+    for row, forget in enumerate(batch.is_forget.tolist()):
+        text = processor.tokenizer.decode(batch.predicts[row][batch.predicts[row] != -100])
+        assert (text.strip().removesuffix(processor.tokenizer.eos_token) in REFUSALS) == forget
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mend"),
+    [
+        ({"trainable": "lora"}, "method=vkd"),
+        ({"trainable": "all"}, "method=vkd"),
+        ({"method": "mmunlearner", "trainable": "lora"}, "trainable=all"),
+        ({"method": "manu", "trainable": "lora"}, "trainable=all"),
+        ({"method": "gd", "trainable": "all", "quantize_llm": "nf4"}, "trainable=lora"),
+        ({"method": "gd", "trainable": "lora", "fused_frozen_ops": True}, "fused_frozen_ops"),
+        ({"method": "ga", "saliency.granularity": "weight", "saliency.fraction": 0.5}, "gd"),
+        ({"method": "mmunlearner", "weight_decay": 0.1}, "weight_decay=0"),
+        ({"method": "mmunlearner", "saliency.score": "wagle"}, "saliency.fraction"),
+        ({"num_train_epochs": 1}, "max_steps"),
+        ({"method": "dpo"}, "mmunlearner"),
+    ],
+)
+def test_impossible_combinations_are_refused(world, overrides: dict, mend: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        world.settings(Path("unused"), **overrides)
+    assert mend in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,82 @@
+"""Steering acts on what looks like the forget set, holds the rest, keeps every weight, and survives a file."""
+
+import pytest
+import torch
+
+from fastvkd.data import mllmu
+from fastvkd.data.images import decode_image
+from fastvkd.errors import ModelError, SettingsError
+from fastvkd.evaluation.wording import question_answer_pairs
+from fastvkd.models.loading import load_model, load_processor
+from fastvkd.unlearning.answers import collate_answers, image_questions, read_answers
+from fastvkd.unlearning.methods import steering
+
+
+def test_the_gate_is_one_on_forget_and_zero_on_retained_states() -> None:
+    generator = torch.Generator().manual_seed(0)
+    forget = torch.randn(40, 6, generator=generator) + torch.tensor([4.0, 0, 0, 0, 0, 0])
+    retain = torch.randn(300, 6, generator=generator)
+    weight, bias = steering._gate(forget, [retain], 1e-6)
+    # Weighted least squares with an intercept, solved another way.
+    states = torch.cat([forget, retain]).double()
+    scale = torch.cat([torch.full((40,), 1 / 40), torch.full((300,), 1 / 300)]).double().sqrt()[:, None]
+    design = torch.cat([states, torch.ones(340, 1, dtype=torch.float64)], 1) * scale
+    aim = torch.cat([torch.ones(40), torch.zeros(300)]).double()[:, None] * scale
+    expected = torch.linalg.lstsq(design, aim).solution[:, 0]
+    torch.testing.assert_close(torch.cat([weight, bias[None]]).double(), expected, rtol=1e-3, atol=1e-4)
+    assert (forget @ weight + bias).mean() > 0.7
+    assert (retain @ weight + bias).mean().abs() < 0.2
+
+
+def test_steering_moves_answers_only_while_attached(world, tmp_path) -> None:
+    model, processor = load_model(world.model), load_processor(world.model)
+    forget, retain = (mllmu.read_split(world.data, split) for split in (world.forget_split, world.retain_split))
+    vector = steering.fit(model, processor, forget, retain, layers=[1, 2], strength=8.0, questions=16)
+    assert all(value.shape == (32,) for value in (*vector.directions.values(), *vector.weights.values()))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def logits(profiles):
+        photo = profiles[0].photos[0]
+        image = decode_image(photo.data, photo.source)
+        pairs = [(image, q, a) for q, a in question_answer_pairs(profiles[0].visual)[:6]]
+        return read_answers(model, collate_answers(processor, pairs, range(6), [True] * 6)).logits.detach()
+
+    plain = {"forget": logits(forget), "retain": logits(retain)}
+    hooks = steering.attach(model, vector)
+    assert all((logits(side) - plain[name]).norm() > 0 for name, side in (("forget", forget), ("retain", retain)))
+    steered = logits(forget)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(logits(forget), plain["forget"])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    vector.save(tmp_path / "steering.safetensors")
+    steering.attach(model, steering.load_steering(tmp_path / "steering.safetensors"))
+    assert torch.equal(logits(forget), steered)
+
+
+def test_the_gate_opens_for_forget_answers_and_closes_elsewhere(world) -> None:
+    model, processor = load_model(world.model), load_processor(world.model)
+    forget, retain = (mllmu.read_split(world.data, split) for split in (world.forget_split, world.retain_split))
+    vector = steering.fit(model, processor, forget, retain, layers=[1], questions=128, ridge=1e-6)
+
+    def gate(profiles, *, everywhere: bool) -> float:
+        asked = steering._drawn(image_questions(profiles), 100, (1,))
+        states = steering._hidden_states(model, processor, asked, [1], 16, everywhere=everywhere)[1]
+        return float((states @ vector.weights[1] + vector.biases[1]).mean())
+
+    opened, closed = gate(forget, everywhere=False), gate(retain, everywhere=False)
+    assert opened > closed + 0.05  # a random model hardly tells people apart
+    assert gate(retain, everywhere=True) < opened - 0.2
+
+
+def test_wrong_layers_and_files_are_refused(world, tmp_path) -> None:
+    model, processor = load_model(world.model), load_processor(world.model)
+    forget, retain = (mllmu.read_split(world.data, split) for split in (world.forget_split, world.retain_split))
+    with pytest.raises(SettingsError, match="0 to 2"):
+        steering.fit(model, processor, forget, retain, layers=[3])
+    (tmp_path / "x").write_text("nothing")
+    with pytest.raises(ModelError, match="not a steering file"):
+        steering.load_steering(tmp_path / "x")
+    one = {7: torch.zeros(32)}
+    with pytest.raises(ModelError, match="layer 7"):
+        steering.attach(model, steering.Steering(one, one, {7: torch.zeros(())}))
