@@ -6,6 +6,7 @@ linear layers, on a GPU or a CPU. `load_model(quantize_llm=...)` is for training
 """
 
 import copy
+import logging
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,6 +28,8 @@ def quantized(model: nn.Module, bits: str) -> nn.Module:
 
     if bits not in BITS:
         raise SettingsError(f"quantize: {bits!r} is not known; allowed: {', '.join(BITS)}")
+    # It says for every layer and batch that int8 inputs are rounded, which is what this attack is about.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     found: Any = copy.deepcopy(model)
     head = found.get_output_embeddings()
     for name, module in list(found.named_modules()):
