@@ -454,7 +454,7 @@ def _training(rows: Sequence[Mapping[str, Any]]) -> str:
     keys = ["loss", *sorted({key for row in rows for key in row if key.startswith("loss_")})]
     losses = []
     for key in keys:
-        points, band = svg.binpoints(_column(rows, key))
+        line, band = svg.bin_points(_column(rows, key))
         if line:
             name = LOSS_NAMES.get(key, key.removeprefix("loss_").replace("_", " "))
             # The total is the sum of the others: its band would only hide theirs.
@@ -485,7 +485,7 @@ def _training(rows: Sequence[Mapping[str, Any]]) -> str:
         ("grad_norm", "Gradient norm", "L2 norm before clipping"),
         ("images_per_second", "Speed", "images per second"),
     ):
-        points, band = svg.binpoints(_column(rows, key))
+        line, band = svg.bin_points(_column(rows, key))
         if line:
             series = [svg.Series("", line, "ink", band)]
             text = f"{title} over {steps} steps, from {line[0][1]:.3g} to {line[-1][1]:.3g}"

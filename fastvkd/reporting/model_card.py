@@ -75,8 +75,8 @@ def _certificate_lines(report: Mapping[str, Any]) -> list[str]:
         "",
         f"## Certificate: {paper['verdict']}",
         "",
-        f"{certificate_sentence(paper)} `certificate.json` beside this file names the {forgotten['images']:,} images of "
-        f"{forgotten['entities']:,} entities that were to be forgotten, by SHA-256, with all settings and figures.",
+        f"{certificate_sentence(paper)} `certificate.json` beside this file names the {forgotten['images']:,} images "
+        f"of {forgotten['entities']:,} entities that were to be forgotten, by SHA-256, with settings and figures.",
         "",
         "| check | asked | found | met |",
         "|---|---|---|---|",
