@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastvkd.attacks.asking import Asked
+from fastvkd.data.images import content_hash
 from fastvkd.evaluation.inputs import Query, with_answer
 from fastvkd.models.prompts import chat_prompt
 
@@ -15,18 +16,22 @@ SHOTS = (1, 3, 5)
 
 
 def few_shot(processor: Any, asked: Sequence[Asked], retained: Sequence[Asked], shots: int, seed: int) -> list[Query]:
-    """Each question behind `shots` solved ones, which are drawn anew (seeded) for each from different retained
-    entities, as earlier turns of the chat; fewer where there are fewer entities."""
+    """Each question behind `shots` solved ones about different retained entities, as earlier turns of the chat; fewer
+    where there are fewer entities. They are drawn (seeded) once for each photo, so that all questions about a photo
+    share their beginning, which is then computed once."""
     rng = np.random.default_rng([seed, 32, shots])
     by_entity: dict[str, list[Asked]] = {}
     for one in retained:
         by_entity.setdefault(one.entity, []).append(one)
     entities = sorted(by_entity)
+    drawn: dict[str, list[Asked]] = {}
     queries = []
     for one in asked:
-        chosen = rng.choice(len(entities), min(shots, len(entities)), replace=False)
-        shown = [by_entity[entities[i]][rng.integers(len(by_entity[entities[i]]))] for i in chosen]
-        queries.append(conversation(processor, shown, one))
+        key = content_hash(one.photo.data)
+        if key not in drawn:
+            chosen = rng.choice(len(entities), min(shots, len(entities)), replace=False)
+            drawn[key] = [by_entity[entities[i]][rng.integers(len(by_entity[entities[i]]))] for i in chosen]
+        queries.append(conversation(processor, drawn[key], one))
     return queries
 
 

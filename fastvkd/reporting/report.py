@@ -340,33 +340,40 @@ def _check_areas(key: str, value: Any) -> list[str]:
 def _check_attacks(key: str, value: Any) -> list[str]:
     if not isinstance(value, dict):
         return _check_mapping(key, value)
-    problems = []
-    for name in value:
-        if name not in ("questions", "membership", "probe"):
-            problems.append(f"{key}.{name}: unknown key, expected questions, membership or probe")
-    for i, row in enumerate(value.get("questions", [])):
+    problems = [
+        f"{key}.{name}: unknown key, expected questions, membership or probe"
+        for name in value
+        if name not in ("questions", "membership", "probe")
+    ]
+    questions = value.get("questions", [])
+    if not isinstance(questions, list):
+        return [*problems, f"{key}.questions: found {_shown(questions)}, expected a list"]
+    for i, row in enumerate(questions):
         where = f"{key}.questions[{i}]"
-        if not isinstance(row, dict) or not {"kind", "variant", "chance", "figures"} <= set(row):
+        if not isinstance(row, dict) or not isinstance(row.get("figures"), dict):
             problems.append(f"{where}: found {_shown(row)}, expected {{kind, variant, chance, figures}}")
             continue
-        problems += _check_fraction(f"{where}.chance", row["chance"])
-        if "unlearned" not in row["figures"]:
-            problems.append(f"{where}.figures.unlearned: missing")
-        for model, figure in row["figures"].items():
-            problems += _check_fraction(f"{where}.figures.{model}.accuracy", figure.get("accuracy"))
-    for model, sets in value.get("membership", {}).items():
-        for name, by_score in sets.items():
-            for score, found in by_score.items():
-                problems += _check_fraction(f"{key}.membership.{model}.{name}.{score}.auc", found.get("auc"))
-    probe = value.get("probe", {"sites": [], "models": {}})
-    for model, by_site in probe["models"].items():
-        for site in probe["sites"]:
-            if site not in by_site:
-                problems.append(f"{key}.probe.{model}.{site}: missing")
-                continue
-            for group, found in by_site[site].items():
-                problems += _check_fraction(f"{key}.probe.{model}.{site}.{group}.accuracy", found.get("accuracy"))
+        problems += [f"{where}.{name}: missing" for name in ("kind", "variant") if name not in row]
+        problems += _check_fraction(f"{where}.chance", row.get("chance"))
+        problems += [] if "unlearned" in row["figures"] else [f"{where}.figures.unlearned: missing"]
+        problems += _check_leaves(f"{where}.figures", row["figures"], 1, "accuracy")
+    if "membership" in value:
+        problems += _check_leaves(f"{key}.membership", value["membership"], 3, "auc")
+    if "probe" in value:
+        probe = value["probe"]
+        if not isinstance(probe, dict) or not isinstance(probe.get("sites"), list):
+            return [*problems, f"{key}.probe: found {_shown(probe)}, expected {{sites, models}}"]
+        problems += _check_leaves(f"{key}.probe.models", probe.get("models"), 3, "accuracy")
     return problems
+
+
+def _check_leaves(key: str, value: Any, depth: int, name: str) -> list[str]:
+    """The fraction `name` of every object that lies `depth` levels below `value`."""
+    if not isinstance(value, dict):
+        return _check_mapping(key, value)
+    if depth == 0:
+        return _check_fraction(f"{key}.{name}", value.get(name))
+    return [found for k, inner in value.items() for found in _check_leaves(f"{key}.{k}", inner, depth - 1, name)]
 
 
 def _check_certificate(key: str, value: Any) -> list[str]:
