@@ -18,7 +18,7 @@ from fastvkd.reporting.report import write_atomically
 from fastvkd.settings import Certificate
 
 CERTIFICATE_VERSION = 1
-VERDICTS = ("passed", "failed", "incomplete")
+_TOLERANCE = 1e-9  # 0.35 - 0.25 is not more than 0.10
 
 
 def figures_of(
@@ -89,15 +89,13 @@ def judge(figures: Mapping[str, float | None], thresholds: Certificate) -> list[
     measured)}."""
     checks: list[dict[str, Any]] = []
 
-    def check(key: str, name: str, limit: float | None, *, at_least: bool, shift: float = 0.0) -> None:
+    def check(key: str, name: str, limit: float | None, *, at_least: bool = False) -> None:
         if limit is None:
             return
-        value = figures.get(key)
-        found = None if value is None else value - shift
-        tolerance = 1e-9  # 0.35 - 0.25 is not more than 0.10
-        met = None if found is None else found >= limit - tolerance if at_least else found <= limit + tolerance
-        word = "at least" if at_least else "at most"
-        checks.append({"key": key, "name": name, "figure": value, "asked": f"{word} {limit + shift:.2f}", "met": met})
+        value, sign = figures.get(key), 1 if at_least else -1
+        met = None if value is None else sign * (value - limit) >= -_TOLERANCE
+        asked = f"{'at least' if at_least else 'at most'} {limit:.2f}"
+        checks.append({"key": key, "name": name, "figure": value, "asked": asked, "met": met})
 
     def band(key: str, name: str) -> None:
         if thresholds.chance_band is None:
@@ -106,7 +104,7 @@ def judge(figures: Mapping[str, float | None], thresholds: Certificate) -> list[
         met = None
         asked = f"within {thresholds.chance_band:.2f} of chance"
         if value is not None and chance is not None:
-            met = abs(value - chance) <= thresholds.chance_band + 1e-9
+            met = abs(value - chance) <= thresholds.chance_band + _TOLERANCE
             asked += f" ({chance:.2f})"
         checks.append({"key": key, "name": name, "figure": value, "asked": asked, "met": met})
 
@@ -115,7 +113,10 @@ def judge(figures: Mapping[str, float | None], thresholds: Certificate) -> list[
     check("kept_visual", "Kept of visual accuracy, worst set", thresholds.kept_visual, at_least=True)
     check("kept_text", "Kept of text accuracy, worst set", thresholds.kept_text, at_least=True)
     if thresholds.language_model_unchanged:
-        check("language_model_unchanged", "Language model unchanged, bit by bit", 1.0, at_least=True)
+        same = figures.get("language_model_unchanged")
+        name = "Language model unchanged, bit by bit"
+        met = None if same is None else bool(same)
+        checks.append({"key": "language_model_unchanged", "name": name, "figure": same, "asked": "yes", "met": met})
     for kind, name in (
         ("paraphrase", "Paraphrased questions, above chance"),
         ("fewshot", "Few-shot prompts, above chance"),
@@ -123,10 +124,10 @@ def judge(figures: Mapping[str, float | None], thresholds: Certificate) -> list[
         ("images", "Edited photos, above chance"),
         ("quantize", "Quantised weights, above chance"),
     ):
-        check(f"{kind}_excess", name, thresholds.attack_above_chance, at_least=False)
-    check("membership", "Membership inference, AUC", thresholds.membership_auc, at_least=False)
-    check("relearning_gap", "Relearning, area above gold", thresholds.relearning_gap, at_least=False)
-    check("probe_gap", "Linear probe, worst site above gold", thresholds.probe_gap, at_least=False)
+        check(f"{kind}_excess", name, thresholds.attack_above_chance)
+    check("membership", "Membership inference, AUC", thresholds.membership_auc)
+    check("relearning_gap", "Relearning, area above gold", thresholds.relearning_gap)
+    check("probe_gap", "Linear probe, worst site above gold", thresholds.probe_gap)
     return checks
 
 

@@ -28,6 +28,8 @@ VARIANT_NAMES = {
     "crop": "cropped",
     "blur": "blurred",
     "jpeg": "JPEG, quality 20",
+    "int8": "8 bits, int8",
+    "nf4": "4 bits, nf4",
 }
 SET_NAMES = {
     "photos": "Forget photos against unseen photos",

@@ -197,7 +197,7 @@ def test_charts_draw_what_was_measured(full_page: str, report: dict[str, Any]) -
 
 
 def test_report_without_optional_parts(report: dict[str, Any]) -> None:
-    for key in ("gold", "comparison", "notes", "hardware"):
+    for key in ("gold", "comparison", "notes", "hardware", "relearning_auc", "attacks", "certificate"):
         del report[key]
     report["relearning"] = {}
     page = Page(render(report, [], []))
@@ -285,7 +285,7 @@ def test_every_attack_is_shown_with_its_figures(full_page: str, report: dict[str
     for row in report["attacks"]["questions"]:
         for figure in row["figures"].values():
             assert f"{100 * figure['accuracy']:.1f}" in words
-    assert "the strongest is “Weights rounded (nf4)”: 37% right, chance 25%" in words
+    assert "the strongest is “Weights rounded (4 bits, nf4)”: 37% right, chance 25%" in words
     assert "Area under the curve: unlearned 49.3%, gold 27.2%; relearning gap +22.1 points." in words
     assert "Min-K++ 20 % 0.87 0.82–0.92 0.58 0.53–0.63 0.56 0.51–0.61" in words
     assert "after, V4: 42%" in full_page and "gold, L4: 47%" in full_page  # a dot for each site
