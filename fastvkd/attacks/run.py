@@ -42,6 +42,19 @@ class Budget:
     relearning_samples: int | None = None
     learning_rate: float = 1e-3
 
+    def check(self) -> "Budget":
+        """Refuse what cannot be run; returns self. Raises SettingsError."""
+        for share in self.relearning_shares:
+            if not 0 < share <= 1:
+                raise SettingsError(f"shares={share:g}: must lie above 0 and at most at 1")
+        if min(self.relearning_steps) < 0 or max(self.relearning_steps) < 1:
+            raise SettingsError(f"steps={max(self.relearning_steps)}: at least one step is needed, and none below 0")
+        if self.max_samples is not None and self.max_samples < 1:
+            raise SettingsError(f"max_samples={self.max_samples}: at least 1 is needed")
+        if not self.learning_rate > 0:
+            raise SettingsError(f"learning_rate={self.learning_rate:g}: must be above 0")
+        return self
+
 
 def parse_kinds(kinds: Sequence[str]) -> list[str]:
     """The attacks in the order in which they run; `all` stands for every one. Raises SettingsError."""
@@ -65,12 +78,14 @@ def attack(
     """Run attacks on `models`: `unlearned`, and where they are at hand `vanilla` (before) and `gold`.
 
     `cells` as `evaluation_cells` gives them. Questions are about photos of forgotten people, known and unseen
-    together; relearning is judged on unseen ones alone and is left out, like gold's share in anything, where there are
-    none.
+    together; relearning is judged on unseen ones alone.
 
     Returns, for the kinds that ran: "questions", a list of {"kind", "variant", "chance", "figures": {model:
     {"accuracy", "ci95", "n"}}}; "relearning", the rows of `relearn`; "membership", {model: {set: {score: AUC}}};
     "probe", {"sites": [...], "models": {model: {site: {group: figures}}}}.
+
+    Raises DataError where the data cannot serve a kind: no unseen photos for `relearn`, fewer than two forgotten
+    entities for `probe`, no multiple-choice question.
     """
     budget = budget or Budget()
     prepared = prepared or PreparedPhotos(processor)
@@ -192,7 +207,7 @@ def attack_run(
     multiple choice}) and "certificate". Raises FastVKDError.
     """
     wanted = parse_kinds(kinds)
-    budget = budget or Budget()
+    budget = (budget or Budget()).check()
     cells = evaluation_cells(data, forget_split, retain_split)
     processor = load_processor(folders["unlearned"])
     prepared = PreparedPhotos(processor)
