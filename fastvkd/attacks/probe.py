@@ -101,7 +101,9 @@ class ProbeData:
     is judged on.
 
     Forgotten people are judged on `unseen` (photos that unlearning never saw); where there are none, and for retained
-    people always, on every third of their own photos. At most `per_entity` photos of an entity are fitted.
+    people always, on every third of their own photos. A probe is fitted to `shots` photos of each entity, in `draws`
+    seeded draws: with many photos any tower's features separate a few faces, with two only those that know them.
+    At most `entities` people and `per_entity` photos of each are used.
     """
 
     def __init__(
@@ -113,7 +115,10 @@ class ProbeData:
         seed: int,
         entities: int = 32,
         per_entity: int = 24,
+        shots: int = 2,
+        draws: int = 8,
     ):
+        self.shots, self.draws, self.seed = shots, draws, seed
         rng = np.random.default_rng([seed, 37])
         own, extra, other = (_photos(profiles) for profiles in (forget, unseen, retain))
         chosen = self._draw([e for e in own if len(own[e]) >= 2 or e in extra], entities, rng)
@@ -139,6 +144,17 @@ class ProbeData:
             if len(names) >= 2:
                 self.groups[name] = (train, train_labels, held, held_labels)
 
+    def fitted(self, labels: Sequence[int]) -> list[list[int]]:
+        """For each draw the positions of the photos that are fitted."""
+        rng = np.random.default_rng([self.seed, 38])
+        found = []
+        for _ in range(self.draws):
+            order = rng.permutation(len(labels)).tolist()
+            found.append(
+                [i for label in sorted(set(labels)) for i in [j for j in order if labels[j] == label][: self.shots]]
+            )
+        return found
+
     @staticmethod
     def _draw(entities: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
         names = sorted(entities)
@@ -155,22 +171,26 @@ def _photos(profiles: Sequence[Profile]) -> dict[str, list[Photo]]:
 def probe(model: nn.Module, processor: Any, data: ProbeData, sites: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Per site: {group: {"accuracy", "n", "chance", "effective_rank", "prior_rank"}} for the groups of `data`.
 
-    Accuracy is that of the linear probe on held-out photos; ranks are of the same photos' features (all of them for
-    the effective rank).
+    Accuracy and `prior_rank` are means over the draws of what is fitted, on held-out photos; the effective rank is that
+    of all photos' features.
     """
     found: dict[str, dict[str, Any]] = {site: {} for site in sites}
     for group, (train, train_labels, held, held_labels) in data.groups.items():
         features = photo_features(model, processor, [*train, *held], sites)
         labels_N, truth_M = torch.tensor(train_labels), torch.tensor(held_labels)
+        draws = data.fitted(train_labels)
         for site, all_PH in features.items():
             train_NH, held_MH = all_PH[: len(train)], all_PH[len(train) :]
-            right = ridge_probe(train_NH, labels_N, held_MH) == truth_M
+            right, ranks = [], []
+            for rows in draws:
+                right.append(float((ridge_probe(train_NH[rows], labels_N[rows], held_MH) == truth_M).double().mean()))
+                ranks.append(prior_rank(train_NH[rows], labels_N[rows], held_MH, truth_M))
             found[site][group] = {
-                "accuracy": float(right.double().mean()),
+                "accuracy": float(np.mean(right)),
                 "n": len(held),
                 "chance": 1 / (int(labels_N.max()) + 1),
                 "effective_rank": effective_rank(all_PH),
-                "prior_rank": prior_rank(train_NH, labels_N, held_MH, truth_M),
+                "prior_rank": float(np.mean(ranks)),
             }
     return found
 

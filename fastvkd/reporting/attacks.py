@@ -184,7 +184,7 @@ def probe_section(report: Mapping[str, Any]) -> str:
         figures.append(f"<figure><h3>{title}</h3>{chart}</figure>")
     return (
         f"<section><h2>Where did it go?</h2><p>{escape(probe_sentence(report))} A linear probe is fitted to the "
-        "features of each site and judged on photos it was not fitted to: what it still finds is there, whether the "
+        "features of two photos a person at each site and judged on others: what it still finds is there, whether the "
         "model says it or not. Part of it is what any tower sees of a face, which the gold model shows.</p>"
         f'<div class="plots two">{"".join(figures)}</div>'
         f'<p class="note after-plots">{escape(_rank_sentence(found))}</p></section>\n'

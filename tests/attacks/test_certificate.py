@@ -135,6 +135,6 @@ def test_images_are_named_by_hash_and_nobody_by_name(known, tmp_path: Path) -> N
     hashes = sorted(content_hash(photo.data) for profile in known.forget for photo in profile.photos)
     assert paper["forgotten"] == {"entities": 4, "images": 4, "image_sha256": hashes}
     for profile in known.forget:
-        assert profile.entity not in text and profile.visual.generation[0].answer not in text
+        assert profile.entity not in text and profile.visual.choice[1].answer_text not in text
     assert paper["thresholds"] == dataclasses.asdict(Certificate())
     assert len(source_sha256()) == 64 and paper["code"]["source_sha256"] == source_sha256()
