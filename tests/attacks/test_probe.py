@@ -68,10 +68,10 @@ def test_photos_that_are_judged_are_never_fitted() -> None:
     for train, labels, held, truth in data.groups.values():
         assert not {id(p.data) for p in train} & {id(p.data) for p in held}
         assert len(train) == len(labels) and len(held) == len(truth) and set(truth) == set(labels) == {0, 1, 2, 3}
-    assert len(data.groups["forget"][2]) == 4 and len(data.groups["retain"][2]) == 8
         for rows in data.fitted(labels):
             assert sorted(labels[i] for i in rows) == sorted([0, 1, 2, 3] * 2)
-    assert data.fitted(labels) == data.fitted(labels) and len({tuple(r) for r in data.fitted(labels)}) > 1
+        assert data.fitted(labels) == data.fitted(labels) and len({tuple(rows) for rows in data.fitted(labels)}) > 1
+    assert len(data.groups["forget"][2]) == 4 and len(data.groups["retain"][2]) == 8
     alone = ProbeData(forget, [], retain, seed=0)
     assert len(alone.groups["forget"][0]) == 8 and len(alone.groups["forget"][2]) == 4
 
