@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,7 @@ class Size:
     overrides: dict[str, Any] = field(default_factory=dict)
     max_samples: int = 1008
     attacks: Budget = field(
-        default_factory=lambda: Budget(
-            max_samples=168, shots=(1, 5), relearning_shares=(0.2,), relearning_seeds=(0,), relearning_samples=168
-        )
+        default_factory=lambda: Budget(max_samples=168, shots=(1, 5), relearning_shares=(0.2,), relearning_samples=168)
     )
 
 
@@ -81,7 +79,6 @@ SIZES = {
             shots=(2,),
             relearning_shares=(0.2,),
             relearning_steps=(0, 2, 5, 10),
-            relearning_seeds=(0,),
         ),
     ),
 }
@@ -151,24 +148,12 @@ def demo(
         figures = {
             name: _evaluate(name, path, processor, cells, spec, seed, out, prepared) for name, path in models.items()
         }
-    attacks: dict[str, Any] = {}
-    loaded = {name: load_model(path) for name, path in models.items()}
-    for phase, kinds in (("relearn", ("relearn",)), ("attack", [kind for kind in KINDS if kind != "relearn"])):
-        with _timed(seconds, phase), Progress("Relearning attack" if phase == "relearn" else "Other attacks") as bar:
-            attacks |= attack(
-                loaded,
-                processor,
-                cells,
-                kinds=kinds,
-                budget=spec.attacks,
-                seed=seed,
-                prepared=prepared,
-                progress=lambda done, total, what, bar=bar: bar(done, total, what),  # type: ignore[misc]
-            )
+    budget = replace(spec.attacks, relearning_seeds=(seed,))
+    attacks = _attack(models, processor, cells, budget, seed, prepared, seconds)
     relearned = attacks.pop("relearning")
     curves = {row["weights"]: row["curves"] for row in relearned}
     digests = {"before": language_model_sha256(vanilla_dir), "after": language_model_sha256(unlearned_dir)}
-    papers = certificate(
+    paper = certificate(
         forget=cells["forget"],
         settings=settings.to_dict(),
         model_fingerprint=identify_base(unlearned_dir).fingerprint,
@@ -190,7 +175,7 @@ def demo(
         relearning=curves,
         relearning_auc={row["weights"]: row["auc"] for row in relearned},
         attacks=attacks,
-        certificate=papers,
+        certificate=paper,
         notes=[
             "The people are drawings made by a program, the flags too; real photographs vary far more.",
             "The model is a real LLaVA in every part, but with about two million parameters; larger models store "
@@ -198,10 +183,10 @@ def demo(
         ],
     )
     write_report(report, out / "report.json")
-    write_certificate(papers, out / "certificate.json")
+    write_certificate(paper, out / "certificate.json")
     write_html(report, _examples(cells, out), _lines(run.metrics), out / "report.html")
     (unlearned_dir / "README.md").write_text(model_card(report))
-    write_certificate(papers, unlearned_dir / "certificate.json")
+    write_certificate(paper, unlearned_dir / "certificate.json")
     return report
 
 
@@ -289,6 +274,27 @@ def _evaluate(
             fingerprint=identify_base(path).fingerprint,
             photos=prepared,
         )
+
+
+def _attack(
+    models: dict[str, Path],
+    processor: Any,
+    cells: dict[str, list[Profile]],
+    budget: Budget,
+    seed: int,
+    prepared: PreparedPhotos,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """Every attack, relearning first; its time is noted apart from the others'."""
+    loaded = {name: load_model(path) for name, path in models.items()}
+    phases = {"relearn": ("Relearning attack", ["relearn"]), "attack": ("Other attacks", list(KINDS[1:]))}
+    found: dict[str, Any] = {}
+    for phase, (label, kinds) in phases.items():
+        with _timed(seconds, phase), Progress(label) as bar:
+            found |= attack(
+                loaded, processor, cells, kinds=kinds, budget=budget, seed=seed, prepared=prepared, progress=bar
+            )
+    return found
 
 
 def _parameters(run: Unlearned, vanilla_dir: Path) -> dict[str, int]:
