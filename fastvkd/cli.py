@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     attack.add_argument("--config", type=Path, metavar="YAML", help="the run's settings, with `certificate` thresholds")
     attack.add_argument("--max-samples", type=int, default=400, help="questions a variant (default: %(default)s)")
+    attack.add_argument("--batch-size", type=int, default=64, help="questions at once (default: %(default)s)")
     attack.add_argument("--shares", type=float, nargs="+", help="relearning: shares of the forget photos")
     attack.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="relearning: seeds")
     attack.add_argument("--steps", type=int, nargs="+", help="relearning: after which steps to measure")
@@ -224,6 +225,7 @@ def _attack(arguments: argparse.Namespace) -> int:
     defaults = Budget()
     budget = Budget(
         max_samples=arguments.max_samples,
+        batch_size=arguments.batch_size,
         relearning_shares=tuple(arguments.shares or defaults.relearning_shares),
         relearning_steps=tuple(arguments.steps or defaults.relearning_steps),
         relearning_seeds=tuple(arguments.seeds),

@@ -38,10 +38,12 @@ class Examiner:
         self._embedder = Embedder(model, processor, batch_size, prepared) if embeddable(model) else None
 
     def scores(self, queries: Sequence[Query], options: Sequence[Sequence[str]]) -> list[OptionScores]:
-        """The likelihood of every option as the answer to its query."""
+        """The likelihood of every option as the answer to its query. Fewer go at once where a query has many photos."""
+        size = max(1, self.batch_size // max((len(query.photos) for query in queries), default=1))
         if self._embedder is not None:
+            self._embedder.batch_size = size
             return score_options_packed(self._embedder, queries, options)
-        return score_options(self.model, self.processor, queries, options, self.batch_size)
+        return score_options(self.model, self.processor, queries, options, size)
 
     def right(self, asked: Sequence[Asked], queries: Sequence[Query]) -> list[bool]:
         """Whether the likeliest option of each question is the right one."""
@@ -80,7 +82,9 @@ def figures(right: Sequence[bool], seed: int) -> Figures:
 
 
 def chance_of(asked: Sequence[Asked]) -> float:
-    """Accuracy of guessing."""
+    """Accuracy of guessing; ValueError where nothing is asked."""
+    if not asked:
+        raise ValueError("chance_of no questions")
     return float(np.mean([1 / len(one.choice.options) for one in asked]))
 
 

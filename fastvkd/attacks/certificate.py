@@ -24,15 +24,17 @@ _TOLERANCE = 1e-9  # 0.35 - 0.25 is not more than 0.10
 def figures_of(
     evaluated: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]],
     attacks: Mapping[str, Any],
+    *,
+    chance: float | None,
     relearning_gaps: Iterable[float] = (),
     language_model: Mapping[str, str] | None = None,
 ) -> dict[str, float | None]:
     """The figures that `judge` knows, from `{model: {set: {kind: cell}}}`, the result of `attack`, the gaps of its
     relearning (`mean_gaps`) and the digests `before` and `after` of the language model; None where not measured.
 
-    `chance` is that of the questions asked. `*_excess` are the unlearned model's accuracy above chance in the worst
-    variant of an attack; `membership` the area furthest from 0.5, mirrored to lie above; `relearning_gap` the largest
-    gap; the `kept_*` are shares of the accuracy before, of the worst set.
+    `chance` is that of the forget set's questions. `*_excess` are the unlearned model's accuracy above chance in the
+    worst variant of an attack; `membership` the area furthest from 0.5, mirrored to lie above; `relearning_gap` the
+    largest gap; the `kept_*` are shares of the accuracy before, of the worst set.
     """
     unlearned, vanilla = evaluated["unlearned"], evaluated.get("vanilla")
     rows = attacks.get("questions", [])
@@ -60,7 +62,7 @@ def figures_of(
         for found in by_score.values()
     ]
     return {
-        "chance": rows[0]["chance"] if rows else None,
+        "chance": chance,
         "forget": accuracy("forget", "vqa"),
         "test": accuracy("test", "vqa"),
         "kept_visual": kept(("retain", "realworld"), "vqa"),

@@ -11,7 +11,7 @@ Two pairs of sets, both about the forgotten people, so that nothing but membersh
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,12 +135,13 @@ def membership(
     sets: dict[str, tuple[list[Statement], list[Statement]]],
     *,
     seed: int,
-    progress: Callable[[], None] = lambda: None,
+    batch_size: int = 32,
 ) -> dict[str, dict[str, Any]]:
     """{set: {score: `auc` of it}} for sets of (members, non-members)."""
     found = {}
     for name, (members, others) in sets.items():
-        inside, outside = (score_statements(model, processor, side) for side in (members, others))
+        inside, outside = (
+            score_statements(model, processor, side, batch_size=batch_size) for side in (members, others)
+        )
         found[name] = {score: auc(inside[score], outside[score], seed=seed) for score in SCORES}
-        progress()
     return found

@@ -26,15 +26,17 @@ from fastvkd.settings import Settings
 from fastvkd.unlearning.loop import pick_device
 
 QUESTION_KINDS = ("paraphrase", "fewshot", "reverse", "images", "quantize")
+_EXAMPLES = 2000  # solved questions that few-shot prompts draw from
 KINDS = ("relearn", *QUESTION_KINDS, "membership", "probe")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much each attack may spend. `max_samples` questions a variant (None: all); relearning runs every share of
-    the forget photos with every seed, as far as the last of `relearning_steps`."""
+    """How much each attack may spend. `max_samples` questions a variant (None: all), `batch_size` at once; relearning
+    runs every share of the forget photos with every seed, as far as the last of `relearning_steps`."""
 
     max_samples: int | None = 400
+    batch_size: int = 64
     shots: tuple[int, ...] = fewshot.SHOTS
     relearning_shares: tuple[float, ...] = SHARES
     relearning_steps: tuple[int, ...] = MEASURE_AT
@@ -49,8 +51,9 @@ class Budget:
                 raise SettingsError(f"shares={share:g}: must lie above 0 and at most at 1")
         if min(self.relearning_steps) < 0 or max(self.relearning_steps) < 1:
             raise SettingsError(f"steps={max(self.relearning_steps)}: at least one step is needed, and none below 0")
-        if self.max_samples is not None and self.max_samples < 1:
-            raise SettingsError(f"max_samples={self.max_samples}: at least 1 is needed")
+        for key, value in (("max_samples", self.max_samples), ("batch_size", self.batch_size)):
+            if value is not None and value < 1:
+                raise SettingsError(f"{key}={value}: at least 1 is needed")
         if not self.learning_rate > 0:
             raise SettingsError(f"learning_rate={self.learning_rate:g}: must be above 0")
         return self
@@ -110,6 +113,7 @@ def attack(
             measure_at=budget.relearning_steps,
             learning_rate=budget.learning_rate,
             max_samples=budget.relearning_samples,
+            batch_size=budget.batch_size,
             prepared=prepared,
             progress=lambda done, total: progress(done, total, "relearn"),
         )
@@ -122,7 +126,9 @@ def attack(
         found["membership"] = {}
         for i, (name, model) in enumerate(models.items()):
             progress(i, len(models), "membership")
-            found["membership"][name] = membership.membership(model, processor, sets, seed=seed)
+            found["membership"][name] = membership.membership(
+                model, processor, sets, seed=seed, batch_size=budget.batch_size
+            )
     if "probe" in wanted:
         data = probe.ProbeData(cells["forget"], unseen, cells["retain"], seed=seed)
         if "forget" not in data.groups:
@@ -152,7 +158,7 @@ def _questions(
     plain = [plain_query(processor, one.choice.question, one.photo) for one in asked]
     variants = {"paraphrase": paraphrase.paraphrased(processor, asked) if "paraphrase" in kinds else {"plain": plain}}
     if "fewshot" in kinds:
-        retained = choices_of(cells["retain"], 2000, seed)
+        retained = choices_of(cells["retain"], _EXAMPLES, seed)
         variants["fewshot"] = {
             f"{shots}-shot": fewshot.few_shot(processor, asked, retained, shots, seed) for shots in budget.shots
         }
@@ -166,7 +172,7 @@ def _questions(
 
     chance = chance_of(asked)
     for done, (name, model) in enumerate(models.items()):
-        examiner = Examiner(model, processor, prepared=prepared)
+        examiner = Examiner(model, processor, prepared=prepared, batch_size=budget.batch_size)
         for kind, by_variant in variants.items():
             progress(done, len(models), f"{name} {kind}")
             for variant, measured in ask_all(examiner, asked, by_variant, seed):
@@ -180,7 +186,9 @@ def _questions(
         if "quantize" in kinds:
             for bits in quantize.BITS:
                 progress(done, len(models), f"{name} {bits}")
-                rounded = Examiner(quantize.quantized(model, bits), processor, prepared=prepared)
+                rounded = Examiner(
+                    quantize.quantized(model, bits), processor, prepared=prepared, batch_size=budget.batch_size
+                )
                 note("quantize", bits, name, figures(rounded.right(asked, plain), seed), chance)
     return list(rows.values())
 
@@ -218,7 +226,7 @@ def attack_run(
             model,
             processor,
             cells,
-            batch_size=64,
+            batch_size=budget.batch_size,
             seed=seed,
             tasks=("choice",),
             max_samples=budget.max_samples,
@@ -237,11 +245,18 @@ def attack_run(
             "before": language_model_sha256(local["vanilla"]),
             "after": language_model_sha256(local["unlearned"]),
         }
+    asked = choices_of(cells["forget"], None, seed)
     paper = certificate(
         forget=cells["forget"],
         settings=settings.to_dict(),
         model_fingerprint=identify_base(local["unlearned"]).fingerprint,
-        figures=figures_of(evaluation, found, mean_gaps(found.get("relearning", [])), digests),
+        figures=figures_of(
+            evaluation,
+            found,
+            chance=chance_of(asked) if asked else None,
+            relearning_gaps=mean_gaps(found.get("relearning", [])),
+            language_model=digests,
+        ),
         thresholds=settings.certificate,
         versions=library_versions(),
     )

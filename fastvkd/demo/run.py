@@ -157,7 +157,9 @@ def demo(
         forget=cells["forget"],
         settings=settings.to_dict(),
         model_fingerprint=identify_base(unlearned_dir).fingerprint,
-        figures=figures_of(figures, attacks, mean_gaps(relearned), digests),
+        figures=figures_of(
+            figures, attacks, chance=CHANCE, relearning_gaps=mean_gaps(relearned), language_model=digests
+        ),
         thresholds=settings.certificate,
         versions=library_versions(),
     )

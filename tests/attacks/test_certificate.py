@@ -101,7 +101,13 @@ def test_figures_are_the_worst_of_each_kind() -> None:
         {"weights": "all", "share": 0.2, "seed": seed, "auc": {"relearning_gap": gap}}
         for seed, gap in enumerate((0.1, 0.3))
     ]
-    found = figures_of(evaluated, attacks, mean_gaps(rows), {"before": "a", "after": "a"})
+    found = figures_of(
+        evaluated,
+        attacks,
+        chance=0.25,
+        relearning_gaps=mean_gaps(rows),
+        language_model={"before": "a", "after": "a"},
+    )
     assert found == {
         "chance": 0.25,
         "forget": 0.3,
