@@ -10,6 +10,8 @@ from fastvkd.cli import main
 from fastvkd.data.sources import evaluation_cells
 from fastvkd.errors import DataError, SettingsError
 from fastvkd.models.loading import load_model, load_processor
+from fastvkd.reporting.attacks import certificate_section, membership_section, probe_section, questions_section
+from fastvkd.reporting.report import validate
 
 
 def test_every_attack_and_the_certificate_of_a_run(world, tmp_path: Path, capsys) -> None:
@@ -40,9 +42,16 @@ def test_every_attack_and_the_certificate_of_a_run(world, tmp_path: Path, capsys
     assert "kept_text" not in checks and checks["probe_gap"]["asked"] == "at most 0.01"
     assert checks["probe_gap"]["met"] and checks["language_model_unchanged"]["met"] and checks["kept_visual"]["met"]
     printed = capsys.readouterr().out
-    assert "Min" not in printed and "relearn AUC" in printed and "probe_gap" not in printed
+    assert "relearn AUC" in printed and f"Certificate: {paper['verdict']}" in printed
     for row in found["questions"]:
         assert row["variant"] in printed
+
+    report = {"attacks": {key: found[key] for key in ("questions", "membership", "probe")}, "certificate": paper}
+    assert not [problem for problem in validate(report) if problem.startswith(("attacks", "certificate"))]
+    page = questions_section(report) + membership_section(report) + probe_section(report) + certificate_section(report)
+    for row in found["questions"]:
+        assert f"<td>{100 * row['figures']['gold']['accuracy']:.1f}<small>" in page
+    assert page.count("<h2>") == 4 and f"Certificate: {paper['verdict']}" in page
 
 
 def test_what_cannot_be_attacked_is_refused_in_one_line(world, tmp_path: Path, capsys) -> None:
