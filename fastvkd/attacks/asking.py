@@ -39,7 +39,7 @@ class Examiner:
 
     def scores(self, queries: Sequence[Query], options: Sequence[Sequence[str]]) -> list[OptionScores]:
         """The likelihood of every option as the answer to its query. Fewer go at once where a query has many photos."""
-        size = max(1, self.batch_size // max((len(query.photos) for query in queries), default=1))
+        size = max(1, self.batch_size // max(1, *(len(query.photos) for query in queries)))
         if self._embedder is not None:
             self._embedder.batch_size = size
             return score_options_packed(self._embedder, queries, options)
