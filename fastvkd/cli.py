@@ -1,4 +1,4 @@
-"""The command line: `fastvkd demo|train|eval|compare|plan|export|data|env`. What a user can mend is one line
+"""The command line: `fastvkd demo|train|eval|compare|attack|plan|export|data|env`. What a user can mend is one line
 and exit code 2."""
 
 import argparse
@@ -86,6 +86,32 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--out folder of a run")
     compare.add_argument("--format", default="text", help="text (default), json or latex")
     compare.set_defaults(run=_compare)
+
+    attack = commands.add_parser("attack", help="try to bring the knowledge back, and certify the result")
+    attack.add_argument("--model", required=True, metavar="FOLDER", help="the unlearned model")
+    attack.add_argument("--before", metavar="FOLDER", help="the model before unlearning, to compare with")
+    attack.add_argument("--gold", metavar="FOLDER", help="a model that never saw the forget set, the yardstick")
+    attack.add_argument("--data", required=True, metavar="FOLDER")
+    attack.add_argument("--forget-split", default="forget_5")
+    attack.add_argument("--retain-split", default="retain_95")
+    attack.add_argument(
+        "--kind",
+        nargs="+",
+        default=["all"],
+        help="relearn, paraphrase, fewshot, reverse, quantize, images, membership, probe (default: all)",
+    )
+    attack.add_argument("--config", type=Path, metavar="YAML", help="the run's settings, with `certificate` thresholds")
+    attack.add_argument("--max-samples", type=int, default=400, help="questions a variant (default: %(default)s)")
+    attack.add_argument("--batch-size", type=int, default=64, help="questions at once (default: %(default)s)")
+    attack.add_argument("--shares", type=float, nargs="+", help="relearning: shares of the forget photos")
+    attack.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="relearning: seeds")
+    attack.add_argument("--steps", type=int, nargs="+", help="relearning: after which steps to measure")
+    attack.add_argument("--learning-rate", type=float, default=1e-3, help="relearning (default: %(default)s)")
+    attack.add_argument("--seed", type=int, default=0)
+    attack.add_argument("--device", default="auto")
+    attack.add_argument("--bf16", action="store_true")
+    attack.add_argument("--out", type=Path, default=Path("out/attack"), help="folder of attacks.json, certificate.json")
+    attack.set_defaults(run=_attack)
 
     plan = commands.add_parser("plan", help="FLOPs and memory of a run before anything is loaded")
     plan.add_argument("--config", type=Path, metavar="YAML")
@@ -216,6 +242,48 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     print(table(read_runs(arguments.runs), arguments.format))
     return 0
+
+
+def _attack(arguments: argparse.Namespace) -> int:
+    from fastvkd.settings import load_settings
+
+    settings = load_settings(arguments.config, {"model_name_or_path": arguments.model, "data": arguments.data})
+    from fastvkd.attacks.run import Budget, attack_run, table
+    from fastvkd.progress import Progress
+
+    defaults = Budget()
+    budget = Budget(
+        max_samples=arguments.max_samples,
+        batch_size=arguments.batch_size,
+        relearning_shares=tuple(arguments.shares or defaults.relearning_shares),
+        relearning_steps=tuple(arguments.steps or defaults.relearning_steps),
+        relearning_seeds=tuple(arguments.seeds),
+        relearning_samples=arguments.max_samples,
+        learning_rate=arguments.learning_rate,
+    )
+    folders = {"vanilla": arguments.before, "unlearned": arguments.model, "gold": arguments.gold}
+    with Progress("Attacking") as bar:
+        found = attack_run(
+            {name: folder for name, folder in folders.items() if folder},
+            arguments.data,
+            forget_split=arguments.forget_split,
+            retain_split=arguments.retain_split,
+            kinds=arguments.kind,
+            budget=budget,
+            settings=settings,
+            seed=arguments.seed,
+            device=arguments.device,
+            bf16=arguments.bf16,
+            out=arguments.out,
+            progress=bar,
+        )
+    print(table(found))
+    print(f"Certificate: {found['certificate']['verdict']}; {arguments.out / 'certificate.json'}")
+    return 0
+
+
+def _three(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -36,6 +36,20 @@ class Saliency:
 
 
 @dataclass(kw_only=True)
+class Certificate:
+    """Thresholds of certificate.json; null leaves a check out. Fractions, but for the area under a ROC curve."""
+
+    chance_band: float | None = 0.10  # accuracy on forgotten entities: at most so far off chance
+    kept_visual: float | None = 0.95  # share of the visual accuracy before that the worst kept set must have
+    kept_text: float | None = 0.98  # the same of text questions
+    language_model_unchanged: bool = True
+    attack_above_chance: float | None = 0.15  # paraphrase, few-shot, reverse, edited photos, quantised: worst variant
+    membership_auc: float | None = 0.65  # furthest from 0.5, either way
+    relearning_gap: float | None = 0.10  # area under the relearning curve above gold's
+    probe_gap: float | None = 0.15  # linear probe's accuracy above gold's, worst site
+
+
+@dataclass(kw_only=True)
 class Settings:
     """Every setting of an unlearning run. Names follow transformers' `TrainingArguments` where it has one."""
 
@@ -98,6 +112,9 @@ class Settings:
     fused_frozen_ops: bool = False  # Triton RMSNorm and SwiGLU in frozen decoder layers, which keep less for backward
     quantize_llm: Literal["none", "nf4", "int8"] = "none"
     seed: int = 0
+
+    # What the result is held to.
+    certificate: Certificate = field(default_factory=Certificate)
 
     # How it runs.
     engine: Literal["local", "deepspeed"] = "local"

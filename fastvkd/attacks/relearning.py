@@ -80,6 +80,7 @@ def relearning_curve(
     learning_rate: float = 1e-3,
     seed: int = 0,
     max_samples: int | None = None,
+    batch_size: int = 64,
     prepared: PreparedPhotos | None = None,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Curve:
@@ -87,7 +88,7 @@ def relearning_curve(
 
     A copy of `model` is trained with AdamW on answer tokens; `weights` says whether tower and projector move or
     everything does. Returns one {"step", "accuracy"} for each number of steps in `measure_at`, 0 included in any case.
-    `max_samples` (seeded) caps the questions of a measurement.
+    `max_samples` (seeded) caps the questions of a measurement, `batch_size` of which are scored at once.
     """
     victim: Any = copy.deepcopy(model)
     device = next(victim.parameters()).device
@@ -103,7 +104,7 @@ def relearning_curve(
             victim,
             processor,
             {"test": list(unseen)},
-            batch_size=64,
+            batch_size=batch_size,
             seed=seed,
             tasks=("choice",),
             kinds=("vqa",),
@@ -163,6 +164,7 @@ def relearn(
     measure_at: Sequence[int] = MEASURE_AT,
     learning_rate: float = 1e-3,
     max_samples: int | None = None,
+    batch_size: int = 64,
     prepared: PreparedPhotos | None = None,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[dict[str, Any]]:
@@ -191,6 +193,7 @@ def relearn(
                         learning_rate=learning_rate,
                         seed=seed,
                         max_samples=max_samples,
+                        batch_size=batch_size,
                         prepared=prepared,
                         progress=lambda step, _, before=done: progress(before + step, total),  # type: ignore[misc]
                     )

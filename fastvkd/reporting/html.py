@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from fastvkd.reporting import svg
+from fastvkd.reporting.attacks import (
+    attacks_sentence,
+    certificate_section,
+    membership_section,
+    probe_section,
+    questions_section,
+)
 from fastvkd.reporting.report import (
     CHANCE_BAND,
     KEPT_VISUAL,
@@ -19,6 +26,7 @@ from fastvkd.reporting.report import (
     measured_cells,
     percent,
     percent_change,
+    points,
     text_accuracy,
     write_atomically,
 )
@@ -77,6 +85,10 @@ def render(
         _trade_off(report),
         _training(training_log),
         _relearning(report),
+        questions_section(report),
+        membership_section(report),
+        probe_section(report),
+        certificate_section(report),
         _settings(report),
         _limits(report),
     ]
@@ -100,14 +112,9 @@ def _model_name(report: Mapping[str, Any]) -> str:
     return "/".join(part for part in parts[-2:] if part != "/")
 
 
-def _points(fraction: float) -> str:
-    """'96.3': an accuracy in percent, to a tenth."""
-    return f"{100 * fraction:.1f}"
-
-
 def _bound(fraction: float) -> str:
-    """An end of an interval: as `_points`, but '100' for '100.0', which leaves room for the other end on a phone."""
-    return _points(fraction).replace("100.0", "100")
+    """An end of an interval: as `points`, but '100' for '100.0', which leaves room for the other end on a phone."""
+    return points(fraction).replace("100.0", "100")
 
 
 def _change(before: float, after: float) -> str:
@@ -332,7 +339,7 @@ def _accuracy_row(report: Mapping[str, Any], name: str, kind: str) -> str:
         if value is None:
             return "<td>–</td>"
         low, high = value["ci95"]
-        return f'<td class="{css}">{_points(value["accuracy"])}<small>{_bound(low)}–{_bound(high)}</small></td>'
+        return f'<td class="{css}">{points(value["accuracy"])}<small>{_bound(low)}–{_bound(high)}</small></td>'
 
     label = _set_name(name, kind)
     strip = svg.strip(
@@ -341,7 +348,7 @@ def _accuracy_row(report: Mapping[str, Any], name: str, kind: str) -> str:
         chance=chance,
         css=SET_COLOURS[name] if kind == "vqa" else "text",
         interval=tuple(unlearned["ci95"]),
-        description=f"{label}: {_points(vanilla['accuracy'])}% before, {_points(unlearned['accuracy'])}% after",
+        description=f"{label}: {points(vanilla['accuracy'])}% before, {points(unlearned['accuracy'])}% after",
     )
     return (
         f'<tr><th scope="row">{escape(label)}<small>n = {unlearned["n"]:,}</small></th>{cell("vanilla")}'
@@ -362,10 +369,10 @@ def _metric_table(report: Mapping[str, Any], key: str, title: str) -> str:
             gold = ""
             if "gold" in report:
                 value = report["gold"].get(name, {}).get(k, {}).get(key)
-                gold = "<td>–</td>" if value is None else f"<td>{_points(value)}</td>"
+                gold = "<td>–</td>" if value is None else f"<td>{points(value)}</td>"
             body.append(
-                f'<tr><th scope="row">{escape(_set_name(name, kind))}</th><td>{_points(before)}</td>'
-                f'<td class="after">{_points(after)}</td><td>{_change(before, after)}</td>{gold}</tr>'
+                f'<tr><th scope="row">{escape(_set_name(name, kind))}</th><td>{points(before)}</td>'
+                f'<td class="after">{points(after)}</td><td>{_change(before, after)}</td>{gold}</tr>'
             )
         if body:
             rows.append(f'<tr class="head"><th scope="colgroup" colspan="{4 + ("gold" in report)}">{heading}</th></tr>')
@@ -379,13 +386,13 @@ def _metric_table(report: Mapping[str, Any], key: str, title: str) -> str:
 
 
 def _trade_off(report: Mapping[str, Any]) -> str:
-    points = []
+    marks = []
     looks = {"vanilla": ("before", "grey", "circle"), "unlearned": ("unlearned", "ink", "circle")}
     looks["gold"] = ("gold", "gold", "diamond")
     for model, (label, css, shape) in looks.items():
         if model in report:
             forget, retain = report[model]["forget"]["vqa"], report[model]["retain"]["vqa"]
-            points.append(
+            marks.append(
                 svg.Point(
                     label,
                     forget["accuracy"],
@@ -397,15 +404,15 @@ def _trade_off(report: Mapping[str, Any]) -> str:
                 )
             )
     for other in report.get("comparison", []):
-        points.append(svg.Point(other["name"], other["forget"], other["retain"], "grey", "square"))
+        marks.append(svg.Point(other["name"], other["forget"], other["retain"], "grey", "square"))
     chance = report["chance"]
     goal = (chance - CHANCE_BAND, chance + CHANCE_BAND, KEPT_VISUAL * report["vanilla"]["retain"]["vqa"]["accuracy"])
     description = "Forgotten against retained visual accuracy: " + "; ".join(
-        f"{p.label} {_points(p.x)}% and {_points(p.y)}%" for p in points
+        f"{p.label} {points(p.x)}% and {points(p.y)}%" for p in marks
     )
     charts = "".join(
         svg.scatter_chart(
-            points,
+            marks,
             x_label="forgotten people, % right",
             y_label="retained people, % right",
             description=description,
@@ -447,11 +454,11 @@ def _training(rows: Sequence[Mapping[str, Any]]) -> str:
     keys = ["loss", *sorted({key for row in rows for key in row if key.startswith("loss_")})]
     losses = []
     for key in keys:
-        points, band = svg.bin_points(_column(rows, key))
-        if points:
+        line, band = svg.bin_points(_column(rows, key))
+        if line:
             name = LOSS_NAMES.get(key, key.removeprefix("loss_").replace("_", " "))
             # The total is the sum of the others: its band would only hide theirs.
-            losses.append(svg.Series(name, points, LOSS_COLOURS.get(key, "text"), band if key != "loss" else ()))
+            losses.append(svg.Series(name, line, LOSS_COLOURS.get(key, "text"), band if key != "loss" else ()))
     if not losses:
         return (
             "<section><h2>How it trained</h2><p>The training log holds no losses, so there is nothing to draw.</p>"
@@ -478,10 +485,10 @@ def _training(rows: Sequence[Mapping[str, Any]]) -> str:
         ("grad_norm", "Gradient norm", "L2 norm before clipping"),
         ("images_per_second", "Speed", "images per second"),
     ):
-        points, band = svg.bin_points(_column(rows, key))
-        if points:
-            series = [svg.Series("", points, "ink", band)]
-            text = f"{title} over {steps} steps, from {points[0][1]:.3g} to {points[-1][1]:.3g}"
+        line, band = svg.bin_points(_column(rows, key))
+        if line:
+            series = [svg.Series("", line, "ink", band)]
+            text = f"{title} over {steps} steps, from {line[0][1]:.3g} to {line[-1][1]:.3g}"
             figures.append((title, svg.line_chart(series, x_label="step", y_label=unit, description=text)))
     plots = "".join(f"<figure><h3>{title}</h3>{chart}</figure>" for title, chart in figures)
     binned = any(s.band for s in losses)
@@ -534,7 +541,7 @@ def _relearning(report: Mapping[str, Any]) -> str:
             description=f"{title}: "
             + ", ".join(f"{s.label} from {percent(s.points[0][1])} to {percent(s.points[-1][1])}" for s in series),
         )
-        plots.append(f"<figure><h3>{title}</h3>{chart}</figure>")
+        plots.append(f"<figure><h3>{title}</h3>{chart}{_areas(report, attack)}</figure>")
     gold = any("gold" in c for c in curves.values())
     reading = "Dashed: chance, and the model before unlearning. " + (
         "The gold model never knew these people, so where its curve rises the attack is teaching, not recovering: the "
@@ -548,6 +555,18 @@ def _relearning(report: Mapping[str, Any]) -> str:
         f'{escape(relearning_sentence(report))}</p><div class="plots two">{"".join(plots)}</div>'
         f'<p class="note after-plots">{reading}</p></section>\n'
     )
+
+
+def _areas(report: Mapping[str, Any], attack: str) -> str:
+    """A caption with the areas under the curves, where the report has them."""
+    areas = report.get("relearning_auc", {}).get(attack)
+    if not areas:
+        return ""
+    parts = [f"{name} {points(areas[name])}%" for name in ("unlearned", "gold") if name in areas]
+    gap = ""
+    if "relearning_gap" in areas:
+        gap = f"; relearning gap {100 * areas['relearning_gap']:+.1f} points".replace("-", "−")
+    return f"<figcaption>Area under the curve: {', '.join(parts)}{gap}.</figcaption>"
 
 
 MAIN_SETTINGS = (
@@ -652,9 +671,12 @@ def limits(report: Mapping[str, Any]) -> list[str]:
         found.append(
             "Text knowledge was kept on purpose: whoever asks by name, without a photo, still gets the answers."
         )
+    strongest = attacks_sentence(report)
     found.append(
-        "Paraphrased questions, few-shot prompts, quantised weights and edited photos were not tried here, nor any "
-        "ability outside the sets in the table."
+        f"{strongest} That is a handful of attacks; others may do better. No ability outside the sets was measured."
+        if strongest
+        else "Paraphrased questions, few-shot prompts, quantised weights and edited photos were not tried here, nor "
+        "any ability outside the sets in the table."
     )
     return found
 

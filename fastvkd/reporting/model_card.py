@@ -8,6 +8,7 @@ from typing import Any
 
 from fastvkd.engines.checkpoints import find_latest, read_manifest
 from fastvkd.errors import TrainingError
+from fastvkd.reporting.attacks import attacks_sentence, certificate_sentence, figure_text
 from fastvkd.reporting.html import SET_NAMES, TEXT_SET_NAMES, duration, flatten, limits, relearning_sentence
 from fastvkd.reporting.report import criteria, headline_sentence, measured_cells, percent, read_report
 
@@ -74,6 +75,29 @@ def run_card(run: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _certificate_lines(report: Mapping[str, Any]) -> list[str]:
+    """The section on the certificate and the strongest attack; nothing where the report has neither."""
+    paper = report.get("certificate")
+    lines = [f"\n{_markdown(attacks_sentence(report))}"] if attacks_sentence(report) else []
+    if not paper:
+        return lines
+    forgotten = paper["forgotten"]
+    lines += [
+        "",
+        f"## Certificate: {paper['verdict']}",
+        "",
+        f"{certificate_sentence(paper)} `certificate.json` beside this file names the {forgotten['images']:,} images "
+        f"of {forgotten['entities']:,} entities that were to be forgotten, by SHA-256, with settings and figures.",
+        "",
+        "| check | asked | found | met |",
+        "|---|---|---|---|",
+    ]
+    for check in paper["checks"]:
+        met = {True: "yes", False: "**no**", None: "not measured"}[check["met"]]
+        lines.append(f"| {_markdown(check['name'])} | {check['asked']} | {figure_text(check)} | {met} |")
+    return lines
+
+
 def model_card(report: Mapping[str, Any]) -> str:
     """A model card in Markdown with the metadata block that model hubs read.
 
@@ -128,6 +152,7 @@ def model_card(report: Mapping[str, Any]) -> str:
     if attack:
         lines += ["", f"Relearning attack, accuracy on unseen photos of forgotten people: {attack}"]
 
+    lines += _certificate_lines(report)
     parameters = report["parameters"]
     lines += [
         "",

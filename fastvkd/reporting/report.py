@@ -16,7 +16,7 @@ from typing import Any
 
 from fastvkd.errors import DataError, TrainingError, disk_is_full
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SETS = ("forget", "test", "retain", "realworld")
 KINDS = ("vqa", "qa")
 CELLS = tuple((name, kind) for name in SETS for kind in KINDS)
@@ -36,7 +36,7 @@ REQUIRED_KEYS = (
     "language_model_sha256",
     "relearning",
 )
-OPTIONAL_KEYS = ("gold", "comparison", "hardware", "notes")
+OPTIONAL_KEYS = ("gold", "comparison", "hardware", "notes", "relearning_auc", "attacks", "certificate")
 
 # The bar a run is held to. Below chance counts as much as above: a model that avoids the right answer still knows it.
 CHANCE_BAND = 0.10
@@ -55,6 +55,9 @@ def build_report(
     parameters: Mapping[str, int],
     language_model_sha256: Mapping[str, str],
     relearning: Mapping[str, Any],
+    relearning_auc: Mapping[str, Any] | None = None,
+    attacks: Mapping[str, Any] | None = None,
+    certificate: Mapping[str, Any] | None = None,
     gold: Mapping[str, Any] | None = None,
     comparison: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
@@ -76,6 +79,10 @@ def build_report(
         language_model_sha256: `before` and `after`, hex digests of the language model's weights.
         relearning: `{"visual"|"all": {"unlearned"|"gold": [{"step": int, "accuracy": fraction}, ...]}}`: accuracy on
             unseen photos of forgotten people while an attacker fine-tunes visual or all weights. `{}` if not attacked.
+        relearning_auc: `{"visual"|"all": {"unlearned": area, "gold": area, "relearning_gap": unlearned - gold}}`, areas
+            under those curves as mean accuracies.
+        attacks: "questions", "membership" and "probe" as `fastvkd.attacks.run.attack` returns them.
+        certificate: content of certificate.json; of its settings, images and code only the counts of images are kept.
         comparison: further points of the trade-off plot, `{"name", "forget", "retain"}` (VQA accuracies).
         notes: sentences about this run's data and model that a reader must know, shown under "does not show".
         versions, hardware: found on this machine where not given.
@@ -98,6 +105,9 @@ def build_report(
         "parameters": parameters,
         "language_model_sha256": language_model_sha256,
         "relearning": relearning,
+        "relearning_auc": relearning_auc,
+        "attacks": attacks,
+        "certificate": None if certificate is None else _certificate_summary(certificate),
         "comparison": comparison,
         "notes": notes,
     }
@@ -106,6 +116,12 @@ def build_report(
     if problems:
         raise ValueError("report: " + "; ".join(problems))
     return plain
+
+
+def _certificate_summary(paper: Mapping[str, Any]) -> dict[str, Any]:
+    """What the report shows of a certificate: verdict, checks, and how much was to be forgotten."""
+    forgotten = {key: paper["forgotten"][key] for key in ("entities", "images")}
+    return {"verdict": paper["verdict"], "forgotten": forgotten, "checks": paper["checks"]}
 
 
 def _plain(value: Any) -> Any:
@@ -181,6 +197,9 @@ def validate(report: Any, *, cells: Iterable[tuple[str, str]] = CELLS) -> list[s
         "parameters": _check_parameters,
         "language_model_sha256": _check_digests,
         "relearning": _check_relearning,
+        "relearning_auc": _check_areas,
+        "attacks": _check_attacks,
+        "certificate": _check_certificate,
         "comparison": _check_comparison,
         "notes": _check_notes,
     }
@@ -299,6 +318,69 @@ def _check_curve(key: str, curve: Any) -> list[str]:
             last = step
         problems += _check_fraction(f"{where}.accuracy", point.get("accuracy"))
     return problems
+
+
+def _check_areas(key: str, value: Any) -> list[str]:
+    if not isinstance(value, dict):
+        return _check_mapping(key, value)
+    problems = []
+    for attack, areas in value.items():
+        if attack not in ATTACKS or not isinstance(areas, dict) or "unlearned" not in areas:
+            problems.append(f"{key}.{attack}: found {_shown(areas)}, expected visual or all with the area 'unlearned'")
+            continue
+        for name, area in areas.items():
+            if name != "relearning_gap":
+                problems += _check_fraction(f"{key}.{attack}.{name}", area)
+            elif not (_is_number(area) and -1 <= area <= 1):
+                problems.append(f"{key}.{attack}.{name}: found {_shown(area)}, expected a number from -1 to 1")
+    return problems
+
+
+def _check_attacks(key: str, value: Any) -> list[str]:
+    if not isinstance(value, dict):
+        return _check_mapping(key, value)
+    problems = [
+        f"{key}.{name}: unknown key, expected questions, membership or probe"
+        for name in value
+        if name not in ("questions", "membership", "probe")
+    ]
+    questions = value.get("questions", [])
+    if not isinstance(questions, list):
+        return [*problems, f"{key}.questions: found {_shown(questions)}, expected a list"]
+    for i, row in enumerate(questions):
+        where = f"{key}.questions[{i}]"
+        if not isinstance(row, dict) or not isinstance(row.get("figures"), dict):
+            problems.append(f"{where}: found {_shown(row)}, expected {{kind, variant, chance, figures}}")
+            continue
+        problems += [f"{where}.{name}: missing" for name in ("kind", "variant") if name not in row]
+        problems += _check_fraction(f"{where}.chance", row.get("chance"))
+        problems += [] if "unlearned" in row["figures"] else [f"{where}.figures.unlearned: missing"]
+        problems += _check_leaves(f"{where}.figures", row["figures"], 1, "accuracy")
+    if "membership" in value:
+        problems += _check_leaves(f"{key}.membership", value["membership"], 3, "auc")
+    if "probe" in value:
+        probe = value["probe"]
+        if not isinstance(probe, dict) or not isinstance(probe.get("sites"), list):
+            return [*problems, f"{key}.probe: found {_shown(probe)}, expected {{sites, models}}"]
+        problems += _check_leaves(f"{key}.probe.models", probe.get("models"), 3, "accuracy")
+    return problems
+
+
+def _check_leaves(key: str, value: Any, depth: int, name: str) -> list[str]:
+    """The fraction `name` of every object that lies `depth` levels below `value`."""
+    if not isinstance(value, dict):
+        return _check_mapping(key, value)
+    if depth == 0:
+        return _check_fraction(f"{key}.{name}", value.get(name))
+    return [found for k, inner in value.items() for found in _check_leaves(f"{key}.{k}", inner, depth - 1, name)]
+
+
+def _check_certificate(key: str, value: Any) -> list[str]:
+    if not isinstance(value, dict) or not {"verdict", "forgotten", "checks"} <= set(value):
+        return [f"{key}: found {_shown(value)}, expected {{verdict, forgotten, checks}}"]
+    if value["verdict"] not in ("passed", "failed", "incomplete"):
+        return [f"{key}.verdict: found {_shown(value['verdict'])}, expected passed, failed or incomplete"]
+    return []
 
 
 def _check_comparison(key: str, value: Any) -> list[str]:
@@ -448,6 +530,11 @@ def percent(fraction: float) -> str:
     return rounded + "%"
 
 
+def points(fraction: float) -> str:
+    """'96.3': an accuracy in percent, to a tenth."""
+    return f"{100 * fraction:.1f}"
+
+
 def percent_change(before: float, after: float) -> str:
     """'96% → 28%', on one line; with a decimal in both where one of them needs it."""
     figures = percent(before), percent(after)
@@ -473,7 +560,7 @@ def _near_chance(report: Mapping[str, Any], name: str) -> bool:
 
 
 def _tenths(fraction: float) -> str:
-    return f"{100 * fraction:.1f}%"
+    return f"{points(fraction)}%"
 
 
 def criteria(report: Mapping[str, Any]) -> list[Criterion]:

@@ -53,6 +53,8 @@ h1 .figures { font-variant-numeric: lining-nums tabular-nums; color: var(--mark)
 .criteria .asked { grid-column: 2 / 4; color: var(--soft); }
 .yes, .no { font-weight: 700; }
 .yes { color: var(--retain); } .no { color: var(--forget); }
+.criteria.certificate { margin-top: 20px; }
+.narrow-table { max-width: 42rem; }
 .criteria-title { margin: 44px 0 -32px; font-weight: 650; font-size: 0.95rem; }
 
 .group { margin-top: 36px; }

@@ -151,6 +151,7 @@ def line_chart(
     in_percent: bool = False,
     rules: Sequence[Rule] = (),
     dots: bool = False,
+    x_ticks: Sequence[tuple[float, str]] | None = None,
     width: float = 340,
     height: float = 250,
 ) -> str:
@@ -161,6 +162,7 @@ def line_chart(
         log: logarithmic y axis; values at or below 0 are left out.
         in_percent: y ticks of fractions as percentages.
         dots: mark the measured points.
+        x_ticks: (x, text) of the x axis where x is no number of steps; as many are drawn as fit, the last one always.
     """
     if log:
         series = [
@@ -212,9 +214,9 @@ def line_chart(
         out.append(_text(left - 6, y + 4, as_text(tick), "tick", "end"))
     base = height - bottom
     out.append(f'<line class="base" x1="{left:.1f}" x2="{width - right:.1f}" y1="{base:.1f}" y2="{base:.1f}"/>')
-    for tick in nice_ticks(x_low, x_high, 4):
+    for tick, text in _x_ticks(x_low, x_high, x_ticks, width - left - right):
         out.append(f'<line class="base" x1="{at_x(tick):.1f}" x2="{at_x(tick):.1f}" y1="{base}" y2="{base + 4}"/>')
-        out.append(_text(at_x(tick), base + 17, tick_text(tick), "tick", "middle"))
+        out.append(_text(at_x(tick), base + 17, text, "tick", "middle"))
     out.append(_text((left + width - right) / 2, height - 4, x_label, "axis", "middle"))
 
     for rule in rules:
@@ -232,7 +234,8 @@ def line_chart(
         out.append(f'<path class="curve {s.css}" d="{_path(path)}"/>')
         if dots or len(path) == 1:
             for (x, y), (step, value) in zip(path, s.points, strict=True):
-                tip = f"{s.label or y_label}, {x_label} {tick_text(step)}: {as_text(value)}"
+                name = dict(x_ticks)[step] if x_ticks else f"{x_label} {tick_text(step)}"
+                tip = f"{s.label or y_label}, {name}: {as_text(value)}"
                 title = f"<title>{escape(tip)}</title>"
                 out.append(f'<circle class="dot {s.css}" cx="{x:.1f}" cy="{y:.1f}" r="3">{title}</circle>')
     ends = [(s.label, at_y(s.points[-1][1]), s.css) for s in series] + [(r.label, at_y(r.value), r.css) for r in rules]
@@ -241,6 +244,16 @@ def line_chart(
         out.append(_text(width - right + 8, y + 4, label, f"label {css}"))
     out.append("</svg>")
     return "".join(out)
+
+
+def _x_ticks(
+    low: float, high: float, named: Sequence[tuple[float, str]] | None, room: float
+) -> list[tuple[float, str]]:
+    if named is None:
+        return [(tick, tick_text(tick)) for tick in nice_ticks(low, high, 4)]
+    widest = max(text_width(text) for _, text in named) + 6
+    stride = max(1, math.ceil(len(named) * widest / room))
+    return list(named[(len(named) - 1) % stride :: stride])
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,20 @@ def test_the_tiny_demo_forgets_and_keeps_the_rest(tiny_demo) -> None:
     assert report["language_model_sha256"]["before"] == report["language_model_sha256"]["after"]
     assert set(report["relearning"]) == {"visual", "all"}
     assert len(report["relearning"]["all"]["unlearned"]) >= 4
+    for weights, curves in report["relearning"].items():
+        assert report["relearning_auc"][weights]["unlearned"] >= min(p["accuracy"] for p in curves["unlearned"])
+    kinds = {row["kind"] for row in report["attacks"]["questions"]}
+    assert kinds == {"plain", "paraphrase", "fewshot", "reverse", "images", "quantize"}
+    for row in report["attacks"]["questions"]:
+        if row["kind"] in ("plain", "reverse", "quantize"):  # the model before still answers under these
+            assert row["figures"]["vanilla"]["accuracy"] > row["figures"]["unlearned"]["accuracy"] + 0.3
+    membership = report["attacks"]["membership"]
+    assert membership["vanilla"]["pairs"]["loss"]["auc"] > 0.95 > membership["unlearned"]["pairs"]["loss"]["auc"]
+    assert {"vision:1", "projector", "llm:1"} <= set(report["attacks"]["probe"]["sites"])
+    certificate = json.loads((out / "certificate.json").read_text())
+    assert certificate["forgotten"]["images"] == 40 and certificate["verdict"] == report["certificate"]["verdict"]
+    assert (out / "unlearned" / "certificate.json").read_bytes() == (out / "certificate.json").read_bytes()
+    assert "## Certificate" in (out / "unlearned" / "README.md").read_text()
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 16
     assert 'src="http' not in page
@@ -39,6 +53,7 @@ def test_a_second_demo_starts_at_unlearning(tiny_demo) -> None:
     assert "train_vanilla" in first["seconds"]
     assert "train_vanilla" not in second["seconds"]
     assert second["unlearned"] == first["unlearned"]  # the same seed, the same figures
+    assert second["attacks"]["membership"] == first["attacks"]["membership"]
 
 
 @pytest.mark.slow

@@ -65,6 +65,63 @@ def model_cells(
     }
 
 
+def attacks() -> dict[str, Any]:
+    """As `fastvkd.attacks.run.attack` returns them, without relearning."""
+    variants = [
+        ("plain", "plain"), ("paraphrase", "reworded"), ("paraphrase", "preamble"), ("fewshot", "5-shot"),
+        ("reverse", "which photo"), ("images", "grayscale"), ("images", "jpeg"), ("quantize", "nf4"),
+    ]  # fmt: skip
+    questions = [
+        {
+            "kind": kind,
+            "variant": variant,
+            "chance": 0.25,
+            "figures": {
+                "vanilla": cell(0.98 - 0.06 * i, 168),
+                "unlearned": cell(0.25 + 0.017 * i, 168),
+                "gold": cell(0.26, 168),
+            },
+        }
+        for i, (kind, variant) in enumerate(variants)
+    ]
+
+    def area(value: float) -> dict[str, Any]:
+        return {"auc": value, "ci95": [value - 0.05, value + 0.05], "n_members": 84, "n_others": 84}
+
+    sites = ["vision:1", "vision:2", "vision:3", "vision:4", "projector", "llm:1", "llm:2", "llm:3", "llm:4"]
+
+    def found(accuracy: float) -> dict[str, Any]:
+        return {"accuracy": accuracy, "n": 24, "chance": 0.25, "effective_rank": 9.4, "prior_rank": 0.5 + accuracy / 2}
+
+    levels = {"vanilla": 0.04, "unlearned": -0.07, "gold": -0.02}
+    return {
+        "questions": questions,
+        "membership": {
+            model: {
+                name: {score: area(value + step) for step, score in enumerate_scores()} for name in ("photos", "pairs")
+            }
+            for model, value in (("vanilla", 0.81), ("unlearned", 0.52), ("gold", 0.50))
+        },
+        "probe": {
+            "sites": sites,
+            "models": {
+                model: {
+                    site: {
+                        "forget": found(min(0.97, max(0.2, 0.63 + level * i))),
+                        "retain": found(min(0.97, 0.6 + 0.05 * i)),
+                    }
+                    for i, site in enumerate(sites)
+                }
+                for model, level in levels.items()
+            },
+        },
+    }
+
+
+def enumerate_scores() -> list[tuple[float, str]]:
+    return [(0.02 * i, score) for i, score in enumerate(("loss", "zlib", "min_k", "min_k++"))]
+
+
 def report_parts() -> dict[str, Any]:
     """Keyword arguments of `build_report`."""
     steps = range(0, 101, 10)
@@ -115,6 +172,45 @@ def report_parts() -> dict[str, Any]:
         "relearning": {
             "visual": {"unlearned": curve(0.3305, 0.58, 25), "gold": curve(0.2627, 0.28, 40)},
             "all": {"unlearned": curve(0.3305, 0.83, 18), "gold": curve(0.2627, 0.61, 22)},
+        },
+        "relearning_auc": {
+            "visual": {"unlearned": 0.493, "gold": 0.272, "relearning_gap": 0.221},
+            "all": {"unlearned": 0.702, "gold": 0.524, "relearning_gap": 0.178},
+        },
+        "attacks": attacks(),
+        "certificate": {
+            "verdict": "failed",
+            "forgotten": {"entities": 4, "images": 72, "image_sha256": ["ab" * 32]},
+            "checks": [
+                {
+                    "key": "forget",
+                    "name": "Forgotten entities, known photos",
+                    "figure": 0.2833,
+                    "asked": "within 0.10 of chance (0.25)",
+                    "met": True,
+                },
+                {
+                    "key": "language_model_unchanged",
+                    "name": "Language model unchanged, bit by bit",
+                    "figure": 1.0,
+                    "asked": "yes",
+                    "met": True,
+                },
+                {
+                    "key": "relearning_gap",
+                    "name": "Relearning, area above gold",
+                    "figure": 0.221,
+                    "asked": "at most 0.10",
+                    "met": False,
+                },
+                {
+                    "key": "reverse_excess",
+                    "name": "Answers in reverse, above chance",
+                    "figure": None,
+                    "asked": "at most 0.15",
+                    "met": None,
+                },
+            ],
         },
         "comparison": [
             {"name": "gradient ascent", "forget": 0.07, "retain": 0.41},

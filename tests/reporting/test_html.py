@@ -72,6 +72,10 @@ def test_page_is_well_formed_and_complete(full_page: str) -> None:
         "What forgetting cost",
         "How it trained",
         "Can it be relearned?",
+        "Asked in other ways",
+        "Can one tell what it was trained on?",
+        "Where did it go?",
+        "Certificate: failed",
         "How it was made",
         "What this does not show",
     ]
@@ -185,14 +189,15 @@ def test_charts_draw_what_was_measured(full_page: str, report: dict[str, Any]) -
     labels = re.findall(r'<text [^>]*class="label [^>]*>(.*?)</text>', full_page)
     for label in ("before", "unlearned", "gold", "chance 25%", "chance", "total", "forget", "retain", "IDK"):
         assert label in labels
-    # One dot per measured point of each relearning curve.
+    # One dot per measured point of each relearning curve, and per site, model and group of people of the probes.
     dots = sum(len(curve) for curves in report["relearning"].values() for curve in curves.values())
+    dots += 2 * sum(len(by_site) for by_site in report["attacks"]["probe"]["models"].values())
     assert len(re.findall(r'r="3"><title>', full_page)) == dots
     assert "relearning step 100: 82%" in full_page
 
 
 def test_report_without_optional_parts(report: dict[str, Any]) -> None:
-    for key in ("gold", "comparison", "notes", "hardware"):
+    for key in ("gold", "comparison", "notes", "hardware", "relearning_auc", "attacks", "certificate"):
         del report[key]
     report["relearning"] = {}
     page = Page(render(report, [], []))
@@ -273,3 +278,22 @@ def test_units_are_readable() -> None:
         "d": "yes",
         "e": "none",
     }
+
+
+def test_every_attack_is_shown_with_its_figures(full_page: str, report: dict[str, Any]) -> None:
+    words = Page(full_page).words
+    for row in report["attacks"]["questions"]:
+        for figure in row["figures"].values():
+            assert f"{100 * figure['accuracy']:.1f}" in words
+    assert "the strongest is “Weights rounded (4 bits, nf4)”: 37% right, chance 25%" in words
+    assert "Area under the curve: unlearned 49.3%, gold 27.2%; relearning gap +22.1 points." in words
+    assert "Min-K++ 20 % 0.87 0.82–0.92 0.58 0.53–0.63 0.56 0.51–0.61" in words
+    assert "after, V4: 42%" in full_page and "gold, L4: 47%" in full_page  # a dot for each site
+    assert "Relearning, area above gold : not met 0.22 asked: at most 0.10" in words
+    assert "Answers in reverse, above chance : not measured not measured" in words
+
+
+def test_limits_say_whether_attacks_were_tried(report: dict[str, Any]) -> None:
+    assert "Of 7 attacks the strongest is" in " ".join(limits(report))
+    del report["attacks"]
+    assert "were not tried here" in " ".join(limits(report))

@@ -54,3 +54,13 @@ def test_tables_keep_their_columns_whatever_the_settings_hold(report: dict[str, 
     card = model_card(report)
     assert "| `note` | `a \\| b \\| <script> 'x'` |" in card
     assert "- &lt;script&gt;alert(1)&lt;/script&gt; \\*not\\* bold" in card
+
+
+def test_certificate_is_a_section_with_every_check(report: dict[str, Any]) -> None:
+    card = model_card(report)
+    assert "## Certificate: failed" in card
+    assert "2 of 4 checks are met, 1 missed, 1 not measured." in card
+    assert "| Relearning, area above gold | at most 0.10 | 0.22 | **no** |" in card
+    assert "| Language model unchanged, bit by bit | yes | yes | yes |" in card
+    del report["certificate"]
+    assert "Certificate" not in model_card(report)

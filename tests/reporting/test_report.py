@@ -55,9 +55,10 @@ def test_built_report_is_valid_and_has_every_demanded_key(report: dict[str, Any]
 
 
 def test_optional_parts_are_left_out_not_written_as_null() -> None:
-    parts = report_parts() | {"gold": None, "comparison": (), "notes": ()}
+    optional = {"gold", "relearning_auc", "attacks", "certificate"}
+    parts = report_parts() | dict.fromkeys(optional) | {"comparison": (), "notes": ()}
     report = build_report(**parts)
-    assert not {"gold", "comparison", "notes"} & set(report)
+    assert not (optional | {"comparison", "notes"}) & set(report)
     assert validate(report) == []
 
 
@@ -78,7 +79,7 @@ def test_each_missing_key_is_named(report: dict[str, Any], key: str) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "named"),
     [
-        ("schema_version", 2, "schema_version"),
+        ("schema_version", 1, "schema_version"),
         ("schema_version", True, "schema_version"),
         ("settings", [], "settings"),
         ("versions.torch", 2.13, "versions.torch"),
@@ -114,6 +115,22 @@ def test_each_missing_key_is_named(report: dict[str, Any], key: str) -> None:
         ("relearning.all.gold.1.accuracy", 60, "relearning.all.gold[1].accuracy"),
         ("comparison.0.retain", ..., "comparison[0].retain"),
         ("notes", "one sentence", "notes"),
+        ("relearning_auc.all.gold", 1.2, "relearning_auc.all.gold"),
+        ("relearning_auc.all.relearning_gap", "big", "relearning_auc.all.relearning_gap"),
+        ("relearning_auc.all.unlearned", ..., "relearning_auc.all"),
+        ("attacks.questions.2", "none", "attacks.questions[2]"),
+        ("attacks.questions.2.figures.unlearned", ..., "attacks.questions[2].figures.unlearned"),
+        ("attacks.questions.2.figures.gold.accuracy", 25, "attacks.questions[2].figures.gold.accuracy"),
+        ("attacks.membership.gold.pairs.zlib.auc", None, "attacks.membership.gold.pairs.zlib.auc"),
+        ("attacks.probe.models.gold.projector", [], "attacks.probe.models.gold.projector"),
+        (
+            "attacks.probe.models.gold.projector.forget.accuracy",
+            2,
+            "attacks.probe.models.gold.projector.forget.accuracy",
+        ),
+        ("attacks.prob", {}, "attacks.prob"),
+        ("certificate.verdict", "fine", "certificate.verdict"),
+        ("certificate.checks", ..., "certificate"),
     ],
 )
 def test_each_wrong_value_is_named(report: dict[str, Any], path: str, value: Any, named: str) -> None:
@@ -308,3 +325,8 @@ def test_text_accuracy_weighs_by_questions() -> None:
     for name, accuracy, n in (("forget", 0.0, 10), ("test", 0.0, 10), ("retain", 1.0, 70), ("realworld", 1.0, 10)):
         report["unlearned"][name]["qa"] = cell(accuracy, n)
     assert text_accuracy(report, "unlearned") == pytest.approx(0.8)
+
+
+def test_the_report_counts_the_images_of_a_certificate_and_does_not_list_them(report: dict[str, Any]) -> None:
+    assert report["certificate"]["forgotten"] == {"entities": 4, "images": 72}
+    assert "ab" * 32 not in json.dumps(report)

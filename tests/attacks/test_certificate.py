@@ -1,0 +1,146 @@
+"""The certificate: a verdict flips where a figure crosses its threshold, and nobody is named in it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from fastvkd.attacks.certificate import (
+    certificate,
+    figures_of,
+    judge,
+    mean_gaps,
+    source_sha256,
+    verdict_of,
+    write_certificate,
+)
+from fastvkd.data.images import content_hash
+from fastvkd.errors import SettingsError
+from fastvkd.settings import Certificate, load_settings
+
+PASSING = {
+    "chance": 0.25,
+    "forget": 0.30,
+    "test": 0.20,
+    "kept_visual": 0.97,
+    "kept_text": 1.0,
+    "language_model_unchanged": 1.0,
+    "paraphrase_excess": 0.05,
+    "fewshot_excess": 0.0,
+    "reverse_excess": 0.15,
+    "images_excess": 0.1,
+    "quantize_excess": -0.02,
+    "membership": 0.55,
+    "relearning_gap": 0.10,
+    "probe_gap": 0.0,
+}
+
+
+def verdict(**changed: float | None) -> str:
+    return verdict_of(judge(PASSING | changed, Certificate()))
+
+
+def test_what_meets_every_threshold_passes() -> None:
+    assert verdict() == "passed"
+    assert len(judge(PASSING, Certificate())) == 13
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("forget", 0.36),
+        ("forget", 0.14),
+        ("test", 0.36),
+        ("kept_visual", 0.94),
+        ("kept_text", 0.97),
+        ("language_model_unchanged", 0.0),
+        ("paraphrase_excess", 0.16),
+        ("fewshot_excess", 0.16),
+        ("reverse_excess", 0.16),
+        ("images_excess", 0.16),
+        ("quantize_excess", 0.16),
+        ("membership", 0.66),
+        ("relearning_gap", 0.11),
+        ("probe_gap", 0.16),
+    ],
+)
+def test_one_figure_beyond_its_threshold_fails_and_names_itself(key: str, value: float) -> None:
+    assert verdict(**{key: value}) == "failed"
+    missed = [check["key"] for check in judge(PASSING | {key: value}, Certificate()) if check["met"] is False]
+    assert missed == [key]
+    assert verdict(**{key: None}) == "incomplete"
+
+
+def test_thresholds_come_from_the_settings_and_null_leaves_a_check_out() -> None:
+    base = {"model_name_or_path": "m", "data": "d"}
+    strict = load_settings(None, {**base, "certificate.relearning_gap": 0.05}).certificate
+    assert verdict_of(judge(PASSING, strict)) == "failed"
+    without = load_settings(None, {**base, "certificate.relearning_gap": None}).certificate
+    assert "relearning_gap" not in {check["key"] for check in judge(PASSING, without)}
+    with pytest.raises(SettingsError, match=r"certificate\.relearning_gap"):
+        load_settings(None, {**base, "certificate.relearn_gap": 0.05})
+
+
+def test_figures_are_the_worst_of_each_kind() -> None:
+    def cell(accuracy: float) -> dict[str, float]:
+        return {"accuracy": accuracy}
+
+    def row(kind: str, accuracy: float) -> dict:
+        return {"kind": kind, "variant": "x", "chance": 0.25, "figures": {"unlearned": cell(accuracy)}}
+
+    evaluated = {
+        "vanilla": {"forget": {"vqa": cell(1.0), "qa": cell(1.0)}, "retain": {"vqa": cell(0.8), "qa": cell(0.5)}},
+        "unlearned": {"forget": {"vqa": cell(0.3), "qa": cell(0.9)}, "retain": {"vqa": cell(0.4), "qa": cell(0.5)}},
+    }
+    attacks = {
+        "questions": [row("paraphrase", 0.3), row("paraphrase", 0.5), row("images", 0.2)],
+        "membership": {"unlearned": {"pairs": {"loss": {"auc": 0.52}, "zlib": {"auc": 0.1}}}},
+    }
+    rows = [
+        {"weights": "all", "share": 0.2, "seed": seed, "auc": {"relearning_gap": gap}}
+        for seed, gap in enumerate((0.1, 0.3))
+    ]
+    found = figures_of(
+        evaluated,
+        attacks,
+        chance=0.25,
+        relearning_gaps=mean_gaps(rows),
+        language_model={"before": "a", "after": "a"},
+    )
+    assert found == {
+        "chance": 0.25,
+        "forget": 0.3,
+        "test": None,
+        "kept_visual": 0.5,
+        "kept_text": 0.9,
+        "language_model_unchanged": 1.0,
+        "paraphrase_excess": 0.25,
+        "fewshot_excess": None,
+        "reverse_excess": None,
+        "images_excess": pytest.approx(-0.05),
+        "quantize_excess": None,
+        "membership": 0.9,
+        "relearning_gap": pytest.approx(0.2),
+        "probe_gap": None,
+    }
+
+
+def test_images_are_named_by_hash_and_nobody_by_name(known, tmp_path: Path) -> None:
+    paper = certificate(
+        forget=known.forget,
+        settings={"learning_rate": 1e-3},
+        model_fingerprint="ab" * 32,
+        figures=PASSING,
+        thresholds=Certificate(),
+        versions={"fastvkd": "0.1.0"},
+    )
+    write_certificate(paper, tmp_path / "certificate.json")
+    text = (tmp_path / "certificate.json").read_text()
+    assert json.loads(text) == paper and paper["verdict"] == "passed"
+    hashes = sorted(content_hash(photo.data) for profile in known.forget for photo in profile.photos)
+    assert paper["forgotten"] == {"entities": 4, "images": 4, "image_sha256": hashes}
+    for profile in known.forget:
+        assert profile.entity not in text and profile.visual.choice[1].answer_text not in text
+    assert paper["thresholds"] == dataclasses.asdict(Certificate())
+    assert len(source_sha256()) == 64 and paper["code"]["source_sha256"] == source_sha256()

@@ -1,0 +1,91 @@
+"""`fastvkd attack` on folders: every attack in one file, a certificate beside it, refusals in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastvkd.attacks.run import KINDS, Budget, attack, parse_kinds
+from fastvkd.cli import main
+from fastvkd.data.sources import evaluation_cells
+from fastvkd.errors import DataError, SettingsError
+from fastvkd.models.loading import load_model, load_processor
+from fastvkd.reporting.attacks import certificate_section, membership_section, probe_section, questions_section
+from fastvkd.reporting.report import validate
+
+
+def test_every_attack_and_the_certificate_of_a_run(world, tmp_path: Path, capsys) -> None:
+    thresholds = tmp_path / "run.yaml"
+    thresholds.write_text("certificate: {probe_gap: 0.01, kept_text: null}\n")
+    model = str(world.model)
+    command = ["attack", "--model", model, "--before", model, "--gold", model, "--data", str(world.data)]
+    command += ["--forget-split", world.forget_split, "--retain-split", world.retain_split, "--max-samples", "12"]
+    command += ["--shares", "0.5", "--seeds", "3", "--steps", "0", "2", "--config", str(thresholds)]
+    assert main([*command, "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "attacks.json").read_text())
+    kinds = {row["kind"] for row in found["questions"]}
+    assert kinds == {"plain", "paraphrase", "fewshot", "reverse", "images", "quantize"}
+    for row in found["questions"]:
+        cells = row["figures"]
+        assert set(cells) == {"vanilla", "unlearned", "gold"} and cells["unlearned"]["n"] <= 12
+        if row["kind"] != "quantize":  # bitsandbytes' sums may depend on memory alignment
+            assert cells["vanilla"] == cells["unlearned"] == cells["gold"]  # one and the same model
+    assert [(row["weights"], row["auc"]["relearning_gap"]) for row in found["relearning"]] == [
+        ("visual", pytest.approx(0.0, abs=1e-6)),
+        ("all", pytest.approx(0.0, abs=1e-6)),
+    ]
+    assert set(found["membership"]["unlearned"]) == {"pairs", "photos"}
+    assert found["probe"]["sites"][0] == "vision:1" and found["probe"]["sites"][-1] == "llm:3"
+    paper = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert paper == found["certificate"] and paper["verdict"] in ("passed", "failed")
+    checks = {check["key"]: check for check in paper["checks"]}
+    assert "kept_text" not in checks and checks["probe_gap"]["asked"] == "at most 0.01"
+    assert checks["probe_gap"]["met"] and checks["language_model_unchanged"]["met"] and checks["kept_visual"]["met"]
+    printed = capsys.readouterr().out
+    assert "relearn AUC" in printed and f"Certificate: {paper['verdict']}" in printed
+    for row in found["questions"]:
+        assert row["variant"] in printed
+
+    report = {"attacks": {key: found[key] for key in ("questions", "membership", "probe")}, "certificate": paper}
+    assert not [problem for problem in validate(report) if problem.startswith(("attacks", "certificate"))]
+    page = questions_section(report) + membership_section(report) + probe_section(report) + certificate_section(report)
+    for row in found["questions"]:
+        assert f"<td>{100 * row['figures']['gold']['accuracy']:.1f}<small>" in page
+    assert page.count("<h2>") == 4 and f"Certificate: {paper['verdict']}" in page
+
+
+def test_what_cannot_be_attacked_is_refused_in_one_line(world, tmp_path: Path, capsys) -> None:
+    command = ["attack", "--model", str(world.model), "--data", str(world.data), "--out", str(tmp_path)]
+    command += ["--forget-split", world.forget_split, "--retain-split", world.retain_split]
+    assert main([*command, "--kind", "relearning"]) == 2
+    assert "allowed are relearn, paraphrase" in capsys.readouterr().err
+    assert main([*command, "--shares", "1.5", "--kind", "relearn"]) == 2
+    assert "shares" in capsys.readouterr().err
+    cells = evaluation_cells(str(world.data), world.forget_split, world.retain_split)
+    models, processor = {"unlearned": load_model(world.model)}, load_processor(world.model)
+    with pytest.raises(DataError, match="unseen photos"):
+        attack(models, processor, {**cells, "test": []}, kinds=["relearn"])
+    alone = [profile for profile in cells["forget"] if profile.entity == cells["forget"][0].entity]
+    with pytest.raises(DataError, match="two forgotten entities"):
+        attack(models, processor, {**cells, "forget": alone, "test": []}, kinds=["probe"])
+
+
+def test_without_unseen_photos_the_other_attacks_still_run(world) -> None:
+    cells = evaluation_cells(str(world.data), world.forget_split, world.retain_split)
+    models, processor = {"unlearned": load_model(world.model)}, load_processor(world.model)
+    found = attack(
+        models,
+        processor,
+        {**cells, "test": []},
+        kinds=["reverse", "membership", "probe"],
+        budget=Budget(max_samples=8),
+    )
+    assert [row["kind"] for row in found["questions"]] == ["plain", "reverse"]
+    assert set(found["membership"]["unlearned"]) == {"pairs"}
+
+
+def test_kinds_are_named_once_and_run_in_order() -> None:
+    assert parse_kinds(["all"]) == list(KINDS)
+    assert parse_kinds(["probe", "relearn", "probe"]) == ["relearn", "probe"]
+    with pytest.raises(SettingsError, match="allowed are"):
+        parse_kinds(["reverse", "shots"])
