@@ -12,11 +12,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from world import World, about, write
+from world import World, write
 
 from fastvkd.data.demo_data import CHANCE
 from fastvkd.demo.run import demo
 from fastvkd.engines.checkpoints import load_weights
+from fastvkd.environment import measured_on
 from fastvkd.models.loading import load_model
 from fastvkd.settings import load_settings
 from fastvkd.unlearning.loop import unlearn
@@ -45,7 +46,7 @@ def main() -> None:
             row["gradient_ascent"] = gradient_ascent(World(seed, arguments.out), arguments.learning_rates)
         rows.append(row)
         print(json.dumps(row), flush=True)
-        write(arguments.json, {**about(), "rows": rows})
+        write(arguments.json, {**measured_on("cpu"), "rows": rows})
     arguments.json.with_suffix(".md").write_text(table(rows))
 
 

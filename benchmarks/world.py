@@ -2,13 +2,9 @@
 
 import json
 import os
-import platform
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fastvkd.data.sources import evaluation_cells
 from fastvkd.demo.run import SIZES, build_data, trained_model
@@ -17,7 +13,6 @@ from fastvkd.evaluation.inputs import PreparedPhotos
 from fastvkd.evaluation.protocol import evaluate_cells
 from fastvkd.models.loading import load_model, load_processor
 from fastvkd.paths import shipped
-from fastvkd.reporting.report import library_versions
 from fastvkd.settings import load_settings
 from fastvkd.unlearning.loop import Unlearned, unlearn
 
@@ -75,15 +70,6 @@ class World:
             photos=self.prepared,
         )
         return {name: kinds["vqa"]["accuracy"] for name, kinds in cells.items()}
-
-
-def about() -> dict[str, Any]:
-    """Device, versions and date, for a committed result."""
-    return {
-        "device": f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "versions": library_versions(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

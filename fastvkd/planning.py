@@ -30,6 +30,13 @@ GPU_MEMORY_GIB: dict[str, int] = {
     "L4": 24, "L40S": 48, "RTX 3060": 12, "RTX 3090": 24, "RTX 4070 Ti": 12, "RTX 4080": 16, "RTX 4090": 24,
     "RTX 5080": 16, "RTX 5090": 32, "RTX 6000 Ada": 48, "RTX A6000": 48, "T4": 16, "V100 16GB": 16, "V100 32GB": 32,
 }  # fmt: skip
+# Datasheet peak of dense 16-bit matrix products with float32 accumulation, in TFLOP/s (T4 and V100: float16).
+GPU_PEAK_TFLOPS: dict[str, float] = {
+    "A10": 125, "A100 40GB": 312, "A100 80GB": 312, "A40": 150, "B200": 2250, "GH200": 989, "H100": 989, "H200": 989,
+    "L4": 121, "L40S": 362, "RTX 3060": 25, "RTX 3090": 71, "RTX 4070 Ti": 80, "RTX 4080": 97, "RTX 4090": 165,
+    "RTX 5080": 113, "RTX 5090": 209, "RTX 6000 Ada": 364, "RTX A6000": 155, "T4": 65, "V100 16GB": 125,
+    "V100 32GB": 125,
+}  # fmt: skip
 # CUDA context, cuBLAS workspaces and what the caching allocator cannot use: kept free of the card's memory.
 RESERVED_BYTES = 800 * 1024**2
 PREFIX_TOKENS = 5  # BOS and "USER: " or the like before the image; the text after it is cut
@@ -613,6 +620,13 @@ def gpu_memory(*, gpu: str | None, memory: str | None) -> int | None:
         name = next(name for name in GPU_MEMORY_GIB if name.replace(" ", "").lower() == near)
         raise SettingsError(f"--gpu {gpu!r}: unknown card; did you mean {name!r}? Otherwise give --memory 24GiB")
     return simple[wanted] * GIB
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak FLOP/s of a card by the name that its driver gives ("NVIDIA H100 80GB HBM3"); None for one not in the table."""
+    simple = re.sub(r"[ _-]", "", device_name).lower()
+    found = [name for name in GPU_PEAK_TFLOPS if re.sub(r"(\d+GB)?$", "", name.replace(" ", "")).lower() in simple]
+    return GPU_PEAK_TFLOPS[max(found, key=len)] * 1e12 if found else None
 
 
 def recommend(architecture: Architecture, recipe: Recipe, memory_bytes: int | None) -> dict[str, Any]:
