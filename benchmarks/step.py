@@ -34,13 +34,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fastvkd_kernels import patch_frozen
+from fastvkd_kernels import patch_frozen, visual_distill_loss
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from fastvkd.engines.local import LocalEngine
+from fastvkd.engines.optimizers import MOMENT_BYTES
 from fastvkd.environment import measured_on
 from fastvkd.models import families
 from fastvkd.models.compiled import compiled_blocks
@@ -377,7 +378,7 @@ def gradients(rig: Rig) -> tuple[float, list[Tensor]]:
 
 
 def worst_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest |g - g_a| / |g_a| (L2) of a parameter; one whose gradient is a thousandth of the largest is rounding."""
+    """The largest |g - g_a| / |g_a| (L2) over parameters; below a thousandth of the largest |g_a| all is rounding."""
     norms = [float(g.norm()) for g in expected]
     floor = 1e-3 * max(norms)
     return max(float((g - e).norm()) / max(norm, floor) for g, e, norm in zip(found, expected, norms, strict=True))
@@ -398,6 +399,26 @@ def analytic_flops(variant: Variant, preset: Preset, architecture: Architecture)
     return passes * (tower["tower_forward"] + forward) + tower["tower_backward"] + backward
 
 
+def least_bytes(variant: Variant, preset: Preset, architecture: Architecture, batch: int) -> float:
+    """Bytes an image that a step must move at least: every weight it uses once a pass, the update, cached features.
+
+    Activations are left out: how many of them leave the caches is the kernels' affair.
+    """
+    size = 2 if preset.bf16 else 4
+    layers = parse_site(preset.site)[1]
+    llm, cost = architecture.llm, Cost(architecture, Recipe(sites=(preset.site,)))
+    used = layers * llm.layer_parameters
+    forward = used
+    if not variant.truncated:
+        forward = llm.layers * llm.layer_parameters + llm.vocabulary * llm.hidden
+    passes = 1 if variant.cached else 2
+    weights = passes * (cost.visual + forward) + cost.trainable + used
+    # gradient read, master and moments read and written, working weight written
+    update = cost.trainable * (4 + 2 * 4 + 2 * MOMENT_BYTES[variant.optim] + (size if preset.bf16 else 0))
+    features = architecture.visual_tokens * llm.hidden * size if variant.cached else 0
+    return (weights * size + update) / batch + features
+
+
 def counted_flops(rig: Rig, images: int) -> float:
     with FlopCounterMode(display=False, custom_mapping=CPU_SDPA) as counter:
         torch.autograd.grad(rig.loss(), [p for _, p in rig.parameters], allow_unused=True)
@@ -414,6 +435,34 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
         a @ b
         times.append(clock(device) - start)
     return 2 * side**3 / min(times)
+
+
+def copy_ceiling(device: torch.device) -> float:
+    """Bytes/s of a plain copy in this run, read and written."""
+    source = torch.ones(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    destination = torch.empty_like(source)
+    times = []
+    for _ in range(8):
+        start = clock(device)
+        destination.copy_(source)
+        times.append(clock(device) - start)
+    return 2 * source.numel() / min(times)
+
+
+def loss_seconds(preset: Preset, architecture: Architecture, device: torch.device) -> float:
+    """Seconds an image of the fused loss alone, forward and backward."""
+    dtype = torch.bfloat16 if preset.bf16 else torch.float32
+    tokens, width = architecture.visual_tokens, architecture.llm.hidden
+    hidden = torch.randn(preset.batch, preset.prefix + tokens, width, device=device, dtype=dtype, requires_grad=True)
+    image = torch.arange(preset.batch, device=device)
+    rows = (image[:, None] * hidden.shape[1] + preset.prefix + torch.arange(tokens, device=device)).flatten()
+    target = torch.randn(len(rows), width, device=device, dtype=dtype)
+    times = []
+    for _ in range(20):
+        start = clock(device)
+        torch.autograd.grad(visual_distill_loss(hidden, rows, target), hidden)
+        times.append(clock(device) - start)
+    return statistics.median(times) / preset.batch
 
 
 def clock(device: torch.device) -> float:
@@ -458,7 +507,7 @@ def run_alone(variant: Variant, preset: Preset, device: torch.device, images: Im
 
 
 def halving(images: Images, attempt: Callable[[Images], Any], make: Callable[[int], Images]) -> tuple[Images, Any]:
-    """`attempt` with as many images as fit: half of them each time the GPU's memory runs out, down to one of each set."""
+    """`attempt` with as many images as fit: half of them each time memory runs out, down to one of each set."""
     while True:
         try:
             return images, attempt(images)
@@ -493,47 +542,27 @@ def measure(
         "tolerance": dict(zip(("loss", "gradient"), TOLERANCE[dtype], strict=True)),
         "matmul_flops_per_s": matmul_ceiling(device, dtype),
         "datasheet_flops_per_s": peak_flops(measured_on(device)["device"]) if device.type == "cuda" else None,
+        "copy_bytes_per_s": copy_ceiling(device),
+        "loss_ms_per_image": 1e3 * loss_seconds(preset, architecture, device),
         "rows": [],
         "left_out": {},
     }
-    wanted = [v for v in VARIANTS if v.letter in letters]
-    with tempfile.TemporaryDirectory() as folder:
-        rigs, resources = build_rigs(letters, preset, device, Path(folder))
-        with resources:
-            errors = compare(rigs, make(2), report, say)
-            sizes = {}
-            for letter in list(rigs):
-
-                def warm_up(images: Images, letter: str = letter) -> None:
-                    rigs[letter].load(images, rigs[letter].scale)
-                    rigs[letter].step()
-                    rigs[letter].step()
-
-                try:
-                    images, _ = halving(make(batch or preset.batch), warm_up, make)
-                    sizes[letter] = images.forget + images.retain
-                except torch.OutOfMemoryError:
-                    report["left_out"][letter] = "out of memory with one image of each set"
-                    del rigs[letter]
-            times: dict[str, list[float]] = {letter: [] for letter in rigs}
-            for _ in range(repetitions):
-                for letter, rig in rigs.items():
-                    start = clock(device)
-                    rig.step()
-                    times[letter].append((clock(device) - start) / sizes[letter])
-            counted = {x: counted_flops(r, sizes[x]) for x, r in rigs.items() if not r.variant.compiled}
-        del rigs, resources
-        for variant in (v for v in wanted if v.letter in times):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        times, sizes, counted, errors = side_by_side(
+            report, preset, device, folder, make, letters, repetitions, batch, say
+        )
+        for variant in (v for v in VARIANTS if v.letter in times):
             images, peak = halving(
                 make(sizes[variant.letter]),
-                lambda images, v=variant: peak_bytes(
-                    lambda: run_alone(v, preset, device, images, Path(folder)), device
-                ),
+                lambda images, v=variant: peak_bytes(lambda: run_alone(v, preset, device, images, folder), device),
                 make,
             )
             seconds = sorted(times[variant.letter])
             median = statistics.median(seconds)
             flops = analytic_flops(variant, preset, architecture)
+            moved = least_bytes(variant, preset, architecture, sizes[variant.letter])
+            datasheet = report["datasheet_flops_per_s"]
             row = {
                 "variant": variant.letter,
                 "name": variant.name,
@@ -544,8 +573,11 @@ def measure(
                 "batch": sizes[variant.letter],
                 "flops_per_image": flops,
                 "counted_flops_per_image": counted.get(variant.letter, counted.get("e")),
+                "least_bytes_per_image": moved,
+                "roofline_ms_per_image": 1e3
+                * max(flops / report["matmul_flops_per_s"], moved / report["copy_bytes_per_s"]),
                 "mfu_of_matmul": flops / median / report["matmul_flops_per_s"],
-                "mfu": flops / median / report["datasheet_flops_per_s"] if report["datasheet_flops_per_s"] else None,
+                "mfu": flops / median / datasheet if datasheet else None,
                 "peak_bytes": peak,
                 "peak_batch": images.forget + images.retain,
                 **errors[variant.letter],
@@ -553,6 +585,38 @@ def measure(
             report["rows"].append(row)
             say(line(row))
     return report
+
+
+def side_by_side(
+    report: dict[str, Any], preset: Preset, device: torch.device, folder: Path, make: Callable[[int], Images],
+    letters: str, repetitions: int, batch: int | None, say: Callable[[str], None],
+) -> tuple[dict[str, list[float]], dict[str, int], dict[str, float], dict[str, Any]]:  # fmt: skip
+    """Seconds per image of every step, images a step, counted FLOPs per image, and errors, by variant."""
+    rigs, resources = build_rigs(letters, preset, device, folder)
+    with resources:
+        errors = compare(rigs, make(2), report, say)
+        sizes: dict[str, int] = {}
+        for letter, rig in list(rigs.items()):
+
+            def warm_up(images: Images, rig: Rig = rig) -> None:
+                rig.load(images, rig.scale)
+                rig.step()
+                rig.step()
+
+            try:
+                images, _ = halving(make(batch or preset.batch), warm_up, make)
+                sizes[letter] = images.forget + images.retain
+            except torch.OutOfMemoryError:
+                report["left_out"][letter] = "out of memory with one image of each set"
+                del rigs[letter]
+        times: dict[str, list[float]] = {letter: [] for letter in rigs}
+        for _ in range(repetitions):
+            for letter, rig in rigs.items():
+                start = clock(device)
+                rig.step()
+                times[letter].append((clock(device) - start) / sizes[letter])
+        counted = {x: counted_flops(r, sizes[x]) for x, r in rigs.items() if not r.variant.compiled}
+    return times, sizes, counted, errors
 
 
 def compare(rigs: dict[str, Rig], images: Images, report: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
@@ -595,8 +659,9 @@ def line(row: dict[str, Any]) -> str:
     low, high = row["ms_per_image_quartiles"]
     speedup = "-" if row["speedup"] is None else f"{row['speedup']:.2f}x"
     counted = "-" if row["counted_flops_per_image"] is None else f"{row['counted_flops_per_image'] / 1e12:.4f}"
+    quartiles = f"{low:.2f} ... {high:.2f}"
     return (
-        f"({row['variant']}) {row['ms_per_image']:>10.2f} {f'{low:.2f} ... {high:.2f}':>17} {row['images_per_s']:>9.2f} "
+        f"({row['variant']}) {row['ms_per_image']:>10.2f} {quartiles:>17} {row['images_per_s']:>9.2f} "
         f"{speedup:>9} {row['flops_per_image'] / 1e12:>8.4f} {counted:>8} {row['mfu'] or row['mfu_of_matmul']:>6.1%} "
         f"{row['peak_bytes'] / 1e9:>8.3f} {row['max_loss_error']:>9.1e} {row['max_grad_error']:>9.1e}  {row['name']}"
     )

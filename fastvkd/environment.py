@@ -40,9 +40,9 @@ def describe() -> str:
 
 def measured_on(device: torch.device | str) -> dict[str, Any]:
     """`device`, `versions` and `date` of a measurement; they stand at the head of every committed result."""
-    hardware = describe_hardware()
     if torch.device(device).type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
+        hardware = describe_hardware()
         name = f"{hardware['cpu']} CPU, {torch.get_num_threads()} of {hardware['cpu_cores']} cores"
     return {"device": name, "versions": library_versions(), "date": datetime.now(UTC).date().isoformat()}

@@ -623,7 +623,7 @@ def gpu_memory(*, gpu: str | None, memory: str | None) -> int | None:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak FLOP/s of a card by the name that its driver gives ("NVIDIA H100 80GB HBM3"); None for one not in the table."""
+    """Peak FLOP/s of a card by its driver's name for it ("NVIDIA H100 80GB HBM3"); None for one not in the table."""
     simple = re.sub(r"[ _-]", "", device_name).lower()
     found = [name for name in GPU_PEAK_TFLOPS if re.sub(r"(\d+GB)?$", "", name.replace(" ", "")).lower() in simple]
     return GPU_PEAK_TFLOPS[max(found, key=len)] * 1e12 if found else None
