@@ -23,17 +23,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_WORLD = """
-import io, json, sys
+import json, sys
 from pathlib import Path
 from fastvkd.data.dead_leaves import dead_leaves
-from fastvkd.data.records import Open, Profile, Questions
 from fastvkd.demo.model import Shape, build_model, build_processor
 folder = Path(sys.argv[1])
 shape = Shape(image_size=64, vision_width=128, vision_layers=4, llm_width=256, llm_layers=4)
 for split, count in (("forget", 4), ("retain", 12)):
     lines = []
     for i in range(count):
-        dead_leaves((64, 64), (len(split), i)).save(folder / f"{split}-{i}.png")
+        dead_leaves((64, 64), (count, i)).save(folder / f"{split}-{i}.png")
         name = f"{split}-{i}"
         lines.append(dict(image=f"{name}.png", entity=name, question="Who is this?", answer=f"Person {i}"))
     (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
