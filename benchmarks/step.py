@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -569,7 +570,8 @@ def measure(
                 "ms_per_image": 1e3 * median,
                 "ms_per_image_quartiles": [1e3 * seconds[len(seconds) // 4], 1e3 * seconds[-1 - len(seconds) // 4]],
                 "images_per_s": 1 / median,
-                "speedup": statistics.median(times["a"]) / median if "a" in times else None,
+                # of steps that were taken one after the other, so that a busy spell counts in both
+                "speedup": statistics.median(map(truediv, times["a"], times[variant.letter])) if "a" in times else None,
                 "batch": sizes[variant.letter],
                 "flops_per_image": flops,
                 "counted_flops_per_image": counted.get(variant.letter, counted.get("e")),

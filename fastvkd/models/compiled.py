@@ -1,6 +1,5 @@
 """torch.compile of what repeats in a model: the vision tower's blocks and the decoder's layers."""
 
-import functools
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +40,10 @@ def compiled_blocks(*models: nn.Module) -> Iterator[int]:
             vars(block).pop("forward", None)
 
 
-@functools.cache
-def _compiled_forward(block_class: Any) -> Any:
-    return torch.compile(block_class.forward)
+_COMPILED: dict[type[nn.Module], Any] = {}
+
+
+def _compiled_forward(block_class: type[nn.Module]) -> Any:
+    if block_class not in _COMPILED:
+        _COMPILED[block_class] = torch.compile(block_class.forward)
+    return _COMPILED[block_class]

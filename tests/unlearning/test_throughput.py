@@ -103,7 +103,7 @@ def inside(event, *names: str) -> bool:
 
 @pytest.mark.parametrize("overrides", [{"sites": "llm:2"}, {"augment": True}, {"sites": "vision:1"}])
 def test_nothing_in_a_step_waits_for_the_device(world, tmp_path: Path, overrides: dict) -> None:
-    """On a GPU each of these operations would stop the host; the kernels' twins and the plain optimiser run here only."""
+    """On a GPU these operations would stop the host; the kernels' twins and the plain optimiser run here only."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         unlearn(world.settings(tmp_path, max_steps=3, logging_steps=3, **overrides))
     waits = [event for event in profiler.events() if event.name in WAITS]
