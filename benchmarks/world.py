@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from fastvkd.evaluation.inputs import PreparedPhotos
 from fastvkd.evaluation.protocol import evaluate_cells
 from fastvkd.models.loading import load_model, load_processor
 from fastvkd.paths import shipped
-from fastvkd.settings import load_settings
+from fastvkd.settings import Settings, load_settings
 from fastvkd.unlearning.loop import Unlearned, unlearn
 
 
@@ -34,34 +35,45 @@ class World:
         """The model that never saw the forgotten people."""
         return trained_model(self.spec, self.data, self.seed, self.cache, {}, gold=True)
 
+    def settings(
+        self, folder: Path, overrides: dict[str, Any], *, config: str | None = "configs/demo.yaml"
+    ) -> Settings:
+        """Settings of a run into `folder` on this world's model and data."""
+        return load_settings(
+            shipped(config) if config else None,
+            {
+                "model_name_or_path": str(self.vanilla),
+                "data": str(self.folder),
+                "forget_split": self.data.forget_split,
+                "retain_split": self.data.retain_split,
+                "output_dir": str(folder),
+                "cache_dir": str(self.out / "teacher_cache"),
+                "seed": self.seed,
+                "logging_steps": 50,
+                **overrides,
+            },
+        )
+
     def unlearn(self, overrides: dict[str, Any], *, config: str | None = "configs/demo.yaml") -> tuple[Any, Unlearned]:
         """Run with the demo's recipe and `overrides`; returns the unlearned model and the run's figures."""
         with tempfile.TemporaryDirectory(dir=self.out) as folder:
-            settings = load_settings(
-                shipped(config) if config else None,
-                {
-                    "model_name_or_path": str(self.vanilla),
-                    "data": str(self.folder),
-                    "forget_split": self.data.forget_split,
-                    "retain_split": self.data.retain_split,
-                    "output_dir": folder,
-                    "cache_dir": str(self.out / "teacher_cache"),
-                    "seed": self.seed,
-                    "logging_steps": 50,
-                    **overrides,
-                },
-            )
-            result = unlearn(settings)
-            model = load_model(self.vanilla)
-            model.load_state_dict(load_weights(result.checkpoint), strict=False)
-        return model, result
+            result = unlearn(self.settings(Path(folder), overrides, config=config))
+            return self.at(result.checkpoint), result
 
-    def accuracy(self, model: Any, max_samples: int | None = 1008) -> dict[str, float]:
-        """Visual multiple-choice accuracy of every cell."""
-        cells = evaluate_cells(
+    def at(self, checkpoint: Path) -> Any:
+        """The model with the visual weights of a checkpoint."""
+        model = load_model(self.vanilla)
+        model.load_state_dict(load_weights(checkpoint), strict=False)
+        return model
+
+    def accuracy(
+        self, model: Any, max_samples: int | None = 1008, cells: Sequence[str] | None = None
+    ) -> dict[str, float]:
+        """Visual multiple-choice accuracy of every cell, or of `cells`."""
+        found = evaluate_cells(
             model,
             self.processor,
-            self.cells,
+            {name: profiles for name, profiles in self.cells.items() if cells is None or name in cells},
             batch_size=64,
             seed=self.seed,
             max_samples=max_samples,
@@ -69,7 +81,7 @@ class World:
             kinds=("vqa",),
             photos=self.prepared,
         )
-        return {name: kinds["vqa"]["accuracy"] for name, kinds in cells.items()}
+        return {name: kinds["vqa"]["accuracy"] for name, kinds in found.items()}
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
