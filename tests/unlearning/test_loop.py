@@ -169,7 +169,10 @@ def test_accumulated_micro_batches_equal_one_batch(world, tmp_path: Path) -> Non
     )
     expected, found = load_weights(whole.checkpoint), load_weights(parts.checkpoint)
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+        # A key bias shifts all scores of a softmax alike: its true gradient is zero, and Adam, which divides by the
+        # gradient's size, moves it by rounding errors, which depend on the processor.
+        is_key_bias = name.endswith("k_proj.bias")
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4 if is_key_bias else 1e-6)
 
 
 @pytest.mark.parametrize("site", ["projector", "llm:2", "vision:1"])
