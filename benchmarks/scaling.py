@@ -7,7 +7,7 @@ A prediction beside a measured row takes one constant from the measurement: the 
 several ranks also the time that an all-reduce of the gradients takes alone.
 """
 
-# ruff: noqa: E402, I001
+# ruff: noqa: I001
 from step import (  # takes this folder out of the import path, where `kernels.py` would answer to transformers' probe
     PRESETS,
     VARIANTS,
