@@ -9,15 +9,13 @@ model as the teacher, a mean squared error over `hidden[mask]`. All variants tra
 data; a row is printed only where loss and gradients equal those of (a) within TOLERANCE.
 """
 
-# ruff: noqa: E402
 import os
 import sys
 
 # A script's folder comes first in the import path, where `kernels.py` would answer to transformers' probe for a package
 # of that name.
-sys.path[:] = [
-    entry for entry in sys.path if os.path.realpath(entry or ".") != os.path.dirname(os.path.realpath(__file__))
-]
+if os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.realpath(__file__)):
+    del sys.path[0]
 
 import argparse
 import contextlib
