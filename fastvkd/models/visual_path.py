@@ -60,6 +60,18 @@ class VisualBatch:
             *(value.pin_memory() for value in rows),
         )
 
+    def tail(self, first: int) -> "VisualBatch":
+        """The images from `first` on; to be called on the host, where counting waits for nothing."""
+        length = self.inputs["input_ids"].shape[1]
+        tokens, entries = self.token_images >= first, self.tower_images >= first
+        return VisualBatch(
+            {k: v[first:] if len(v) == self.n_images else v[entries] for k, v in self.inputs.items()},
+            self.n_images - first,
+            self.token_rows[tokens] - first * length,
+            self.token_images[tokens] - first,
+            self.tower_images[entries] - first,
+        )
+
 
 @dataclass
 class SiteFeatures:

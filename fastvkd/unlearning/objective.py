@@ -20,7 +20,7 @@ class DistillBatch:
     """One step's images and what each visual token aims at.
 
     is_forget: (B,) bool. targets: by site. weight: (B,) float32, an extra factor per image; None for 1. One device.
-    keys: the images' content hashes.
+    keys: the images' content hashes. taught: those of the images whose targets an online teacher has yet to give.
     """
 
     images: VisualBatch
@@ -28,6 +28,7 @@ class DistillBatch:
     targets: dict[str, SiteTargets]
     weight: Tensor | None = None
     keys: Sequence[str] = ()
+    taught: VisualBatch | None = None
 
     def to(self, device: torch.device) -> "DistillBatch":
         """The same batch on `device`; copies from pinned memory are not waited for."""
@@ -38,13 +39,15 @@ class DistillBatch:
             targets,
             None if self.weight is None else self.weight.to(device, non_blocking=True),
             self.keys,
+            None if self.taught is None else self.taught.to(device, non_blocking=True),
         )
 
     def pin_memory(self) -> "DistillBatch":
         """The same batch in page-locked host memory."""
         targets = {site: target.pin_memory() for site, target in self.targets.items()}
         weight = None if self.weight is None else self.weight.pin_memory()
-        return DistillBatch(self.images.pin_memory(), self.is_forget.pin_memory(), targets, weight, self.keys)
+        taught = None if self.taught is None else self.taught.pin_memory()
+        return DistillBatch(self.images.pin_memory(), self.is_forget.pin_memory(), targets, weight, self.keys, taught)
 
 
 @dataclass(frozen=True)

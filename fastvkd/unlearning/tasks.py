@@ -3,7 +3,7 @@
 import dataclasses
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -357,7 +357,7 @@ class _DistillData:
         self._caches: dict[str, FeatureCache] = {}
         self._reference: dict[str, FeatureCache] = {}
         self._position = {key: i for i, key in enumerate(self.images.hashes)}
-        self._forgotten = set(self.forget_keys)
+        self._repels = settings.forget_target == "repel"
 
     def see_reference(self, path: VisualPath, identity: BaseModel) -> None:
         """Write down what the reference model sees of the forget images; afterwards it may be freed."""
@@ -402,38 +402,36 @@ class _DistillData:
         indices = forget + retain
         rng = np.random.default_rng([self.settings.seed, 14, step, rank]) if self.settings.augment else None
         keys = [self.images.hashes[i] for i in indices]
-        # What an online teacher sees is known on the device only.
-        cached = self._tables if self._online is None else {}
+        images = self.images.batch(indices, rng)
+        # What an online teacher sees is known on the device only. Images to be forgotten stand first and aim elsewhere,
+        # unless they are only repelled from the teacher.
+        taught = None if self._online is None else images.tail(0 if self._repels else len(forget))
         batch = DistillBatch(
-            self.images.batch(indices, rng),
+            images,
             torch.arange(len(indices)) < len(forget),
-            {site: table.gather(keys) for site, table in cached.items()},
+            {} if taught is not None else {site: table.gather(keys) for site, table in self._tables.items()},
             keys=keys,
+            taught=taught,
         )
         return batch.pin_memory() if self.device.type == "cuda" else batch
 
     def place(self, loaded: DistillBatch) -> DistillBatch:
         """The same batch on the device, with the targets that the online teacher gives."""
         batch = loaded.to(self.device)
-        if self._online is None:
+        if batch.taught is None:
             return batch
-        seen = self._see_online(batch)
-        # The images to be forgotten stand first and aim elsewhere, unless they are only repelled from the teacher.
-        aims = 0 if self.settings.forget_target == "repel" else sum(key in self._forgotten for key in loaded.keys)
+        seen = self._see_online(batch.taught, batch.keys[-batch.taught.n_images :])
         for site, table in self._tables.items():
-            now: list[Tensor | None] = [None] * aims + seen[site][aims:]
-            batch.targets[site] = table.gather(loaded.keys, now).to(self.device)
+            aims = [None] * (len(batch.keys) - len(seen[site]))
+            batch.targets[site] = table.gather(batch.keys, [*aims, *seen[site]]).to(self.device)
         return batch
 
     @torch.no_grad()
-    def _see_online(self, batch: DistillBatch) -> dict[str, list[Tensor]]:
+    def _see_online(self, images: VisualBatch, keys: Sequence[str]) -> dict[str, list[Tensor]]:
         assert self._online is not None
-        features = self._online(batch.images)
+        features = self._online(images)
         # A view has as many tokens as its image, so nothing need be counted on the device.
-        return {
-            site: list(features[site].gathered().split(table.counts(batch.keys)))
-            for site, table in self._tables.items()
-        }
+        return {site: list(features[site].gathered().split(t.counts(keys))) for site, t in self._tables.items()}
 
     def _noise_keys(self) -> dict[str, str]:
         """Forget image -> the key of its noise image, which has its size: one noise image a size, or one an image."""
