@@ -117,7 +117,13 @@ def step(preset: str) -> Callable[[Path, float], dict[str, Any]]:
     def run(folder: Path, seconds: float) -> dict[str, Any]:
         file = folder / f"step-{preset}.json"
         options = ["--preset", preset, "--device", "cuda", "--repetitions", "5", "--json", str(file)]
-        command([sys.executable, "benchmarks/step.py", *options], seconds, folder / f"step-{preset}.log")
+        file.unlink(missing_ok=True)
+        try:
+            command([sys.executable, "benchmarks/step.py", *options], seconds, folder / f"step-{preset}.log")
+        except PartFailedError as error:
+            if not file.exists():
+                raise
+            return {**json.loads(file.read_text()), "incomplete": str(error)}  # the rows measured until then
         return json.loads(file.read_text())
 
     return run
@@ -201,6 +207,7 @@ def markdown(report: dict[str, Any]) -> str:
         if entry["status"] == "passed":
             result = entry["result"]
             said = result.get("summary") or (f"loss {result['loss']:.4g}" if "loss" in result else "table below")
+            said += f"; incomplete: {result['incomplete']}" if "incomplete" in result else ""
         lines.append(f"| {name} | {entry['status']} | {entry['seconds']} | {said} |")
     for name, entry in report["parts"].items():
         if entry["status"] != "passed":

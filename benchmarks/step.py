@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import copy
 import gc
+import importlib.util
 import json
 import statistics
 import tempfile
@@ -513,15 +514,19 @@ def halving(images: Images, attempt: Callable[[Images], Any], make: Callable[[in
         except torch.OutOfMemoryError:
             if images.forget == 1:
                 raise
+        gc.collect()
         torch.cuda.empty_cache()
         images = make(2 * (images.forget // 2))
 
 
 def measure(
     preset: Preset, device: torch.device, *, letters: str = "abcdefg", repetitions: int = 7, batch: int | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = print, keep: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The benchmark's JSON: `device`, `versions`, `rows`, and `left_out` with the reason for every missing row."""
+    """The benchmark's JSON: `device`, `versions`, `rows`, and `left_out` with the reason for every missing row.
+
+    `keep` is given the report after each row.
+    """
     config = configuration(preset)
     architecture = architecture_of(config.to_dict(), name=preset.facts.get("name_or_path", "tiny"))
     dtype = torch.bfloat16 if preset.bf16 else torch.float32
@@ -546,17 +551,24 @@ def measure(
         "rows": [],
         "left_out": {},
     }
+    if importlib.util.find_spec("bitsandbytes") is None and "g" in letters:
+        letters = letters.replace("g", "")
+        report["left_out"]["g"] = "bitsandbytes is not installed"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         times, sizes, counted, errors = side_by_side(
             report, preset, device, folder, make, letters, repetitions, batch, say
         )
         for variant in (v for v in VARIANTS if v.letter in times):
-            images, peak = halving(
-                make(sizes[variant.letter]),
-                lambda images, v=variant: peak_bytes(lambda: run_alone(v, preset, device, images, folder), device),
-                make,
-            )
+            try:
+                images, peak = halving(
+                    make(sizes[variant.letter]),
+                    lambda images, v=variant: peak_bytes(lambda: run_alone(v, preset, device, images, folder), device),
+                    make,
+                )
+            except torch.OutOfMemoryError:
+                report["left_out"][variant.letter] = "out of memory, models of its own and one image of each set"
+                continue
             seconds = sorted(times[variant.letter])
             median = statistics.median(seconds)
             flops = analytic_flops(variant, preset, architecture)
@@ -584,6 +596,7 @@ def measure(
             }
             report["rows"].append(row)
             say(line(row))
+            keep(report)
     return report
 
 
@@ -682,20 +695,19 @@ def main() -> None:
     if args.batch is not None and args.batch < 2:
         parser.error(f"--batch {args.batch}: at least 2, one image of each set")
     print(HEAD)
+
+    def keep(report: dict[str, Any]) -> None:
+        about = {"preset": args.preset, "command": " ".join(["python benchmarks/step.py", *sys.argv[1:]])}
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps({"benchmark": "step", **about, **report}, indent=1) + "\n")
+
     report = measure(
-        PRESETS[args.preset](), device, letters=args.variants, repetitions=args.repetitions, batch=args.batch
+        PRESETS[args.preset](), device, letters=args.variants, repetitions=args.repetitions, batch=args.batch, keep=keep
     )
-    report = {
-        "benchmark": "step",
-        "preset": args.preset,
-        "command": " ".join(["python benchmarks/step.py", *sys.argv[1:]]),
-        **report,
-    }
+    keep(report)
     for letter, reason in report["left_out"].items():
         print(f"({letter}) left out: {reason}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(1 if report["left_out"] else 0)
 
 

@@ -27,10 +27,11 @@ def compiled_blocks(*models: nn.Module) -> Iterator[int]:
         family = family_of(model)
         layers: Any = families.language_model(model, family)
         blocks += [*families.tower_blocks(model, family), *layers.layers]
+    static = all(family_of(model).fixed_resolution for model in models)
     unique = list({id(block): block for block in blocks}.values())
     try:
         for block in unique:
-            block.forward = types.MethodType(_compiled_forward(type(block)), block)
+            block.forward = types.MethodType(_compiled_forward(type(block), static), block)
         yield len(unique)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         reason = str(error).strip().splitlines()[0]
@@ -40,10 +41,12 @@ def compiled_blocks(*models: nn.Module) -> Iterator[int]:
             vars(block).pop("forward", None)
 
 
-_COMPILED: dict[type[nn.Module], Any] = {}
+_COMPILED: dict[tuple[type[nn.Module], bool], Any] = {}
 
 
-def _compiled_forward(block_class: type[nn.Module]) -> Any:
-    if block_class not in _COMPILED:
-        _COMPILED[block_class] = torch.compile(block_class.forward)
-    return _COMPILED[block_class]
+def _compiled_forward(block_class: type[nn.Module], static: bool) -> Any:
+    """`static`: one compiled version for each shape; else torch decides, and a second shape makes it general."""
+    key = (block_class, static)
+    if key not in _COMPILED:
+        _COMPILED[key] = torch.compile(block_class.forward, dynamic=False if static else None)
+    return _COMPILED[key]
