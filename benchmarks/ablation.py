@@ -9,7 +9,9 @@ import argparse
 import json
 from pathlib import Path
 
-from world import World, about, write
+from world import World, write
+
+from fastvkd.environment import measured_on
 
 SITES = ("vision:2", "vision:4", "projector", "llm:2", "llm:4")
 TARGETS = ("noise", "mean", "redirect", "reference", "repel")
@@ -35,7 +37,7 @@ def main() -> None:
             model, run = world.unlearn(overrides)
             rows.append({"site": site, "target": target, "seconds": run.seconds["unlearn"], **world.accuracy(model)})
             print(json.dumps(rows[-1]), flush=True)
-            write(arguments.json, {**about(), "seed": arguments.seed, "rows": rows})
+            write(arguments.json, {**measured_on("cpu"), "seed": arguments.seed, "rows": rows})
     arguments.json.with_suffix(".md").write_text(table(rows))
 
 

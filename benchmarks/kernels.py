@@ -205,6 +205,7 @@ def main() -> None:
     ceiling = copy_ceiling(args.device, args.seconds)
     ours_label = "ours" if args.device == "cuda" else "ours (torch twin)"
     report: dict[str, Any] = {
+        "benchmark": "kernels",
         "device": device_name(args.device),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),

@@ -162,7 +162,7 @@ def measure(size: str, out: Path, seed: int, method: str) -> dict[str, Any]:
             attacker,
             world.cells["test"],
             weights=weights,
-            measure_at=world.spec.relearning_steps,
+            measure_at=world.spec.attacks.relearning_steps,
             seed=seed,
             max_samples=ATTACK_SAMPLES,
             prepared=world.prepared,

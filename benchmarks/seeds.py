@@ -12,10 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from world import World, about, write
+from world import World, write
 
 from fastvkd.data.demo_data import CHANCE
 from fastvkd.demo.run import demo
+from fastvkd.environment import measured_on
 
 LAMBDAS = (1.0, 4.0)
 STEPS, EVERY = 160, 20
@@ -41,7 +42,7 @@ def main() -> None:
             row["gradient_ascent"] = gradient_ascent(World(seed, arguments.out), arguments.learning_rates)
         rows.append(row)
         print(json.dumps(row), flush=True)
-        write(arguments.json, {**about(), "rows": rows})
+        write(arguments.json, {**measured_on("cpu"), "rows": rows})
     arguments.json.with_suffix(".md").write_text(table(rows))
 
 

@@ -2,14 +2,10 @@
 
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fastvkd.data.sources import evaluation_cells
 from fastvkd.demo.run import SIZES, build_data, trained_model
@@ -18,7 +14,6 @@ from fastvkd.evaluation.protocol import evaluate_cells
 from fastvkd.exporting import load_trained
 from fastvkd.models.loading import load_model, load_processor
 from fastvkd.paths import shipped
-from fastvkd.reporting.report import library_versions
 from fastvkd.settings import Settings, load_settings
 from fastvkd.unlearning.loop import Unlearned, unlearn
 
@@ -63,9 +58,13 @@ class World:
         """Run with the demo's recipe and `overrides`; returns the unlearned model and the run's figures."""
         with tempfile.TemporaryDirectory(dir=self.out) as folder:
             result = unlearn(self.settings(Path(folder), overrides, config=config))
-            model = load_model(self.vanilla)
-            load_trained(model, result.checkpoint)
-        return model, result
+            return self.at(result.checkpoint), result
+
+    def at(self, checkpoint: Path) -> Any:
+        """The model with the trained weights of a checkpoint."""
+        model = load_model(self.vanilla)
+        load_trained(model, checkpoint)
+        return model
 
     def follow(self, overrides: dict[str, Any], *, steps: int, every: int) -> Iterator[tuple[int, Any, Unlearned]]:
         """One run without a recipe, at a constant rate, seen along its way: (steps done, model, the run's figures)."""
@@ -78,9 +77,7 @@ class World:
             }
             result = unlearn(self.settings(Path(folder), {**along, **overrides}, config=None))
             for step in range(every, steps + 1, every):
-                model = load_model(self.vanilla)
-                load_trained(model, Path(folder) / f"checkpoint-{step}")
-                yield step, model, result
+                yield step, self.at(Path(folder) / f"checkpoint-{step}"), result
 
     def accuracy(
         self, model: Any, max_samples: int | None = 1008, cells: Sequence[str] | None = None
@@ -98,15 +95,6 @@ class World:
             photos=self.prepared,
         )
         return {name: kinds["vqa"]["accuracy"] for name, kinds in figures.items()}
-
-
-def about() -> dict[str, Any]:
-    """Device, versions and date, for a committed result."""
-    return {
-        "device": f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "versions": library_versions(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

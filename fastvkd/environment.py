@@ -3,10 +3,12 @@
 import importlib.util
 import os
 import platform
+from datetime import UTC, datetime
+from typing import Any
 
 import torch
 
-from fastvkd.reporting.report import library_versions
+from fastvkd.reporting.report import describe_hardware, library_versions
 
 _OPTIONAL = {
     "flash_attn": "attn_implementation: flash_attention_2",
@@ -34,3 +36,13 @@ def describe() -> str:
         found = "installed" if importlib.util.find_spec(module) else "not installed"
         lines.append(f"{module:14} {found} ({purpose})")
     return "\n".join(lines)
+
+
+def measured_on(device: torch.device | str) -> dict[str, Any]:
+    """`device`, `versions` and `date` of a measurement; they stand at the head of every committed result."""
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        hardware = describe_hardware()
+        name = f"{hardware['cpu']} CPU, {torch.get_num_threads()} of {hardware['cpu_cores']} cores"
+    return {"device": name, "versions": library_versions(), "date": datetime.now(UTC).date().isoformat()}

@@ -30,6 +30,27 @@ GPU_MEMORY_GIB: dict[str, int] = {
     "L4": 24, "L40S": 48, "RTX 3060": 12, "RTX 3090": 24, "RTX 4070 Ti": 12, "RTX 4080": 16, "RTX 4090": 24,
     "RTX 5080": 16, "RTX 5090": 32, "RTX 6000 Ada": 48, "RTX A6000": 48, "T4": 16, "V100 16GB": 16, "V100 32GB": 32,
 }  # fmt: skip
+# Datasheet peak of dense 16-bit matrix products with float32 accumulation, in TFLOP/s (T4 and V100: float16).
+GPU_PEAK_TFLOPS: dict[str, float] = {
+    "A10": 125, "A100 40GB": 312, "A100 80GB": 312, "A40": 150, "B200": 2250, "GH200": 989, "H100": 989, "H200": 989,
+    "L4": 121, "L40S": 362, "RTX 3060": 25, "RTX 3090": 71, "RTX 4070 Ti": 80, "RTX 4080": 97, "RTX 4090": 165,
+    "RTX 5080": 113, "RTX 5090": 209, "RTX 6000 Ada": 364, "RTX A6000": 155, "T4": 65, "V100 16GB": 125,
+    "V100 32GB": 125,
+}  # fmt: skip
+# GB/s in one direction between the cards of a node: NVLink where the usual server has it, else PCIe.
+GPU_LINK_GB_PER_S: dict[str, float] = {
+    "A10": 32, "A100 40GB": 300, "A100 80GB": 300, "A40": 32, "B200": 900, "GH200": 450, "H100": 450, "H200": 450,
+    "L4": 32, "L40S": 32, "RTX 3060": 32, "RTX 3090": 32, "RTX 4070 Ti": 32, "RTX 4080": 32, "RTX 4090": 32,
+    "RTX 5080": 64, "RTX 5090": 64, "RTX 6000 Ada": 32, "RTX A6000": 32, "T4": 16, "V100 16GB": 150, "V100 32GB": 150,
+}  # fmt: skip
+# What a time estimate assumes, and says so. Shares are of the datasheet's figures.
+ASSUMED = {
+    "mfu": 0.45,  # of the peak of dense 16-bit matrix products
+    "link_efficiency": 0.7,  # of the link's bandwidth, in collectives and copies
+    "gpus_per_node": 8,
+    "network_gb_per_s": 25.0,  # a GPU's share between nodes: 200 Gbit/s
+    "pcie_gb_per_s": 32.0,  # PCIe 4.0 x16, to host memory
+}
 # CUDA context, cuBLAS workspaces and what the caching allocator cannot use: kept free of the card's memory.
 RESERVED_BYTES = 800 * 1024**2
 PREFIX_TOKENS = 5  # BOS and "USER: " or the like before the image; the text after it is cut
@@ -451,6 +472,63 @@ class Cost:
         }
         return parts | {"total": int(weights + masters + moments + peak)}
 
+    def traffic(self) -> dict[str, float]:
+        """Bytes that each GPU sends over the links (`gather`) and to or from host memory (`pcie`), by occasion.
+
+        `*_micro` at every micro-batch, `*_update` at every optimiser update. Ring collectives: an all-gather or a
+        reduce-scatter of V bytes sends V (n - 1) / n from each of n ranks.
+        """
+        r = self.recipe
+        s = 2 if r.bf16 else 4
+        ring = (r.world_size - 1) / r.world_size
+        everything, trained = (self.frozen + self.trainable) * s, self.trainable * s
+        gather_micro = gather_update = pcie_micro = pcie_update = 0.0
+        if r.zero_stage == 3:
+            gather_micro = ring * (2 * everything + trained)  # weights before forward and backward, then gradients
+        else:
+            gather_update = ring * 2 * trained  # gradients reduced, then (or as part of it) weights or sums gathered
+        if r.offload_parameters:
+            pcie_micro = 2 * everything / r.world_size
+        if r.offload_optimizer:
+            pcie_update = 2 * trained / r.world_size  # gradients down, new weights up
+        return {
+            "gather_micro": gather_micro,
+            "gather_update": gather_update,
+            "pcie_micro": pcie_micro,
+            "pcie_update": pcie_update,
+        }
+
+    def step_seconds(self, card: str) -> dict[str, float]:
+        """Seconds of one optimiser update on cards of the kind `card`, under `ASSUMED`: an estimate, not a measurement.
+
+        `compute`, `gather`, `pcie`; `overlapped` is the longest of the three, as if the others hid behind it, and
+        `serial` their sum: the truth lies between. `images_per_second_*` count the images of all ranks.
+        """
+        r, parts = self.recipe, self.recipe.gradient_accumulation_steps
+        link = GPU_LINK_GB_PER_S[card]
+        if r.world_size > ASSUMED["gpus_per_node"]:
+            link = min(link, ASSUMED["network_gb_per_s"])
+        moved = self.traffic()
+
+        def seconds(kind: str, gb_per_s: float) -> float:
+            total = parts * moved[f"{kind}_micro"] + moved[f"{kind}_update"]
+            return total / (gb_per_s * 1e9 * ASSUMED["link_efficiency"])
+
+        flops = parts * r.micro_batch * self.flops()["total"]
+        compute = flops / (GPU_PEAK_TFLOPS[card] * 1e12 * ASSUMED["mfu"])
+        gather, pcie = seconds("gather", link), seconds("pcie", ASSUMED["pcie_gb_per_s"])
+        overlapped, serial = max(compute, gather, pcie), compute + gather + pcie
+        images = parts * r.micro_batch * r.world_size
+        return {
+            "compute": compute,
+            "gather": gather,
+            "pcie": pcie,
+            "overlapped": overlapped,
+            "serial": serial,
+            "images_per_second_serial": images / serial,
+            "images_per_second_overlapped": images / overlapped,
+        }
+
     def largest_micro_batch(self, memory_bytes: int) -> int:
         """The largest micro-batch that fits, 0 when not even one image does."""
         budget = memory_bytes - RESERVED_BYTES
@@ -500,11 +578,12 @@ class Plan:
     fits: bool | None
     recommendation: dict[str, Any]
     gpu_memory_bytes: int | None
+    step_seconds: dict[str, float] | None  # None when no card was named
 
     def to_dict(self) -> dict[str, Any]:
         """The documented JSON keys."""
         keys = "llm_layers_loaded parameters flops_per_image memory_bytes micro_batch cache_bytes_per_image fits"
-        return {key: getattr(self, key) for key in [*keys.split(), "recommendation"]}
+        return {key: getattr(self, key) for key in [*keys.split(), "recommendation", "step_seconds"]}
 
     def table(self) -> str:
         """A text table for people."""
@@ -528,6 +607,13 @@ class Plan:
             fits = "fits" if self.fits else "does not fit"
             lines.append(f"as configured           {fits} in {self.gpu_memory_bytes / GIB:.0f} GiB; ")
             lines[-1] += f"largest micro-batch {self.micro_batch}"
+        if self.step_seconds is not None:
+            t = self.step_seconds
+            assumed = f"{ASSUMED['mfu']:.0%} MFU, links at {ASSUMED['link_efficiency']:.0%}"
+            terms = ", ".join(f"{key} {1e3 * t[key]:.1f} ms" for key in ("compute", "gather", "pcie"))
+            lines.append(f"estimate of an update   {terms} (assuming {assumed}): ")
+            low, high = t["images_per_second_serial"], t["images_per_second_overlapped"]
+            lines[-1] += f"{low:.1f}" + (f" to {high:.1f}" if high > 1.005 * low else "") + " images/s"
         lines.append(f"recommendation          {self.recommendation['reason']}")
         return "\n".join(lines)
 
@@ -565,6 +651,7 @@ def plan(
         fits=None if memory_bytes is None else needed["total"] + RESERVED_BYTES <= memory_bytes,
         recommendation=recommend(architecture, recipe, memory_bytes),
         gpu_memory_bytes=memory_bytes,
+        step_seconds=None if gpu is None else cost.step_seconds(card_name(gpu)),
     )
 
 
@@ -609,15 +696,24 @@ def gpu_memory(*, gpu: str | None, memory: str | None) -> int | None:
         if match is None:
             raise SettingsError(f"--memory {memory!r}: write a size like 24GiB")
         return int(float(match[1]) * GIB)
-    if gpu is None:
-        return None
-    simple = {name.replace(" ", "").lower(): gib for name, gib in GPU_MEMORY_GIB.items()}
+    return None if gpu is None else GPU_MEMORY_GIB[card_name(gpu)] * GIB
+
+
+def card_name(gpu: str) -> str:
+    """The table's name of a card that the user wrote in his own way. Raises SettingsError for an unknown one."""
+    simple = {name.replace(" ", "").lower(): name for name in GPU_MEMORY_GIB}
     wanted = re.sub(r"nvidia|geforce|[ _-]", "", gpu.lower())
     if wanted not in simple:
-        near = difflib.get_close_matches(wanted, simple, n=1, cutoff=0.0)[0]
-        name = next(name for name in GPU_MEMORY_GIB if name.replace(" ", "").lower() == near)
-        raise SettingsError(f"--gpu {gpu!r}: unknown card; did you mean {name!r}? Otherwise give --memory 24GiB")
-    return simple[wanted] * GIB
+        near = simple[difflib.get_close_matches(wanted, simple, n=1, cutoff=0.0)[0]]
+        raise SettingsError(f"--gpu {gpu!r}: unknown card; did you mean {near!r}? Otherwise give --memory 24GiB")
+    return simple[wanted]
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak FLOP/s of a card by its driver's name for it ("NVIDIA H100 80GB HBM3"); None for one not in the table."""
+    simple = re.sub(r"[ _-]", "", device_name).lower()
+    found = [name for name in GPU_PEAK_TFLOPS if re.sub(r" \d+GB$", "", name).replace(" ", "").lower() in simple]
+    return GPU_PEAK_TFLOPS[max(found, key=len)] * 1e12 if found else None
 
 
 def recommend(architecture: Architecture, recipe: Recipe, memory_bytes: int | None) -> dict[str, Any]:

@@ -109,6 +109,7 @@ class Settings:
     bf16: bool = False  # weights and activations in bfloat16, masters in float32
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     gradient_checkpointing: bool = False
+    compile: bool = False  # torch.compile of tower blocks and decoder layers; the first steps take a minute or so
     fused_frozen_ops: bool = False  # Triton RMSNorm and SwiGLU in frozen decoder layers, which keep less for backward
     quantize_llm: Literal["none", "nf4", "int8"] = "none"
     seed: int = 0
@@ -124,6 +125,8 @@ class Settings:
     save_total_limit: int = 2
     resume_from_checkpoint: str | None = None  # "auto" or a checkpoint folder
     logging_steps: int = 10  # how often figures are read back from the device
+    prefetch: int = 2  # batches that a thread builds ahead; 0: each is built when the step needs it
+    profile: bool = False  # write a trace of updates 3 to 5 to <output_dir>/trace.json (chrome://tracing, Perfetto)
     report_to: list[str] = field(default_factory=list)  # tensorboard, wandb; metrics.jsonl is always written
 
     def check(self) -> "Settings":
@@ -163,6 +166,7 @@ class Settings:
             "weight_decay",
             "warmup_steps",
             "save_steps",
+            "prefetch",
             "auxiliary_images",
         ):
             if getattr(self, key) < 0:
@@ -201,6 +205,10 @@ class Settings:
                     f"weight_decay={self.weight_decay} would move weights that the saliency mask holds: "
                     "set weight_decay=0"
                 )
+        if self.profile and self.max_steps < 3:
+            raise SettingsError(
+                f"profile=true with max_steps={self.max_steps}: updates 3 to 5 are traced; set at least 3"
+            )
         if self.deepspeed and self.engine != "deepspeed":
             raise SettingsError(f"deepspeed={self.deepspeed!r} is set but engine={self.engine!r}: set engine=deepspeed")
         unknown = set(self.report_to) - {"tensorboard", "wandb"}

@@ -6,14 +6,15 @@ token, the LLM stops at the deepest site, and no logits exist. Legend: B images,
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import masking_utils
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from fastvkd.errors import ModelError
@@ -48,6 +49,27 @@ class VisualBatch:
             {key: value.to(device, non_blocking=non_blocking) for key, value in self.inputs.items()},
             self.n_images,
             *(value.to(device, non_blocking=non_blocking) for value in rows),
+        )
+
+    def pin_memory(self) -> "VisualBatch":
+        """The same batch in page-locked host memory, from which copies to a GPU are asynchronous."""
+        rows = (self.token_rows, self.token_images, self.tower_images)
+        return VisualBatch(
+            {key: value.pin_memory() for key, value in self.inputs.items()},
+            self.n_images,
+            *(value.pin_memory() for value in rows),
+        )
+
+    def tail(self, first: int) -> "VisualBatch":
+        """The images from `first` on; to be called on the host, where counting waits for nothing."""
+        length = self.inputs["input_ids"].shape[1]
+        tokens, entries = self.token_images >= first, self.tower_images >= first
+        return VisualBatch(
+            {k: v[first:] if len(v) == self.n_images else v[entries] for k, v in self.inputs.items()},
+            self.n_images - first,
+            self.token_rows[tokens] - first * length,
+            self.token_images[tokens] - first,
+            self.tower_images[entries] - first,
         )
 
 
@@ -113,8 +135,11 @@ class VisualPath(nn.Module):
                 hooks.callback(stop.remove)
             if hasattr(base, "rope_deltas"):  # Qwen-VL remembers those of its last input for generation
                 hooks.callback(setattr, base, "rope_deltas", base.rope_deltas)
+            hooks.enter_context(_no_packed_sequences())
             try:
-                if "llm" in kinds:
+                if "llm" in kinds and self.family.fixed_resolution and self.family.causal:
+                    self._embed_and_decode(base, batch)
+                elif "llm" in kinds:
                     base(**batch.inputs, use_cache=False)
                 else:
                     features = self._image_features(base, batch)
@@ -126,6 +151,13 @@ class VisualPath(nn.Module):
             site: self._features(kind, hidden[site], batch)
             for site, (kind, _) in zip(self.sites, self._parsed, strict=True)
         }
+
+    def _embed_and_decode(self, base: Any, batch: VisualBatch) -> None:
+        """What the model's own forward pass does, without its count of image tokens, which waits for the device."""
+        embedded = base.get_input_embeddings()(batch.inputs["input_ids"])
+        features = self._image_features(base, batch).to(embedded.dtype)
+        embedded = embedded.flatten(0, 1).index_copy(0, batch.token_rows, features).view_as(embedded)
+        families.language_model(self.model, self.family)(inputs_embeds=embedded, use_cache=False)
 
     def _image_features(self, base: nn.Module, batch: VisualBatch) -> Tensor:
         """(N, H): tower and projector only."""
@@ -299,6 +331,17 @@ def _tower_entries(inputs: dict[str, Tensor], tokens: Tensor, config: Any) -> Te
     if pixels.dim() == 5:  # Idefics3, SmolVLM: (B, crops, 3, S, S), and the model drops crops that are all zero
         return (pixels != 0).flatten(2).any(-1).sum(1)
     return tokens * len(pixels) // tokens.sum()  # InternVL: every crop has the same number of tokens
+
+
+@contextmanager
+def _no_packed_sequences() -> Iterator[None]:
+    """transformers looks for several sequences packed in one row, waiting on the device for it; ours hold one each."""
+    original = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

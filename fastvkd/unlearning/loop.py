@@ -22,12 +22,17 @@ import numpy as np
 import torch
 from fastvkd_kernels import patch_frozen
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from fastvkd.engines.checkpoints import find_latest, identify_base, load_checkpoint, local_folder, save_checkpoint
 from fastvkd.engines.local import LocalEngine
 from fastvkd.engines.protocol import Engine
 from fastvkd.errors import SettingsError, TrainingError
+from fastvkd.models.compiled import compiled_blocks
 from fastvkd.settings import Settings
+from fastvkd.unlearning.phases import PhaseTimer, Spans
+from fastvkd.unlearning.phases import seconds as phase_seconds
+from fastvkd.unlearning.prefetch import prefetched
 from fastvkd.unlearning.tasks import Task, prepare
 
 log = logging.getLogger("fastvkd")
@@ -108,13 +113,33 @@ def unlearn(settings: Settings, *, progress: Progress = lambda *_: None) -> Unle
         stop_asked = during.enter_context(_sigterm())
         if settings.fused_frozen_ops:
             during.enter_context(_fused_frozen_ops(task.model))
+        if settings.compile:
+            during.enter_context(compiled_blocks(*task.models))
+        tracer = during.enter_context(_tracer(output)) if settings.profile and engine.rank == 0 else None
+        parts = settings.gradient_accumulation_steps
+        batches = during.enter_context(
+            prefetched(
+                lambda step: task.load(step, engine.rank, engine.world_size),
+                range(first * parts, task.max_steps * parts),
+                settings.prefetch,
+            )
+        )
+        phase = PhaseTimer(engine.device)
         for update in range(first, task.max_steps):
-            for part in range(settings.gradient_accumulation_steps):
-                batch = task.batch(update * settings.gradient_accumulation_steps + part, engine.rank, engine.world_size)
-                terms = engine.forward_module(batch)
-                engine.backward(terms["loss"])
-                norm = engine.step()
-            metrics.record(update + 1, terms, norm, engine.learning_rate())
+            for _ in range(parts):
+                with phase("data"):
+                    loaded = next(batches)
+                with phase("teacher"):
+                    batch = task.place(loaded)
+                with phase("forward"):
+                    terms = engine.forward_module(batch)
+                with phase("backward"):
+                    engine.backward(terms["loss"])
+                with phase("step"):
+                    norm = engine.step()
+            metrics.record(update + 1, terms, norm, engine.learning_rate(), phase.take())
+            if tracer is not None:
+                tracer.step()
             if metrics.due(update + 1):
                 figures = metrics.flush()
                 progress("unlearn", update + 1, settings.max_steps, figures)
@@ -208,7 +233,7 @@ class Metrics:
     def __init__(self, output: Path, settings: Settings, engine: Engine, first: int):
         self.path = output / "metrics.jsonl"
         self._settings, self._engine = settings, engine
-        self._pending: list[tuple[int, float, list[str], Tensor]] = []
+        self._pending: list[tuple[int, float, Spans, list[str], Tensor]] = []
         self._since = time.perf_counter()
         self._images_per_update = (
             settings.per_device_train_batch_size * settings.gradient_accumulation_steps * engine.world_size
@@ -223,11 +248,13 @@ class Metrics:
             if "wandb" in settings.report_to:
                 self._board = _wandb_writer(settings)
 
-    def record(self, step: int, terms: dict[str, Tensor], norm: Tensor | None, learning_rate: float) -> None:
+    def record(
+        self, step: int, terms: dict[str, Tensor], norm: Tensor | None, learning_rate: float, spans: Spans
+    ) -> None:
         figures = {key: value.detach().float() for key, value in terms.items()}
         if norm is not None:
             figures["grad_norm"] = norm.detach().float()
-        self._pending.append((step, learning_rate, list(figures), torch.stack(list(figures.values()))))
+        self._pending.append((step, learning_rate, spans, list(figures), torch.stack(list(figures.values()))))
 
     def due(self, step: int) -> bool:
         return step % self._settings.logging_steps == 0
@@ -241,9 +268,9 @@ class Metrics:
         rate = len(self._pending) * self._images_per_update / (now - self._since)
         memory = peak_memory_bytes(self._engine.device)
         lines, line = [], {}
-        for (step, learning_rate, names, _), row in zip(self._pending, values, strict=True):
+        for (step, learning_rate, spans, names, _), row in zip(self._pending, values, strict=True):
             line = {"step": step, **dict(zip(names, row, strict=True)), "learning_rate": learning_rate}
-            line |= {"images_per_second": rate, "peak_memory_bytes": memory}
+            line |= {"images_per_second": rate, "peak_memory_bytes": memory, **phase_seconds(spans)}
             if not all(np.isfinite(row)):
                 raise TrainingError(
                     f"step {step}: loss {line['loss']} and gradient norm {line.get('grad_norm')} are not both finite; "
@@ -313,6 +340,17 @@ def _fused_frozen_ops(model: nn.Module) -> Iterator[None]:
         if "patch" not in str(error):
             raise
         raise SettingsError(f"fused_frozen_ops=true: {error}; set fused_frozen_ops=false") from error
+
+
+def _tracer(output: Path) -> profile:
+    """A profiler of updates 3 to 5, to be told of every update."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    return profile(
+        activities=activities,
+        schedule=schedule(wait=1, warmup=1, active=3, repeat=1),
+        on_trace_ready=lambda done: done.export_chrome_trace(str(output / "trace.json")),
+        profile_memory=True,
+    )
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ One batch holds both kinds of image. It goes through the model once, and each si
 per-row weights carry the lambdas. Legend: B images, N visual tokens, H width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,34 @@ class DistillBatch:
     """One step's images and what each visual token aims at.
 
     is_forget: (B,) bool. targets: by site. weight: (B,) float32, an extra factor per image; None for 1. One device.
+    keys: the images' content hashes. taught: those of the images whose targets an online teacher has yet to give.
     """
 
     images: VisualBatch
     is_forget: Tensor
     targets: dict[str, SiteTargets]
     weight: Tensor | None = None
+    keys: Sequence[str] = ()
+    taught: VisualBatch | None = None
+
+    def to(self, device: torch.device) -> "DistillBatch":
+        """The same batch on `device`; copies from pinned memory are not waited for."""
+        targets = {site: target.to(device) for site, target in self.targets.items()}
+        return DistillBatch(
+            self.images.to(device, non_blocking=True),
+            self.is_forget.to(device, non_blocking=True),
+            targets,
+            None if self.weight is None else self.weight.to(device, non_blocking=True),
+            self.keys,
+            None if self.taught is None else self.taught.to(device, non_blocking=True),
+        )
+
+    def pin_memory(self) -> "DistillBatch":
+        """The same batch in page-locked host memory."""
+        targets = {site: target.pin_memory() for site, target in self.targets.items()}
+        weight = None if self.weight is None else self.weight.pin_memory()
+        taught = None if self.taught is None else self.taught.pin_memory()
+        return DistillBatch(self.images.pin_memory(), self.is_forget.pin_memory(), targets, weight, self.keys, taught)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ class SiteTargets:
     def to(self, device: torch.device | str) -> "SiteTargets":
         return SiteTargets(self.target.to(device, non_blocking=True), self.target_rows.to(device, non_blocking=True))
 
+    def pin_memory(self) -> "SiteTargets":
+        return SiteTargets(self.target.pin_memory(), self.target_rows.pin_memory())
+
 
 class TargetTable:
     """Looks up the target features of images at one site.
@@ -75,9 +78,9 @@ def _concatenate(blocks: Sequence[Tensor]) -> Tensor:
     dtypes = {b.dtype for b in blocks}
     device = max((b.device for b in blocks), key=lambda d: d.type != "cpu")
     if len(dtypes) == 1 and blocks[0].dtype.itemsize == 1:  # torch.cat lacks float8
-        return torch.cat([b.to(device).view(torch.uint8) for b in blocks]).view(blocks[0].dtype)
+        return torch.cat([b.to(device, non_blocking=True).view(torch.uint8) for b in blocks]).view(blocks[0].dtype)
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    return torch.cat([b.to(device, dtype) for b in blocks])
+    return torch.cat([b.to(device, dtype, non_blocking=True) for b in blocks])
 
 
 def mean_features(cache: FeatureCache, keys: Sequence[str]) -> Tensor:

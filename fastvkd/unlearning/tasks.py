@@ -5,7 +5,7 @@ import functools
 import io
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from fastvkd.unlearning.methods import answer_method, manu
 from fastvkd.unlearning.methods.idk import REFUSALS
 from fastvkd.unlearning.objective import DistillBatch, VisualDistillation, site_losses
 from fastvkd.unlearning.targets import TargetTable, mean_features, redirect, variance
-from fastvkd.unlearning.teacher import FeatureCache, fill_caches, frozen_copy, split_by_image
+from fastvkd.unlearning.teacher import FeatureCache, fill_caches, frozen_copy
 
 Report = Callable[[int, int], None]
 
@@ -75,18 +75,31 @@ class UnlearningModule(nn.Module):
 
 @dataclass
 class Task:
-    """`module` maps `batch(step, rank, world_size)` to loss terms; `parameters` are what an engine may change."""
+    """`module` maps `batch(step, rank, world_size)` to loss terms; `parameters` are what an engine may change.
+
+    A batch is made in two halves: `load` on the host, which a thread may do ahead of time, and `place` on the device.
+    """
 
     model: nn.Module
     module: nn.Module
     parameters: list[tuple[str, nn.Parameter]]
-    batch: Callable[[int, int, int], StepBatch]
+    load: Callable[[int, int, int], StepBatch]
+    place: Callable[[StepBatch], StepBatch]
     images_per_step: int
     max_steps: int
+    teacher: nn.Module | None = None  # the copy that runs beside, if it does
     trained_share: float = 1.0
     see_teacher: Callable[[Callable[[VisualBatch], Any]], None] | None = (
         None  # still to be called, with what runs the model
     )
+
+    def batch(self, step: int, rank: int, world_size: int) -> StepBatch:
+        """The batch of micro-step `step` on one rank, on the device."""
+        return self.place(self.load(step, rank, world_size))
+
+    @property
+    def models(self) -> list[nn.Module]:
+        return [self.model] if self.teacher is None else [self.model, self.teacher]
 
     @property
     def trainable_parameters(self) -> int:
@@ -173,6 +186,7 @@ def prepare(
         _checkpoint_layers(model)
 
     distill: VisualDistillation | None = None
+    teacher: nn.Module | None = None
     if distill_data is not None:
         path = VisualPath(model, list(settings.sites))
         distill = VisualDistillation(
@@ -192,22 +206,28 @@ def prepare(
         if not partitioned:
             see_teacher(path)
         if settings.online_teacher:
-            distill_data.teach_online(VisualPath(frozen_copy(model), list(settings.sites)))
+            teacher = frozen_copy(model)
+            distill_data.teach_online(VisualPath(teacher, list(settings.sites)))
         if settings.forget_target == "repel":
             _random_start(parameters, settings)
 
     module = UnlearningModule(distill, answers, settings.lambda_answer if uses_features else 1.0)
 
-    def batch(step: int, rank: int, world_size: int) -> StepBatch:
-        asked = sampler.batch(step, rank, world_size).to(device) if sampler is not None else None
-        texts = sampler.text_batch(step, rank, world_size) if sampler is not None else None
+    def load(step: int, rank: int, world_size: int) -> StepBatch:
         return StepBatch(
-            distill_data.batch(step, rank, world_size) if distill_data is not None else None,
-            asked,
-            texts.to(device) if texts is not None else None,
+            distill_data.load(step, rank, world_size) if distill_data is not None else None,
+            sampler.batch(step, rank, world_size) if sampler is not None else None,
+            sampler.text_batch(step, rank, world_size) if sampler is not None else None,
         )
 
-    task = Task(model, module, parameters, batch, settings.per_device_train_batch_size, max_steps)
+    def place(batch: StepBatch) -> StepBatch:
+        return StepBatch(
+            distill_data.place(batch.distill) if distill_data is not None and batch.distill is not None else None,
+            batch.answers.to(device) if batch.answers is not None else None,
+            batch.texts.to(device) if batch.texts is not None else None,
+        )
+
+    task = Task(model, module, parameters, load, place, settings.per_device_train_batch_size, max_steps, teacher)
     if distill is not None and partitioned:
         task.see_teacher = see_teacher
     if settings.mask is not None:
@@ -296,6 +316,7 @@ def _refuse_with_zero3(settings: Settings) -> None:
         (settings.forget_target in ("reference", "repel"), f"forget_target={settings.forget_target}"),
         (settings.answer_loss in _REMEMBER, f"answer_loss={settings.answer_loss}"),
         (settings.method in _REMEMBER, f"method={settings.method}"),
+        (settings.compile, "compile=true"),
     ):
         if found:
             raise SettingsError(
@@ -449,6 +470,7 @@ class _DistillData:
         self._caches: dict[str, FeatureCache] = {}
         self._reference: dict[str, FeatureCache] = {}
         self._position = {key: i for i, key in enumerate(self.images.hashes)}
+        self._repels = settings.forget_target == "repel"
 
     def see_reference(self, path: VisualPath, identity: BaseModel) -> None:
         """Write down what the reference model sees of the forget images; afterwards it may be freed."""
@@ -487,31 +509,45 @@ class _DistillData:
         """From now on retained images' targets are what `teacher` sees of the very view that is trained on."""
         self._online = teacher
 
-    def batch(self, step: int, rank: int, world_size: int) -> DistillBatch:
-        """The images of one step on one rank, forget first, with their targets; on the device."""
+    def load(self, step: int, rank: int, world_size: int) -> DistillBatch:
+        """The images of one step on one rank, forget first, with cached targets; on the host, pinned for a GPU."""
         forget, retain = self.plan.indices(step, rank, world_size)
         indices = forget + retain
         views: Views | None = None
         if self.settings.augment:
             positions = self.plan.positions(rank, world_size)
             views = Views((self.settings.seed, 14, step, 0), positions, world_size * len(indices))
-        images = self.images.batch(indices, views).to(self.device, non_blocking=True)
         keys = [self.images.hashes[i] for i in indices]
-        is_forget = torch.arange(len(indices)) < len(forget)
-        seen = self._see_online(images) if self._online is not None else {}
-        targets = {}
+        images = self.images.batch(indices, views)
+        # What an online teacher sees is known on the device only. Images to be forgotten stand first and aim elsewhere,
+        # unless they are only repelled from the teacher.
+        taught = None if self._online is None else images.tail(0 if self._repels else len(forget))
+        batch = DistillBatch(
+            images,
+            torch.arange(len(indices)) < len(forget),
+            {} if taught is not None else {site: table.gather(keys) for site, table in self._tables.items()},
+            keys=keys,
+            taught=taught,
+        )
+        return batch.pin_memory() if self.device.type == "cuda" else batch
+
+    def place(self, loaded: DistillBatch) -> DistillBatch:
+        """The same batch on the device, with the targets that the online teacher gives."""
+        batch = loaded.to(self.device)
+        if batch.taught is None:
+            return batch
+        seen = self._see_online(batch.taught, batch.keys[-batch.taught.n_images :])
         for site, table in self._tables.items():
-            now = seen.get(site)
-            if now is not None and self.settings.forget_target != "repel":
-                now[: len(forget)] = [None] * len(forget)
-            targets[site] = table.gather(keys, now).to(self.device)
-        return DistillBatch(images, is_forget.to(self.device, non_blocking=True), targets)
+            aims = [None] * (len(batch.keys) - len(seen[site]))
+            batch.targets[site] = table.gather(batch.keys, [*aims, *seen[site]]).to(self.device)
+        return batch
 
     @torch.no_grad()
-    def _see_online(self, images: VisualBatch) -> dict[str, list[Tensor | None]]:
+    def _see_online(self, images: VisualBatch, keys: Sequence[str]) -> dict[str, list[Tensor]]:
         assert self._online is not None
         features = self._online(images)
-        return {site: list(split_by_image(f, images.n_images)) for site, f in features.items()}
+        # A view has as many tokens as its image, so nothing need be counted on the device.
+        return {site: list(features[site].gathered().split(t.counts(keys))) for site, t in self._tables.items()}
 
     def _noise_keys(self) -> dict[str, str]:
         """Forget image -> the key of its noise image, which has its size: one noise image a size, or one an image."""
@@ -541,6 +577,7 @@ class _DistillData:
 
     def _open_caches(self, model: BaseModel) -> dict[str, FeatureCache]:
         settings = self.settings
+        rank = int(os.environ.get("RANK", "0")) if settings.engine == "deepspeed" else 0
         root = Path(settings.cache_dir) if settings.cache_dir else Path(settings.output_dir) / "teacher_cache"
         ingredients = {
             "weights": model.fingerprint,
@@ -550,6 +587,6 @@ class _DistillData:
             "quantize_llm": settings.quantize_llm,
         }
         return {
-            site: FeatureCache(root, site=site, dtype=settings.cache_dtype, ingredients=ingredients)
+            site: FeatureCache(root, site=site, dtype=settings.cache_dtype, ingredients=ingredients, rank=rank)
             for site in settings.sites
         }

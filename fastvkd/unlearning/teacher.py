@@ -26,51 +26,57 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch
 
 
 class FeatureCache:
-    """Features of images at one site, in one memory-mapped file: rows of width H, an image's rows being contiguous.
+    """Features of images at one site, in memory-mapped files: rows of width H, an image's rows being contiguous.
 
     The folder is named by everything that shapes a feature (base weights, prompt prefix, preprocessing, site,
     dtype), images inside it by their content hash; so a cache may be shared between runs, and a changed ingredient
-    gets a new folder. New rows are flushed before the index that names them is renamed into place: an interrupted
-    run leaves a cache that is valid and shorter.
+    gets a new folder. Each rank of a job adds to a file and an index of its own and reads those of all. New rows are
+    flushed before the index that names them is renamed into place: an interrupted run leaves a cache that is valid
+    and shorter.
 
     Raises:
         TrainingError: the disk is full, or the folder cannot be written.
     """
 
-    def __init__(self, root: Path, *, site: str, dtype: str, ingredients: dict[str, Any]):
-        self.site = site
+    def __init__(self, root: Path, *, site: str, dtype: str, ingredients: dict[str, Any], rank: int = 0):
+        self.site, self.rank = site, rank
         self.dtype = _DTYPES[dtype]
-        ingredients = {**ingredients, "site": site, "dtype": dtype, "format": 1}
+        ingredients = {**ingredients, "site": site, "dtype": dtype, "format": 2}
         digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = root / f"{site.replace(':', '-')}-{digest}"
-        self._index_file, self._data_file = self.folder / "index.json", self.folder / "features.bin"
         self.width = 0
-        self.spans: dict[str, tuple[int, int]] = {}  # key -> (first row, number of rows)
-        self._rows: Tensor | None = None
+        self.spans: dict[str, tuple[int, int]] = {}  # key -> (first row in its file, number of rows)
+        self._file_of: dict[str, int] = {}  # key -> the rank that wrote it
+        self._rows: dict[int, Tensor] = {}  # of each rank's file
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not self._index_file.exists():
-                (self.folder / "ingredients.json").write_text(json.dumps(ingredients, indent=1, sort_keys=True))
+            description = self.folder / "ingredients.json"
+            if not description.exists():
+                description.write_text(json.dumps(ingredients, indent=1, sort_keys=True))
         except OSError as error:
             raise _disk_error(self.folder, error) from error
         self.reload()
 
     def reload(self) -> None:
-        """Read the index again, which another rank may have written."""
-        if self._index_file.exists():
-            index = json.loads(self._index_file.read_text())
-            self.width, self.spans = index["width"], {k: (a, b) for k, (a, b) in index["spans"].items()}
-            self._rows = None
+        """Read the indices again, which other ranks may have written."""
+        for file in sorted(self.folder.glob("index-*.json")):
+            index = json.loads(file.read_text())
+            rank = int(file.stem.removeprefix("index-"))
+            self.width = index["width"]
+            self.spans |= {k: (a, b) for k, (a, b) in index["spans"].items()}
+            self._file_of |= dict.fromkeys(index["spans"], rank)
+        self._rows.clear()
 
     def missing(self, keys: Sequence[str]) -> list[str]:
         return [key for key in dict.fromkeys(keys) if key not in self.spans]
 
     def add(self, keys: Sequence[str], rows: Sequence[Tensor]) -> None:
         """Append the features (N_i, H) of images `keys`, and make them durable."""
-        total = sum(count for _, count in self.spans.values())
-        spans = dict(self.spans)
+        spans = {key: span for key, span in self.spans.items() if self._file_of[key] == self.rank}
+        total = sum(count for _, count in spans.values())
+        data_file, index_file = self._data_file(self.rank), self.folder / f"index-{self.rank}.json"
         try:
-            with open(self._data_file, "r+b" if self._data_file.exists() else "w+b") as file:
+            with open(data_file, "r+b" if data_file.exists() else "w+b") as file:
                 self.width = rows[0].shape[1]
                 file.truncate(total * self.width * self.dtype.itemsize)  # what an interrupted run left behind
                 file.seek(0, os.SEEK_END)
@@ -80,27 +86,28 @@ class FeatureCache:
                     total += len(features)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary = self._index_file.with_suffix(f".{os.getpid()}.tmp")
+            temporary = index_file.with_suffix(f".{os.getpid()}.tmp")
             temporary.write_text(json.dumps({"width": self.width, "spans": spans}))
-            os.replace(temporary, self._index_file)
+            os.replace(temporary, index_file)
         except OSError as error:
             raise _disk_error(self.folder, error) from error
-        self.spans = spans
-        self._rows = None
+        self.spans |= spans
+        self._file_of |= dict.fromkeys(spans, self.rank)
+        self._rows.pop(self.rank, None)
 
-    @property
-    def rows(self) -> Tensor:
-        """(M, H) in the cache's dtype, memory-mapped and read-only by convention."""
-        if self._rows is None:
-            total = sum(count for _, count in self.spans.values())
-            raw = np.memmap(self._data_file, dtype=np.uint8, mode="c", shape=(total, self.width * self.dtype.itemsize))
-            self._rows = torch.from_numpy(raw).view(self.dtype)
-        return self._rows
+    def _data_file(self, rank: int) -> Path:
+        return self.folder / f"features-{rank}.bin"
 
     def features(self, key: str) -> Tensor:
-        """(N, H) of one image."""
+        """(N, H) of one image in the cache's dtype, memory-mapped and read-only by convention."""
         first, count = self.spans[key]
-        return self.rows[first : first + count]
+        rank = self._file_of[key]
+        if rank not in self._rows:
+            total = sum(count for k, (_, count) in self.spans.items() if self._file_of[k] == rank)
+            shape = (total, self.width * self.dtype.itemsize)
+            raw = np.memmap(self._data_file(rank), dtype=np.uint8, mode="c", shape=shape)
+            self._rows[rank] = torch.from_numpy(raw).view(self.dtype)
+        return self._rows[rank][first : first + count]
 
 
 def _disk_error(folder: Path, error: OSError) -> TrainingError:
@@ -134,29 +141,39 @@ def fill_caches(
     """Run the frozen model once on every image that some site's cache lacks; returns how many that were.
 
     `path` maps a batch to features by site; `batch_of(positions)` gives the images at those positions of `keys`. In a
-    distributed job rank 0 does the work and the others read its cache afterwards; with `all_ranks_run`, which ZeRO-3
-    needs, all of them compute and rank 0 alone writes.
+    distributed job every rank computes and writes its share and reads the others' afterwards; with `all_ranks_run`,
+    which ZeRO-3 needs, a rank that has no images left runs along on some that another one writes.
+
+    Raises TrainingError when the folder is not one that all ranks share.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if distributed else 0
+    world_size = torch.distributed.get_world_size() if distributed else 1
     lacking = {key for cache in caches.values() for key in cache.missing(keys)}
     first = {key: i for i, key in reversed(list(enumerate(keys)))}
     todo = sorted(first[key] for key in lacking)
     if distributed:
         torch.distributed.barrier()  # nobody writes before all have looked
-    for start in range(0, len(todo), batch_size) if rank == 0 or all_ranks_run else ():
-        positions = todo[start : start + batch_size]
-        features = path(batch_of(positions).to(device))
-        for site, cache in caches.items() if rank == 0 else ():
+    for start in range(0, len(todo), batch_size * world_size):
+        own = todo[start + rank * batch_size : start + (rank + 1) * batch_size]
+        positions = own or todo[start : start + batch_size]
+        if own or all_ranks_run:
+            features = path(batch_of(positions).to(device))
+        for site, cache in caches.items() if own else ():
             rows = split_by_image(features[site], len(positions))
             fresh = [(keys[p], r) for p, r in zip(positions, rows, strict=True) if keys[p] not in cache.spans]
             if fresh:
                 cache.add([key for key, _ in fresh], [r for _, r in fresh])
-        progress(min(start + batch_size, len(todo)), len(todo))
+        progress(min(start + batch_size * world_size, len(todo)), len(todo))
     if distributed:
         torch.distributed.barrier()
         for cache in caches.values():
             cache.reload()
+            if cache.missing(keys):
+                raise TrainingError(
+                    f"{cache.folder}: rank {rank} does not see what other ranks wrote there; set cache_dir to a folder "
+                    "that all nodes share"
+                )
     return len(todo)
 
 

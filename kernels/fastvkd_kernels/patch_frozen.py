@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from types import MethodType
 from typing import Any
 
 import torch
@@ -37,10 +39,10 @@ def patch_frozen(model: nn.Module, *, backend: str = "auto") -> Iterator[dict[st
                     continue
                 name = type(module).__name__
                 if name in RMS_NORMS:
-                    module.forward = _rms_norm_forward(module, backend)
+                    module.forward = MethodType(_rms_norm_forward(backend), module)
                     counts["rms_norm"] += 1
                 elif name in SWIGLU_MLPS and _is_silu(module.act_fn):
-                    module.forward = _swiglu_forward(module, backend)
+                    module.forward = MethodType(_swiglu_forward(backend), module)
                     counts["swiglu"] += 1
                 else:
                     continue
@@ -60,8 +62,10 @@ def _is_silu(activation: Any) -> bool:
     return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
 
 
-def _rms_norm_forward(norm: Any, backend: str):
-    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+# One function for all modules of a kind: torch.compile would compile every layer anew for a function of its own.
+@cache
+def _rms_norm_forward(backend: str):
+    def forward(norm: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         if norm.weight.dtype != hidden_states.dtype:  # the module's own code would promote to the wider dtype
             return type(norm).forward(norm, hidden_states)
         return frozen_rms_norm(hidden_states, norm.weight, norm.variance_epsilon, backend=backend)
@@ -69,8 +73,9 @@ def _rms_norm_forward(norm: Any, backend: str):
     return forward
 
 
-def _swiglu_forward(mlp: Any, backend: str):
-    def forward(x: torch.Tensor) -> torch.Tensor:
+@cache
+def _swiglu_forward(backend: str):
+    def forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
         return mlp.down_proj(frozen_swiglu(mlp.gate_proj(x), mlp.up_proj(x), backend=backend))
 
     return forward

@@ -102,6 +102,15 @@ def test_every_row_belongs_to_its_image(case):
             assert (mine - alone[site].gathered()).abs().max() <= 1e-5, site
 
 
+def test_the_tail_of_a_batch_has_its_features(case):
+    path, batch = VisualPath(truncated(case), SITES), batch_of(case)
+    together, tail = path(batch), path(batch.tail(1))
+    for site in SITES:
+        mine = together[site].gathered()[together[site].image_of_row >= 1]
+        assert torch.equal(tail[site].image_of_row, together[site].image_of_row[together[site].image_of_row >= 1] - 1)
+        assert (mine - tail[site].gathered()).abs().max() <= 1e-5, site
+
+
 @pytest.mark.parametrize("sites", [[f"llm:{L}"], ["projector"], ["vision:1"], ["vision:3", "llm:1"]])
 def test_gradients_reach_exactly_the_visual_parameters(case, sites):
     model, batch = truncated(case), batch_of(case)

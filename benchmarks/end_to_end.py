@@ -1,0 +1,141 @@
+"""A whole unlearning run of the demo's data by every method: how long until the model has forgotten, and what is left.
+
+    python benchmarks/end_to_end.py --json benchmarks/results/end-to-end.json
+
+Every method trains the visual weights of the same vanilla model, in a process of its own. Time is that of preparation
+(loading, teacher features, saliency) and of steps; saving and asking questions on the way are not counted. The bar is
+reached at the first checkpoint whose forget accuracy lies within 0.10 of chance. Output-level methods are tried at two
+learning rates, so that the quickest of them is not slow for want of tuning.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from world import World, write
+
+from fastvkd.data.demo_data import CHANCE
+from fastvkd.environment import measured_on
+from fastvkd.unlearning.loop import unlearn
+
+BAND, SAMPLES = 0.10, 504
+OUTPUT_LEVEL = ("gd", "kl", "npo", "idk", "rmu", "mmunlearner")
+
+
+def recipes(size: str) -> list[dict[str, Any]]:
+    """`method`, `what` tells its settings apart, `overrides`, `every` steps a checkpoint, and whose `config`."""
+    steps, every, batch = (160, 10, 32) if size == "default" else (20, 10, 12)
+    vkd_steps = 400 if size == "default" else 40
+    found = [
+        recipe("vkd", "as in configs/demo.yaml", vkd_steps, every, {}, "configs/demo.yaml"),
+        recipe(
+            "vkd", "no views, cached teacher, lr 1e-3", vkd_steps // 4, every, {"augment": False}, "configs/demo.yaml"
+        ),
+    ]
+    for method in OUTPUT_LEVEL:
+        for rate in (1e-4, 3e-4):
+            overrides = {
+                "method": method,
+                "learning_rate": rate,
+                "lr_scheduler_type": "constant",
+                "per_device_train_batch_size": batch,
+            }
+            found.append(recipe(method, f"lr {rate:g}", steps, every, overrides, None))
+    return found
+
+
+def recipe(
+    method: str, what: str, steps: int, every: int, overrides: dict[str, Any], config: str | None
+) -> dict[str, Any]:
+    return {
+        "method": method,
+        "what": what,
+        "overrides": {"max_steps": steps, "save_steps": every, "save_total_limit": steps // every + 1, **overrides},
+        "config": config,
+    }
+
+
+def measure(world: World, plan: dict[str, Any]) -> dict[str, Any]:
+    """One row of the table."""
+    folder = world.out / "end-to-end" / f"{plan['method']}-{plan['what'].replace(' ', '-').replace('/', '-')}"
+    # A cache of its own: teacher features are part of the price.
+    overrides = {**plan["overrides"], "cache_dir": str(folder / "teacher_cache")}
+    settings = world.settings(folder, overrides, config=plan["config"])
+    run = unlearn(settings)
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    per_step = [sum(value for key, value in line.items() if key.endswith("_seconds")) for line in lines]
+    images = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    curve: list[dict[str, Any]] = []
+    for step in sorted(int(f.name.removeprefix("checkpoint-")) for f in folder.glob("checkpoint-*")):
+        point = {
+            "step": step,
+            "seconds": run.seconds["prepare"] + sum(per_step[:step]),
+            "images": step * images,
+            **world.accuracy(world.at(folder / f"checkpoint-{step}"), SAMPLES, ("forget",)),
+        }
+        curve.append(point)
+    return {
+        "method": plan["method"],
+        "what": plan["what"],
+        "seconds": run.seconds["prepare"] + sum(per_step),
+        "seconds_prepare": run.seconds["prepare"],
+        "ms_per_step": 1e3 * sum(per_step) / len(per_step),
+        "images": run.images_seen,
+        "peak_memory_bytes": run.peak_memory_bytes,
+        "reached": next((point for point in curve if abs(point["forget"] - CHANCE) <= BAND), None),
+        "curve": curve,
+        "final": world.accuracy(world.at(run.checkpoint)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/end-to-end.json"))
+    parser.add_argument("--out", type=Path, default=Path("out/end-to-end"))
+    parser.add_argument("--size", default="default", help="default or tiny")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--methods", nargs="*", help="only these")
+    parser.add_argument("--only", type=int, metavar="N", help=argparse.SUPPRESS)  # one recipe, in this process
+    arguments = parser.parse_args()
+    plans = recipes(arguments.size)
+    if arguments.only is not None:
+        write(arguments.json, measure(World(arguments.seed, arguments.out, size=arguments.size), plans[arguments.only]))
+        return
+    World(arguments.seed, arguments.out, size=arguments.size)  # trains the vanilla model, outside every clock
+    report: dict[str, Any] = {
+        "benchmark": "end_to_end",
+        **measured_on("cpu"),
+        "command": " ".join(["python benchmarks/end_to_end.py", *sys.argv[1:]]),
+        "seed": arguments.seed,
+        "size": arguments.size,
+        "bar": {"chance": CHANCE, "band": BAND, "samples": SAMPLES},
+        "rows": [],
+        "failed": [],
+    }
+    part = arguments.out / "row.json"
+    for number, plan in enumerate(plans):
+        if arguments.methods is not None and plan["method"] not in arguments.methods:
+            continue
+        options = ["--only", str(number), "--json", str(part), "--out", str(arguments.out)]
+        options += ["--size", arguments.size, "--seed", str(arguments.seed)]
+        done = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True)
+        name = f"{plan['method']} ({plan['what']})"
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            report["failed"].append({"method": plan["method"], "what": plan["what"], "reason": reason})
+            print(f"{name}: failed: {reason}", flush=True)
+        else:
+            row = json.loads(part.read_text())
+            report["rows"].append(row)
+            reached = row["reached"]
+            when = f"at the bar after {reached['seconds']:.1f} s" if reached else "never at the bar"
+            print(f"{name}: {when}; final {row['final']}", flush=True)
+        write(arguments.json, report)
+    sys.exit(1 if report["failed"] else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The end-to-end benchmark: its clock, its bar and its rows, on a small random model."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+from benchmark_script import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))  # last: `kernels.py` there must not answer to transformers' probe
+import end_to_end
+import tables
+from world import World
+
+from fastvkd.data.sources import evaluation_cells
+from fastvkd.evaluation.inputs import PreparedPhotos
+from fastvkd.models.loading import load_processor
+
+
+@pytest.fixture(scope="module")
+def small(world, tmp_path_factory):
+    """A benchmark world over the tests' random model instead of a trained one."""
+    made = World.__new__(World)
+    made.seed, made.out = 0, tmp_path_factory.mktemp("end-to-end")
+    made.vanilla, made.folder = world.model, world.data
+    made.data = SimpleNamespace(forget_split=world.forget_split, retain_split=world.retain_split)
+    made.processor = load_processor(world.model)
+    made.prepared = PreparedPhotos(made.processor)
+    made.cells = evaluation_cells(str(world.data), world.forget_split, world.retain_split)
+    return made
+
+
+@pytest.mark.parametrize("method", ["vkd", "ga"])
+def test_a_row_holds_the_way_to_the_bar(small, monkeypatch, method):
+    monkeypatch.setattr(end_to_end, "BAND", 1.0)  # a random model is near chance before the first step
+    overrides = {"method": method, "per_device_train_batch_size": 6, "device": "cpu"}
+    row = end_to_end.measure(small, end_to_end.recipe(method, "a try", 4, 2, overrides, None))
+    assert [point["step"] for point in row["curve"]] == [2, 4]
+    assert [point["images"] for point in row["curve"]] == [12, 24]
+    assert row["seconds_prepare"] < row["curve"][0]["seconds"] < row["curve"][1]["seconds"]
+    assert row["reached"] == row["curve"][0]
+    assert set(row["final"]) == {"forget", "test", "retain", "realworld"}
+    report = {
+        "device": "a test", "versions": {}, "date": "2000-01-01", "seed": 0, "size": "tiny", "rows": [row],
+        "bar": {"chance": 0.25, "band": 1.0, "samples": 8},
+    }  # fmt: skip
+    assert f"| {method} | a try |" in "\n".join(tables.end_to_end_table(report))
+
+
+def test_a_model_that_never_forgets_has_not_reached_the_bar(small, monkeypatch):
+    monkeypatch.setattr(end_to_end, "BAND", -1.0)
+    overrides = {"per_device_train_batch_size": 6, "device": "cpu"}
+    row = end_to_end.measure(small, end_to_end.recipe("vkd", "another", 2, 2, overrides, None))
+    assert row["reached"] is None

@@ -1,0 +1,85 @@
+"""The step benchmark: every variant computes what the reference computes, with the FLOPs, memory and time it claims."""
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from benchmark_script import ROOT, load
+
+step = load("step")
+
+
+@pytest.mark.slow
+def test_the_tiny_preset_is_several_times_faster_with_equal_gradients_and_half_the_memory(tmp_path):
+    file = tmp_path / "step.json"
+    command = [sys.executable, "benchmarks/step.py", "--preset", "tiny", "--device", "cpu", "--variants", "abcde"]
+    done = subprocess.run(
+        [*command, "--repetitions", "3", "--batch", "4", "--json", str(file)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(file.read_text())
+    assert report["device"] and report["versions"]["torch"] == torch.__version__.partition("+")[0]
+    rows = {row["variant"]: row for row in report["rows"]}
+    assert list(rows) == list("abcde") and report["left_out"] == {}
+    for row in rows.values():
+        assert row["max_loss_error"] <= 1e-5 and row["max_grad_error"] <= 1e-3
+        assert row["flops_per_image"] == pytest.approx(row["counted_flops_per_image"], rel=0.02)
+        assert row["images_per_s"] == pytest.approx(1e3 / row["ms_per_image"])
+    a, e = rows["a"], rows["e"]
+    # Arithmetic is exact; time has slack for a busy machine (on a quiet one it is above 5).
+    assert a["flops_per_image"] >= 5.9 * e["flops_per_image"]
+    assert e["speedup"] >= 3
+    assert e["peak_bytes"] <= a["peak_bytes"] / 2
+
+
+def shrunk(name: str) -> object:
+    """A real preset with few, narrow layers, so that its shapes run on a CPU."""
+    preset = step.PRESETS[name]()
+    facts = copy.deepcopy(preset.facts)
+    qwen = facts["model_type"] == "qwen2_5_vl"
+    facts["text_config"] |= {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 4}
+    facts["text_config"] |= {"num_attention_heads": 1, "num_key_value_heads": 1}
+    narrow = {"hidden_size": 64, "intermediate_size": 96}
+    narrow |= {"depth": 4, "out_hidden_size": 128, "num_heads": 4} if qwen else {"num_hidden_layers": 4}
+    facts["vision_config"] |= narrow
+    if qwen:
+        facts["vision_config"]["fullatt_block_indexes"] = [3]
+    return dataclasses.replace(preset, facts=facts, site="llm:2", batch=2)
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-1.5-13b", "qwen2.5-vl-7b"])
+def test_the_real_presets_run_in_bf16(name):
+    report = step.measure(shrunk(name), torch.device("cpu"), letters="ae", repetitions=1, say=lambda _: None)
+    assert [row["variant"] for row in report["rows"]] == ["a", "e"], report["left_out"]
+    assert report["dtype"] == "bfloat16"
+    # 576 (or 256) visual tokens, as in the real model
+    assert report["tokens"]["visual"] == (256 if "qwen" in name else 576)
+
+
+def test_a_variant_whose_gradients_differ_gets_no_row(monkeypatch):
+    class Wrong(step.VisualDistillation):
+        def forward(self, batch):
+            return {key: 1.01 * value for key, value in super().forward(batch).items()}
+
+    monkeypatch.setattr(step, "VisualDistillation", Wrong)
+    preset = step.PRESETS["tiny"]()
+    facts = copy.deepcopy(preset.facts)
+    facts["text_config"] |= {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 256}
+    preset = dataclasses.replace(preset, facts=facts, batch=2)
+    report = step.measure(preset, torch.device("cpu"), letters="ade", repetitions=1, say=lambda _: None)
+    assert [row["variant"] for row in report["rows"]] == ["a", "d"]
+    assert "differs from the reference" in report["left_out"]["e"]
+
+
+def test_the_flop_ratios_of_the_real_presets():
+    ratios = {}
+    for name in ("llava-1.5-7b", "llava-1.5-13b"):
+        preset = step.PRESETS[name]()
+        architecture = step.architecture_of(step.configuration(preset).to_dict(), name=name)
+        a, e = (step.analytic_flops(v, preset, architecture) for v in step.VARIANTS[:5:4])
+        ratios[name] = a / e
+    assert ratios["llava-1.5-13b"] > 6 and ratios["llava-1.5-7b"] > 4.5

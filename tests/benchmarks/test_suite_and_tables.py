@@ -1,0 +1,68 @@
+"""The GPU suite says what it skips and loses nothing to a part that fails; README.md is what the results say."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from benchmark_script import ROOT, load
+
+sys.path.append(str(ROOT / "benchmarks"))  # last: `kernels.py` there must not answer to transformers' probe
+import tables
+
+suite = load("gpu_suite")
+ABOUT = {"device": "a test", "versions": {"torch": "0"}, "date": "2000-01-01", "command": "none"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU says")
+def test_without_a_gpu_every_part_says_why_it_is_skipped(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu_suite.py", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = json.loads((tmp_path / "gpu-suite.json").read_text())["parts"]
+    assert len(parts) == len(suite.PARTS) == 6
+    assert all(part["status"] == "skipped" and "sees no GPU" in part["reason"] for part in parts.values())
+    assert (tmp_path / "gpu-suite.md").read_text().count("sees no GPU") == 6
+
+
+def part(name, run, missing=lambda: None):
+    return suite.Part(name, 30, missing, run)
+
+
+def test_a_part_that_fails_does_not_lose_the_others(tmp_path):
+    def failing(folder, seconds):
+        command = [sys.executable, "-c", "print('so far'); raise SystemExit('no luck')"]
+        suite.command(command, seconds, folder / "failing.log")
+
+    def hanging(folder, seconds):
+        suite.command([sys.executable, "-c", "import time; time.sleep(60)"], 1, folder / "hanging.log")
+
+    parts = [
+        part("failing", failing),
+        part("hanging", hanging),
+        part("absent", failing, missing=suite.needs("no_such_module_anywhere")),
+        part("good", lambda folder, seconds: {"loss": 1.5}),
+    ]
+    report = suite.run_parts(parts, tmp_path, seconds=100, about=ABOUT, skipped=["skipped"])
+    assert [entry["status"] for entry in report["parts"].values()] == ["failed", "failed", "skipped", "passed"]
+    assert "no luck" in report["parts"]["failing"]["reason"] and "failing.log" in report["parts"]["failing"]["reason"]
+    assert "ran past 1 s" in report["parts"]["hanging"]["reason"]
+    assert json.loads((tmp_path / "gpu-suite.json").read_text()) == report
+    assert "loss 1.5" in (tmp_path / "gpu-suite.md").read_text()
+
+
+def test_parts_beyond_the_time_are_skipped(tmp_path):
+    report = suite.run_parts([part("late", lambda *_: {})], tmp_path, seconds=5, about=ABOUT)
+    assert report["parts"]["late"]["reason"].startswith("no time left")
+
+
+@pytest.mark.slow
+def test_the_suites_own_unlearning_run_works_on_a_cpu(tmp_path):
+    result = suite.tiny_run(tmp_path, 120, "local", [sys.executable], "device=cpu")
+    assert result["step"] == 12 and result["loss"] > 0
+
+
+def test_the_readme_is_what_the_results_say():
+    assert tables.README.read_text() == tables.readme(), "run python benchmarks/tables.py"
