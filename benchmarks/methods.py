@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 from seeds import best
-from world import World, about, write
+from world import World, write
 
 from fastvkd.attacks.relearning import Attacker, area_under_curve, relearning_curve
 from fastvkd.demo.run import SIZES
+from fastvkd.environment import measured_on
 from fastvkd.evaluation.protocol import evaluate_cells
 from fastvkd.models.families import all_parameters, family_of, visual_parameters
 from fastvkd.models.loading import load_model
@@ -108,7 +109,7 @@ def main() -> None:
             rows = [r for r in rows if (r["seed"], r["method"], r["size"]) != (row["seed"], row["method"], row["size"])]
             rows.append(row)
             rows.sort(key=lambda r: (r["seed"], list(GRID).index(r["method"])))
-            write(arguments.json, {**about(), "threads_a_job": 1, "jobs": arguments.jobs, "rows": rows})
+            write(arguments.json, {**measured_on("cpu"), "threads_a_job": 1, "jobs": arguments.jobs, "rows": rows})
             print(json.dumps({k: v for k, v in row.items() if k not in ("points", "curves")}), flush=True)
     for folder in arguments.out.glob("process-*"):
         shutil.rmtree(folder)
