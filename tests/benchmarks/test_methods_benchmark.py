@@ -25,7 +25,10 @@ def random_world(world, tmp_path: Path, monkeypatch) -> World:
     small = World.__new__(World)
     small.seed, small.out, small.vanilla, small.folder = 0, tmp_path, world.model, world.data
     small.spec = dataclasses.replace(
-        SIZES["tiny"], overrides={"max_steps": 21, "auxiliary_images": 4}, max_samples=12, relearning_steps=(0, 1)
+        SIZES["tiny"],
+        overrides={"max_steps": 21, "auxiliary_images": 4},
+        max_samples=12,
+        attacks=dataclasses.replace(SIZES["tiny"].attacks, relearning_steps=(0, 1)),
     )
     small.data = SimpleNamespace(forget_split=world.forget_split, retain_split=world.retain_split)
     small.processor = load_processor(world.model)
