@@ -17,7 +17,7 @@ import yaml
 
 from fastvkd.errors import SettingsError
 
-ForgetTarget = Literal["noise", "mean", "redirect", "reference", "repel"]
+ForgetTarget = Literal["noise", "mean", "redirect", "reference", "repel", "saturate"]
 Distance = Literal["mse", "cosine", "smooth_l1"]
 Method = Literal["vkd", "ga", "gd", "kl", "npo", "idk", "rmu", "mmunlearner", "manu", "finetune"]
 AnswerLoss = Literal["none", "ga", "gd", "kl", "npo", "idk"]
@@ -70,6 +70,7 @@ class Settings:
     huber_beta: float = 1.0  # smooth_l1's beta
     repel_margin: float = 1.0  # repel: rows further than this from the teacher are let go
     repel_start: float = 0.02  # repel: relative size of the random start, since its gradient at the teacher is zero
+    saturation_margin: float = 20.0  # saturate: how far below zero the projector's hidden units are to lie
     lambda_forget: float = 1.0
     lambda_retain: float = 1.0
     answer_loss: AnswerLoss = "none"
@@ -146,6 +147,7 @@ class Settings:
             "learning_rate",
             "huber_beta",
             "repel_margin",
+            "saturation_margin",
             "max_steps",
             "num_train_epochs",
             "gradient_accumulation_steps",
@@ -178,6 +180,11 @@ class Settings:
             )
         if self.forget_target == "reference" and not self.reference_model:
             raise SettingsError("forget_target=reference needs reference_model: the folder of the model to imitate")
+        if self.forget_target == "saturate" and all(site.startswith("vision") for site in self.sites):
+            raise SettingsError(
+                "forget_target=saturate acts in the projector, which no site in the tower reaches: "
+                "add projector or llm:<k> to sites"
+            )
         if self.teacher == "cached" and self.augment:
             raise SettingsError(
                 "teacher=cached cannot serve augment=true, whose views are new at every step: use teacher=online"

@@ -121,6 +121,12 @@ def language_model(model: nn.Module, family: Family) -> nn.Module:
     return _get(base_model(model), family.language_model)
 
 
+def projector_modules(model: nn.Module, family: Family) -> list[nn.Module]:
+    """All modules between tower and LLM, in the order in which they are declared."""
+    parts = [_find(base_model(model), (path,)) for path in family.projector]
+    return [module for part in parts if isinstance(part, nn.Module) for module in part.modules()]
+
+
 def image_token_id(config: Any) -> int:
     """The id of the image placeholder token of a (top-level) config."""
     for key in ("image_token_id", "image_token_index"):

@@ -12,6 +12,7 @@ from fastvkd_kernels import visual_distill_loss
 from torch import Tensor, nn
 
 from fastvkd.models.visual_path import VisualBatch, VisualPath
+from fastvkd.unlearning.saturation import ProjectorUnits
 from fastvkd.unlearning.targets import SiteTargets
 
 
@@ -81,7 +82,8 @@ class VisualDistillation(nn.Module):
     """`lambda_forget * L_f + lambda_retain * L_r` over the sites of `path`, for one batch.
 
     L_f and L_r are means over the images of their kind of the mean over visual tokens of the distance, weighted over
-    sites. With `repel` forget rows have no target: they cost `relu(margin - d(z, z0))`.
+    sites. With `repel` forget rows have no target: they cost `relu(margin - d(z, z0))`. With `units` L_f is
+    `ProjectorUnits.loss` instead.
     """
 
     def __init__(
@@ -93,9 +95,12 @@ class VisualDistillation(nn.Module):
         lambda_retain: float,
         repel: bool = False,
         margin: float = 1.0,
+        saturation_margin: float = 20.0,
     ):
         super().__init__()
         self.path = path
+        self.units: ProjectorUnits | None = None  # set where forget images are to saturate them
+        self.saturation_margin = saturation_margin
         self.losses: dict[str, SiteLoss] = {}  # set once the teacher's variance at the sites is known
         self.distance, self.repel, self.margin = distance, repel, margin
         self.lambda_forget, self.lambda_retain = lambda_forget, lambda_retain
@@ -117,7 +122,8 @@ class VisualDistillation(nn.Module):
             )
             # The weight of a row in L_f or L_r; the lambdas come on top.
             share = constants.weight / (tokens * torch.where(is_forget, n_forget, n_retain))
-            factor = torch.where(is_forget, self.lambda_forget, self.lambda_retain)
+            # With saturated units a forget image aims at nothing at the sites.
+            factor = torch.where(is_forget, 0.0 if self.units else self.lambda_forget, self.lambda_retain)
             if batch.weight is not None:
                 factor = factor * batch.weight
             row_is_forget = is_forget[image]
@@ -143,5 +149,9 @@ class VisualDistillation(nn.Module):
                     terms = (self.margin - distances).relu() * row_share
                 forget = forget + torch.where(row_is_forget, terms, 0).sum()
                 retain = retain + kept
+        if self.units is not None:
+            forget = self.units.loss(is_forget, batch.weight, self.saturation_margin)
+            loss = loss + self.lambda_forget * forget
+            forget = forget.detach()
         assert isinstance(loss, Tensor) and isinstance(forget, Tensor) and isinstance(retain, Tensor)
         return {"loss": loss, "loss_forget": forget, "loss_retain": retain}

@@ -32,10 +32,12 @@ from fastvkd.unlearning.images import BatchPlan, ImageSet, Views, noise_image
 from fastvkd.unlearning.methods import answer_method, manu
 from fastvkd.unlearning.methods.idk import REFUSALS
 from fastvkd.unlearning.objective import DistillBatch, VisualDistillation, site_losses
+from fastvkd.unlearning.saturation import ProjectorUnits
 from fastvkd.unlearning.targets import TargetTable, mean_features, redirect, variance
 from fastvkd.unlearning.teacher import FeatureCache, fill_caches, frozen_copy
 
 Report = Callable[[int, int], None]
+_START_IMAGES = 512  # retained images whose features shape the start of `saturate`
 
 
 @dataclass
@@ -196,6 +198,7 @@ def prepare(
             lambda_retain=settings.lambda_retain,
             repel=settings.forget_target == "repel",
             margin=settings.repel_margin,
+            saturation_margin=settings.saturation_margin,
         ).to(device)
         data, objective = distill_data, distill
 
@@ -210,6 +213,9 @@ def prepare(
             distill_data.teach_online(VisualPath(teacher, list(settings.sites)))
         if settings.forget_target == "repel":
             _random_start(parameters, settings)
+        elif settings.forget_target == "saturate":
+            distill.units = ProjectorUnits(model)
+            distill.units.start(path, distill_data.retained(_START_IMAGES))
 
     module = UnlearningModule(distill, answers, settings.lambda_answer if uses_features else 1.0)
 
@@ -313,7 +319,7 @@ def _refuse_with_zero3(settings: Settings) -> None:
             settings.online_teacher and any(site.startswith("llm") for site in settings.sites),
             "an online teacher (augment=true) at a site inside the LLM",
         ),
-        (settings.forget_target in ("reference", "repel"), f"forget_target={settings.forget_target}"),
+        (settings.forget_target in ("reference", "repel", "saturate"), f"forget_target={settings.forget_target}"),
         (settings.answer_loss in _REMEMBER, f"answer_loss={settings.answer_loss}"),
         (settings.method in _REMEMBER, f"method={settings.method}"),
         (settings.compile, "compile=true"),
@@ -508,6 +514,13 @@ class _DistillData:
     def teach_online(self, teacher: VisualPath) -> None:
         """From now on retained images' targets are what `teacher` sees of the very view that is trained on."""
         self._online = teacher
+
+    def retained(self, count: int, batch_size: int = 32) -> Iterator[VisualBatch]:
+        """Up to `count` retained and auxiliary images, spread evenly over both, in batches on the device."""
+        kept = [*self.plan.retain, *self.plan.auxiliary]
+        chosen = kept[:: max(1, len(kept) // count)][:count]
+        for start in range(0, len(chosen), batch_size):
+            yield self.images.batch(chosen[start : start + batch_size]).to(self.device)
 
     def load(self, step: int, rank: int, world_size: int) -> DistillBatch:
         """The images of one step on one rank, forget first, with cached targets; on the host, pinned for a GPU."""

@@ -1,0 +1,87 @@
+"""The forget target `saturate`: forget images leave the projector as its output bias, and no gradient comes back.
+
+A projector is linear - GELU - linear. Where every hidden unit lies far below zero, GELU and its derivative are exactly
+zero in floating point, so a token is the second layer's bias whatever the image shows: the LLM cannot see it, and
+fine-tuning on it changes neither the tower nor the first layer. This is ours, not the paper's; docs/method.md tells
+what it withstands and what it does not.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvkd.errors import ModelError
+from fastvkd.models import families
+from fastvkd.models.visual_path import VisualBatch
+
+WORST = 0.1  # weight of an image's least saturated unit beside the mean over its units
+_START = 2.5  # length of the start's rows over the mean length of the first layer's rows
+
+
+class ProjectorUnits:
+    """What enters the projector's activation, seen by a hook: (patches, hidden units) of the last forward pass."""
+
+    def __init__(self, model: nn.Module):
+        family = families.family_of(model)
+        self.first_layer, activation = _first_layer_and_activation(model, family)
+        self._seen: Tensor | None = None
+        self._inputs: Tensor | None = None
+        activation.register_forward_pre_hook(self._note)
+        self.first_layer.register_forward_pre_hook(self._note_inputs)
+
+    def _note(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._seen = inputs[0].flatten(0, -2)
+
+    def _note_inputs(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._inputs = inputs[0].detach().flatten(0, -2)
+
+    def loss(self, is_forget: Tensor, weight: Tensor | None, margin: float) -> Tensor:
+        """Mean over the forget images of `mean((x + m)+ / m)^2 + WORST * max((x + m)+ / m)^2`, x over their units.
+
+        is_forget: (B,) bool, the images of the last pass, each with as many patches. weight: (B,) factors or None.
+        """
+        assert self._seen is not None
+        units, self._seen = self._seen.float().view(len(is_forget), -1), None  # (B, patches of an image x hidden units)
+        above = ((units + margin).relu() / margin).square()
+        of_image = above.mean(1) + WORST * above.amax(1)
+        share = is_forget / is_forget.sum().clamp(min=1)
+        return (of_image * (share if weight is None else share * weight)).sum()
+
+    @torch.no_grad()
+    def start(self, run: Callable[[VisualBatch], Any], retained: Iterable[VisualBatch]) -> None:
+        """Give all units one common direction to be switched off along: the one retained images use least.
+
+        Without it the units would have to agree on one by training, and a few never do. With C the second moment of
+        what enters the first layer W on retained images, u its eigenvector of the smallest eigenvalue and c `_START`
+        times the mean length of W's rows: W <- W - c 1 u^T, which changes little of what retained images give.
+        """
+        weight = self.first_layer.weight
+        moment = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
+        for batch in retained:
+            run(batch)
+            assert self._inputs is not None
+            rows = self._inputs.double().cpu()
+            moment += rows.T @ rows
+        least = torch.linalg.eigh(moment).eigenvectors[:, 0].to(weight)
+        # An eigenvector has no sign of its own; one is chosen so that every machine starts alike.
+        least = least * least[least.abs().argmax()].sign()
+        weight.sub_(_START * weight.norm(dim=1).mean() * least)
+
+
+def _first_layer_and_activation(model: nn.Module, family: families.Family) -> tuple[nn.Linear, nn.Module]:
+    """The linear layer and the activation behind it of the one MLP through which all that the LLM sees passes.
+
+    Raises ModelError where there is no such MLP, or where visual features enter the LLM beside it.
+    """
+    wanted = "forget_target=saturate needs one linear - GELU - linear projector with as many patches for every image"
+    if not family.fixed_resolution or family.deepstack is not None:
+        raise ModelError(f"{wanted}; {family.name} has none: use forget_target=noise")
+    linear: nn.Linear | None = None
+    for module in families.projector_modules(model, family):
+        if isinstance(module, nn.Linear):
+            linear = module
+        elif linear is not None and (isinstance(module, nn.GELU) or type(module).__name__.startswith("GELU")):
+            return linear, module
+    raise ModelError(f"{wanted}; this {family.name} has none: use forget_target=noise")
