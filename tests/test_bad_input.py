@@ -166,7 +166,10 @@ class TestModel:
         arguments = {
             "train": training(world, out, model_name_or_path=model),
             "plan": ["plan", f"model_name_or_path={model}", "data=x"],
-            "eval": ["eval", "--model", str(model), "--data", str(world.data), "--out", str(out)],
+            "eval": [
+                *["eval", "--model", str(model), "--data", str(world.data), "--out", str(out)],
+                *["--forget-split", world.forget_split, "--retain-split", world.retain_split],
+            ],
         }
         message = refused(capsys, *arguments[command])
         assert "llavva" in message and "llava" in message.replace("llavva", "")

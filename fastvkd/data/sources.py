@@ -78,7 +78,7 @@ def read_forget_retain(data: str, forget_split: str, retain_split: str) -> tuple
     """
     folder = data_folder(data)
     forget, retain = recognise(folder).training_sets(folder, forget_split, retain_split)
-    _refuse_overlap(folder, forget, retain)
+    _refuse_overlap(folder, forget, retain, forget_split, retain_split)
     return forget, retain
 
 
@@ -98,18 +98,22 @@ def evaluation_cells(
     (see docs/data.md). Raises as `read_forget_retain` and `reader_of`."""
     folder = data_folder(data)
     cells = reader_of(folder, benchmark).evaluation_cells(folder, forget_split, retain_split)
-    _refuse_overlap(folder, cells["forget"], cells["retain"])
+    _refuse_overlap(folder, cells["forget"], cells["retain"], forget_split, retain_split)
     return cells
 
 
-def _refuse_overlap(folder: Path, forget: list[Profile], retain: list[Profile]) -> None:
-    for side, profiles in (("forget", forget), ("retain", retain)):
+def _refuse_overlap(
+    folder: Path, forget: list[Profile], retain: list[Profile], forget_split: str, retain_split: str
+) -> None:
+    if recognise(folder) is READERS["jsonl"]:
+        forget_split, retain_split = "forget", "retain"
+    for split, profiles in ((forget_split, forget), (retain_split, retain)):
         if not any(profile.photos for profile in profiles):
-            raise DataError(f"{folder}: the {side} set holds no image; name another split with {side}_split")
+            raise DataError(f"{folder / split}: holds no image; name another split with forget_split/retain_split")
     shared = {p.entity for p in forget} & {p.entity for p in retain}
     if shared:
         raise DataError(
-            f"{folder}: entity {sorted(shared)[0]!r} is in both the forget and the retain set "
+            f"{folder}: entity {sorted(shared)[0]!r} is in both {forget_split} and {retain_split} "
             f"({len(shared)} in all); remove it from one of them"
         )
     seen = {content_hash(photo.data): photo.source for p in forget for photo in p.photos}
@@ -117,4 +121,6 @@ def _refuse_overlap(folder: Path, forget: list[Profile], retain: list[Profile]) 
         for photo in profile.photos:
             twin = seen.get(content_hash(photo.data))
             if twin:
-                raise DataError(f"{photo.source}: the same image as {twin}, in the forget set; remove one of them")
+                raise DataError(
+                    f"{photo.source}: the same image as {twin}, in {forget_split}; remove it from one of them"
+                )

@@ -218,7 +218,7 @@ def test_overlap_and_shared_images_of_clear_are_named(clear_data):
     write_rows(clear_data, "retain95", [caption_row(0, 50), caption_row(1, 2)], CAPTIONS)
     problems = check_data(clear_data).problems
     assert any("1 entity is in both forget05 and retain95: Ann Ash" in problem for problem in problems)
-    with pytest.raises(DataError, match="'Ann Ash' is in both the forget and the retain set"):
+    with pytest.raises(DataError, match="'Ann Ash' is in both forget05 and retain95"):
         read_forget_retain(str(clear_data), "forget05", "retain95")
     write_rows(clear_data, "retain95", [caption_row(1, 0)], CAPTIONS)
     with pytest.raises(DataError, match="the same image"):
