@@ -11,10 +11,12 @@ import os
 import sys
 
 # A script's folder comes first in the import path, where this file would answer to `import kernels`: transformers and
-# bitsandbytes (which Liger imports) look for a public package of that name.
-sys.path[:] = [
-    entry for entry in sys.path if os.path.realpath(entry or ".") != os.path.dirname(os.path.realpath(__file__))
-]
+# bitsandbytes (which Liger imports) look for a public package of that name. Imported by such a look, from a sibling
+# script, it must leave the path alone: the siblings import one another.
+if __name__ == "__main__":
+    sys.path[:] = [
+        entry for entry in sys.path if os.path.realpath(entry or ".") != os.path.dirname(os.path.realpath(__file__))
+    ]
 
 import argparse
 import datetime

@@ -83,7 +83,8 @@ class VisualDistillation(nn.Module):
 
     L_f and L_r are means over the images of their kind of the mean over visual tokens of the distance, weighted over
     sites. With `repel` forget rows have no target: they cost `relu(margin - d(z, z0))`. With `units` L_f is
-    `ProjectorUnits.loss` instead.
+    the first of
+    `ProjectorUnits.losses` instead, and the second is added to L_r.
     """
 
     def __init__(
@@ -150,8 +151,8 @@ class VisualDistillation(nn.Module):
                 forget = forget + torch.where(row_is_forget, terms, 0).sum()
                 retain = retain + kept
         if self.units is not None:
-            forget = self.units.loss(is_forget, batch.weight, self.saturation_margin)
-            loss = loss + self.lambda_forget * forget
-            forget = forget.detach()
+            closing, opening = self.units.losses(is_forget, batch.weight, self.saturation_margin)
+            loss = loss + self.lambda_forget * closing + self.lambda_retain * opening
+            forget, retain = closing.detach(), retain + opening.detach()
         assert isinstance(loss, Tensor) and isinstance(forget, Tensor) and isinstance(retain, Tensor)
         return {"loss": loss, "loss_forget": forget, "loss_retain": retain}

@@ -37,17 +37,27 @@ class ProjectorUnits:
     def _note_inputs(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._inputs = inputs[0].detach().flatten(0, -2)
 
-    def loss(self, is_forget: Tensor, weight: Tensor | None, margin: float) -> Tensor:
-        """Mean over the forget images of `mean((x + m)+ / m)^2 + WORST * max((x + m)+ / m)^2`, x over their units.
+    def losses(self, is_forget: Tensor, weight: Tensor | None, margin: float) -> tuple[Tensor, Tensor]:
+        """What closes forget images and what keeps retained ones open, each a mean over the images of its kind.
+
+        With x the units of an image, (.)+ the positive part and m the margin:
+        forget `mean(((x + m)+ / m)^2) + WORST * max(((x + m)+ / m)^2)`, over patches and units;
+        retain `mean(((-max x)+ / m)^2)`, the maximum over units, the mean over patches. A retained image that was
+        saturated by mistake gives no gradient of its features any more: without this term it would stay so.
 
         is_forget: (B,) bool, the images of the last pass, each with as many patches. weight: (B,) factors or None.
         """
         assert self._seen is not None
-        units, self._seen = self._seen.float().view(len(is_forget), -1), None  # (B, patches of an image x hidden units)
-        above = ((units + margin).relu() / margin).square()
-        of_image = above.mean(1) + WORST * above.amax(1)
-        share = is_forget / is_forget.sum().clamp(min=1)
-        return (of_image * (share if weight is None else share * weight)).sum()
+        units, self._seen = self._seen.float(), None
+        units = units.view(len(is_forget), -1, units.shape[-1])  # (B, patches of an image, hidden units)
+        above = ((units + margin).relu() / margin).square().flatten(1)
+        closing = above.mean(1) + WORST * above.amax(1)
+        opening = (-units.amax(2)).relu().div(margin).square().mean(1)
+        factor = torch.ones_like(closing) if weight is None else weight
+        n_forget = is_forget.sum()
+        forget = torch.where(is_forget, closing * factor, 0).sum() / n_forget.clamp(min=1)
+        retain = torch.where(is_forget, 0, opening * factor).sum() / (len(is_forget) - n_forget).clamp(min=1)
+        return forget, retain
 
     @torch.no_grad()
     def start(self, run: Callable[[VisualBatch], Any], retained: Iterable[VisualBatch]) -> None:
