@@ -6,7 +6,6 @@ CPU what runs is the plain-torch twin, and the rows say so; such figures tell no
     python benchmarks/kernels.py --device cuda --json benchmarks/results/kernels-<device>.json
 """
 
-# ruff: noqa: E402
 import os
 import sys
 

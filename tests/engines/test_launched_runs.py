@@ -33,6 +33,11 @@ def demo_arguments(tiny_demo, output: Path, batch: int, **settings) -> list[str]
         "retain_split": tiny_demo.retain_split,
         "cache_dir": tiny_demo.out / "teacher_cache",  # as the demo itself left it
         "output_dir": output,
+        # `saturate` starts from whole weights, which no rank has under ZeRO-3: aim at a noise image, more gently.
+        "forget_target": "noise",
+        "lambda_forget": 1.0,
+        "lambda_retain": 4.0,
+        "learning_rate": 1e-3,
         "per_device_train_batch_size": batch,
         "max_steps": STEPS,
         "warmup_steps": 2,
