@@ -72,7 +72,15 @@ SIZES = {
         countries=24,
         shape=Shape(vision_width=96, vision_layers=3, llm_width=96, llm_layers=3),
         schedule=Schedule(steps=360, photos_per_step=24, questions_per_photo=2, texts_per_step=24, learning_rate=2e-3),
-        overrides={"max_steps": 150, "per_device_train_batch_size": 24},
+        overrides={
+            "max_steps": 350,
+            "learning_rate": 1.5e-3,
+            "auxiliary_images": 256,
+            "auxiliary_share": 0.5,
+            "forget_share": 0.45,
+            "lambda_forget": 20.0,
+            "saturation_margin": 20.0,
+        },
         max_samples=200,
         attacks=Budget(
             max_samples=56,
