@@ -91,9 +91,9 @@ def flops(preset: Preset) -> int:
 def one_rank(rank: int, world_size: int, port: int, repetitions: int, out: str) -> None:
     """Steps whose gradients are summed over ranks; rank 0 writes ms a step and ms of the all-reduce alone."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:  # before the ranks join: each has a teacher cache of its own
         rig = ready(PRESETS["tiny"](), Path(folder))
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     flat = torch.zeros(sum(p.numel() for _, p in rig.parameters))
     times: list[list[float]] = [[], []]
     for _ in range(repetitions):

@@ -22,7 +22,7 @@ def test_the_tiny_preset_is_several_times_faster_with_equal_gradients_and_half_t
     )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(file.read_text())
-    assert report["device"] and report["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert report["device"] and report["versions"]["torch"] == torch.__version__
     rows = {row["variant"]: row for row in report["rows"]}
     assert list(rows) == list("abcde") and report["left_out"] == {}
     for row in rows.values():
