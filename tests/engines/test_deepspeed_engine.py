@@ -64,7 +64,9 @@ def test_two_ranks_end_where_one_process_does(ranks, preset, kind):
     folder = out / preset / kind
     # In bf16 each rank rounds its own sums; ZeRO-0 also accumulates in bf16, the others in float32.
     tolerance = 1e-5 if kind == "float32-adamw_torch" else (0.01 if preset == "zero0" else 0.002)
-    if "lion" in kind:  # it steps by the sign: a momentum that rounds to the other side of zero moves a weight two steps
+    if (
+        "lion" in kind
+    ):  # it steps by the sign: a momentum that rounds to the other side of zero moves a weight two steps
         tolerance = 0.005
     assert relative_difference(load_file(folder / "masters.safetensors"), masters) < tolerance
     assert torch.load(folder / "report.pt")["norms"] == pytest.approx(norms, rel=max(tolerance, 1e-4))
