@@ -38,6 +38,9 @@ def demo_arguments(tiny_demo, output: Path, batch: int, **settings) -> list[str]
         "lambda_forget": 1.0,
         "lambda_retain": 4.0,
         "learning_rate": 1e-3,
+        "forget_share": 0.33,  # of 24 images and of 2 x 12 as many of each kind
+        "auxiliary_images": 256,
+        "auxiliary_share": 0.25,
         "per_device_train_batch_size": batch,
         "max_steps": STEPS,
         "warmup_steps": 2,
