@@ -125,6 +125,7 @@ def kill_at_random_step(process: subprocess.Popen, run: Path, generator: random.
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["zero2", "zero3"])
+@pytest.mark.unproven
 def test_killed_ranks_resume_where_they_were(tiny_demo, launched, tmp_path, preset) -> None:
     arguments = demo_arguments(tiny_demo, tmp_path, 12, **on_ranks(preset))
     launcher = start(TRAIN, *arguments, log=tmp_path / "log")
@@ -137,6 +138,7 @@ def test_killed_ranks_resume_where_they_were(tiny_demo, launched, tmp_path, pres
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
+@pytest.mark.unproven
 def test_a_killed_process_resumes_to_the_same_bits(tiny_demo, tmp_path, optim) -> None:
     arguments = demo_arguments(tiny_demo, tmp_path / "killed", 24, optim=optim)
     command = [sys.executable, str(TRAIN), *arguments]
@@ -152,6 +154,7 @@ def test_a_killed_process_resumes_to_the_same_bits(tiny_demo, tmp_path, optim) -
 
 
 @pytest.mark.slow
+@pytest.mark.unproven
 def test_sigterm_to_one_rank_saves_on_all_and_ends_well(tiny_demo, tmp_path) -> None:
     arguments = demo_arguments(tiny_demo, tmp_path, 12, **on_ranks("zero2", max_steps=5000, save_total_limit=1))
     launcher = start(TRAIN, *arguments, log=tmp_path / "log")
@@ -180,6 +183,7 @@ def test_sigterm_to_one_process_saves_and_exits_with_0(tiny_demo, tmp_path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.unproven
 def test_another_world_size_takes_weights_and_masters_and_says_so(tiny_demo, launched, tmp_path, capfd, caplog) -> None:
     source = launched("zero2") / f"checkpoint-{STEPS - 2}"
     arguments = demo_arguments(tiny_demo, tmp_path, 24, resume_from_checkpoint=source)
@@ -190,6 +194,7 @@ def test_another_world_size_takes_weights_and_masters_and_says_so(tiny_demo, lau
 
 
 @pytest.mark.slow
+@pytest.mark.unproven
 def test_fewer_images_than_ranks_cannot_stall_zero3(tiny_demo, tmp_path) -> None:
     """One forget image, three retained: two ranks with three images a step each share them unevenly."""
     data = tmp_path / "data"
@@ -247,6 +252,7 @@ def local_figures(tiny_demo, figures_of, tmp_path_factory) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.unproven
 def test_eight_bit_moments_forget_and_retain_as_much_on_two_ranks(
     tiny_demo, figures_of, local_figures, tmp_path, preset
 ) -> None:
