@@ -27,15 +27,10 @@ class ProjectorUnits:
         family = families.family_of(model)
         self.first_layer, activation = _first_layer_and_activation(model, family)
         self._seen: Tensor | None = None
-        self._inputs: Tensor | None = None
         activation.register_forward_pre_hook(self._note)
-        self.first_layer.register_forward_pre_hook(self._note_inputs)
 
     def _note(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._seen = inputs[0].flatten(0, -2)
-
-    def _note_inputs(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._inputs = inputs[0].detach().flatten(0, -2)
 
     def losses(self, is_forget: Tensor, weight: Tensor | None, margin: float) -> tuple[Tensor, Tensor]:
         """What closes forget images and what keeps retained ones open, each a mean over the images of its kind.
@@ -69,11 +64,15 @@ class ProjectorUnits:
         """
         weight = self.first_layer.weight
         moment = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
-        for batch in retained:
-            run(batch)
-            assert self._inputs is not None
-            rows = self._inputs.double().cpu()
-            moment += rows.T @ rows
+
+        def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            rows = inputs[0].flatten(0, -2).double().cpu()
+            moment.add_(rows.T @ rows)
+
+        with self.first_layer.register_forward_pre_hook(add):  # only here: a step must not keep these inputs alive
+            for batch in retained:
+                run(batch)
+        self._seen = None
         least = torch.linalg.eigh(moment).eigenvectors[:, 0].to(weight)
         # An eigenvector has no sign of its own; one is chosen so that every machine starts alike.
         least = least * least[least.abs().argmax()].sign()

@@ -69,7 +69,9 @@ def test_two_ranks_end_where_one_process_does(ranks, preset, kind):
     ):  # it steps by the sign: a momentum that rounds to the other side of zero moves a weight two steps
         tolerance = 0.005
     assert relative_difference(load_file(folder / "masters.safetensors"), masters) < tolerance
-    assert torch.load(folder / "report.pt")["norms"] == pytest.approx(norms, rel=max(tolerance, 1e-4))
+    assert torch.load(folder / "report.pt", weights_only=True)["norms"] == pytest.approx(
+        norms, rel=max(tolerance, 1e-4)
+    )
 
 
 @pytest.mark.slow
@@ -78,7 +80,7 @@ def test_resume_at_the_same_world_size_is_bit_exact(ranks, preset, kind):
     folder = ranks[0] / preset / kind
     final, resumed = load_file(folder / "final.safetensors"), load_file(folder / "resumed.safetensors")
     assert all(torch.equal(final[n], resumed[n]) for n in final)
-    assert torch.load(folder / "report.pt")["notice"] == ""
+    assert torch.load(folder / "report.pt", weights_only=True)["notice"] == ""
 
 
 @pytest.mark.slow
@@ -98,7 +100,7 @@ def test_masked_weights_stay_bit_identical_after_flattening(ranks, preset, kind)
 @pytest.mark.parametrize(("preset", "kind"), CASES)
 def test_checkpoints_go_between_world_sizes(ranks, preset, kind):
     out, _ = ranks
-    report = torch.load(out / preset / kind / "report.pt")
+    report = torch.load(out / preset / kind / "report.pt", weights_only=True)
     assert report["updates"] == scenarios.SAVED_AT and "moments start from zero" in report["local"]
     source = local_engine(kind)
     assert load_checkpoint(out / "local" / kind / "checkpoint-4", source, base_model=scenarios.BASE).notice == ""
@@ -152,7 +154,7 @@ def test_norms_and_biases_keep_32_bit_moments_under_zero(ranks):
 
 @pytest.mark.slow
 def test_ranks_agree_and_average(ranks):
-    report = torch.load(ranks[0] / "zero2" / "float32-adamw_torch" / "report.pt")
+    report = torch.load(ranks[0] / "zero2" / "float32-adamw_torch" / "report.pt", weights_only=True)
     assert report["agreed"] is True and report["mean"].tolist() == [0.5]
 
 
