@@ -132,6 +132,8 @@ def test_nothing_frozen_is_in_a_checkpoint(ranks, preset, kind):
             if key in ("exp_avg", "state1") and t.ndim  # one first moment for each weight, over both ranks
         )
     copies = 2 if preset == "zero0" else 1
+    if "ademamix" in kind:  # its fast and its slow average are one tensor
+        copies *= 2
     assert weights * copies <= moments <= weights * copies + 64
 
 
