@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from seeds import best
 from world import World, write
 
 from fastvkd.attacks.relearning import Attacker, area_under_curve, relearning_curve
+from fastvkd.data.demo_data import CHANCE
 from fastvkd.demo.run import SIZES
 from fastvkd.environment import measured_on
 from fastvkd.evaluation.protocol import evaluate_cells
@@ -40,20 +40,21 @@ from fastvkd.unlearning.methods import steering
 
 # Each method's grid. Runs of output-level methods are followed along their way: every `EVERY` steps are a point.
 STEPS, EVERY, BATCH = 80, 20, 16
-_GENTLE_AND_FIRM = (
+_GENTLE_TO_FIRM = (
     {"learning_rate": 1e-4, "lambda_retain": 1.0},
     {"learning_rate": 2e-4, "lambda_retain": 4.0},
+    {"learning_rate": 3e-4, "lambda_retain": 1.0},
 )
 GRID: dict[str, tuple[dict[str, Any], ...]] = {
     "vanilla": ({},),
     "gold": ({},),
-    "ga": ({"learning_rate": 1e-5}, {"learning_rate": 3e-5}),
-    "gd": _GENTLE_AND_FIRM,
-    "kl": _GENTLE_AND_FIRM,
-    "npo": _GENTLE_AND_FIRM,
+    "ga": ({"learning_rate": 1e-5}, {"learning_rate": 3e-5}, {"learning_rate": 1e-4}),
+    "gd": _GENTLE_TO_FIRM,
+    "kl": _GENTLE_TO_FIRM,
+    "npo": _GENTLE_TO_FIRM,
     "idk": ({"learning_rate": 1e-4}, {"learning_rate": 3e-4}),
     "rmu": ({"learning_rate": 3e-4, "rmu_scale": 6.5}, {"learning_rate": 1e-3, "rmu_scale": 20.0}),
-    "mmunlearner": _GENTLE_AND_FIRM,
+    "mmunlearner": _GENTLE_TO_FIRM,
     "gd-lora": (
         {"learning_rate": 3e-4, "lambda_retain": 1.0, "trainable": "lora"},
         {"learning_rate": 1e-3, "lambda_retain": 4.0, "trainable": "lora"},
@@ -185,6 +186,14 @@ def measure(size: str, out: Path, seed: int, method: str) -> dict[str, Any]:
         "curves": curves,
         "points": points if len(points) > 1 else [],
     }
+
+
+def best(points: list[dict[str, Any]]) -> dict[str, Any]:
+    """The point of equal forgetting, see above."""
+    forgot = [p for p in points if abs(p["forget"] - CHANCE) <= 0.10]
+    if forgot:
+        return max(forgot, key=lambda p: p["retain"])
+    return min(points, key=lambda p: abs(p["forget"] - CHANCE))
 
 
 def candidates(world: World, method: str) -> Iterator[tuple[dict[str, Any], Any]]:

@@ -103,13 +103,17 @@ def end_to_end_table(report: dict[str, Any]) -> list[str]:
         f"Seed {report['seed']}, size {report['size']}. Bar: forget VQA within {bar['band']:.2f} of chance "
         f"({bar['chance']:.2f}), asked of {bar['samples']} questions every few steps; asking is not counted as time."
     )
-    head = ["method", "settings", "s to the bar", "steps", "images", "s in all", "ms/step", "peak MB"]
+    head = ["method", "settings", "s to the bar", "steps", "images", "retain there", "s in all", "ms/step", "peak MB"]
     head += ["forget", "test", "retain", "real world"]
     rows = []
     for row in report["rows"]:
         reached = row["reached"]
         cells = [row["method"], row["what"]]
-        cells += [f"{reached['seconds']:.1f}", str(reached["step"]), str(reached["images"])] if reached else ["-"] * 3
+        if reached:
+            cells += [f"{reached['seconds']:.1f}", str(reached["step"]), str(reached["images"])]
+            cells += [f"{100 * reached['retain']:.1f}"]
+        else:
+            cells += ["-"] * 4
         cells += [f"{row['seconds']:.1f}", f"{row['ms_per_step']:.0f}", f"{row['peak_memory_bytes'] / 1e6:.0f}"]
         cells += [f"{100 * row['final'][cell]:.1f}" for cell in ("forget", "test", "retain", "realworld")]
         rows.append(cells)
