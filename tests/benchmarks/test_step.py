@@ -51,13 +51,16 @@ def shrunk(name: str) -> object:
     return dataclasses.replace(preset, facts=facts, site="llm:2", batch=2)
 
 
-@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-1.5-13b", "qwen2.5-vl-7b"])
-def test_the_real_presets_run(name):
-    # In float32: on a CPU bfloat16 is emulated, and its rounding hides what is compared here.
-    preset = dataclasses.replace(shrunk(name), bf16=False)
+@pytest.mark.parametrize(
+    ("name", "bf16"),
+    [("llava-1.5-7b", False), ("llava-1.5-13b", False), ("qwen2.5-vl-7b", False), ("llava-1.5-7b", True)],
+)
+def test_the_real_presets_run(name, bf16):
+    # Mostly in float32, where rounding hides nothing.
+    preset = dataclasses.replace(shrunk(name), bf16=bf16)
     report = step.measure(preset, torch.device("cpu"), letters="ae", repetitions=1, say=lambda _: None)
     assert [row["variant"] for row in report["rows"]] == ["a", "e"], report["left_out"]
-    assert report["dtype"] == "float32" and shrunk(name).bf16
+    assert report["dtype"] == ("bfloat16" if bf16 else "float32") and shrunk(name).bf16
     # 576 (or 256) visual tokens, as in the real model
     assert report["tokens"]["visual"] == (256 if "qwen" in name else 576)
 
