@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from fastvkd.data.images import content_hash, decode_image
 from fastvkd.data.records import Photo
 from fastvkd.models.families import family_of
 from fastvkd.models.visual_path import VisualBatch, batch_from_pixels, collate_images, encode_pixels
+
+_GREY_SHARE = 0.2  # of the views; a face that is known by its shades must be closed, or kept, without its colours too
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in "L" images
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class ImageSet:
         self.hashes = [digest for digest, _ in self._photos]
         self._processor, self._config = processor, model_config
         self._pixels: Tensor | None = None
+        self._normalisation = _normalisation(processor.image_processor)
         self._decode = lru_cache(maxsize=2048)(self._decode_uncached)
         if family_of(model_config).fixed_resolution:
             chunks = [self._photos[i : i + 64] for i in range(0, len(self._photos), 64)]
@@ -77,7 +81,7 @@ class ImageSet:
         return self._decode(index).size
 
     def batch(self, indices: Sequence[int], views: Views | None = None) -> VisualBatch:
-        """The images `indices` as model inputs; with `views` each is shifted, perhaps mirrored, and lit differently."""
+        """The images `indices` as model inputs; with `views` each is shifted, lit, perhaps mirrored and grey."""
         if self._pixels is None:
             images = [self._decode(int(i)) for i in indices]
             if views is not None:
@@ -87,15 +91,26 @@ class ImageSet:
                 ]
             return collate_images(self._processor, self._config, images)
         pixels = self._pixels[torch.as_tensor(np.asarray(indices), dtype=torch.int64)]
-        return batch_from_pixels(self._processor, self._config, pixels if views is None else _views(pixels, views))
+        if views is not None:
+            pixels = _views(pixels, views, *self._normalisation)
+        return batch_from_pixels(self._processor, self._config, pixels)
 
     def _decode_uncached(self, index: int) -> Image.Image:
         photo = self._photos[index][1]
         return decode_image(photo.data, photo.source)
 
 
-def _views(pixels: Tensor, views: Views) -> Tensor:
-    """(B, 3, S, S) -> the same: shifts of up to 1/16 of the side, every second image mirrored, +-15 % light."""
+def _normalisation(image_processor: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (3, 1, 1) that the processor took off the colours, which lay in [0, 1]."""
+    if not getattr(image_processor, "do_normalize", False):
+        return torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+    mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in (image_processor.image_mean, image_processor.image_std))
+    return mean, deviation
+
+
+def _views(pixels: Tensor, views: Views, mean: Tensor, deviation: Tensor) -> Tensor:
+    """(B, 3, S, S) -> the same: shifts of up to 1/16 of the side, every second image mirrored, +-15 % light, one in
+    five grey. `mean` and `deviation` (3, 1, 1) are those of the pixels' normalisation."""
     rng, of = np.random.default_rng(views.seed), np.asarray(views.positions)
     size = pixels.shape[-1]
     reach = max(1, size // 16)
@@ -104,7 +119,12 @@ def _views(pixels: Tensor, views: Views) -> Tensor:
     moved = torch.stack([p[:, y : y + size, x : x + size] for p, (y, x) in zip(padded, shifts, strict=True)])
     mirrored = torch.from_numpy(rng.random(views.total)[of] < 0.5)[:, None, None, None]
     light = torch.from_numpy(rng.uniform(0.85, 1.15, (views.total, 1, 1, 1))[of]).to(pixels.dtype)
-    return torch.where(mirrored, moved.flip(-1), moved) * light
+    grey = torch.from_numpy(rng.random(views.total)[of] < _GREY_SHARE)
+    seen = torch.where(mirrored, moved.flip(-1), moved) * light
+    colours = seen[grey].float() * deviation + mean
+    luma = (colours * torch.tensor(_LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+    seen[grey] = ((luma - mean) / deviation).to(seen.dtype)
+    return seen
 
 
 def _view_of_image(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -115,7 +135,8 @@ def _view_of_image(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     light = float(rng.uniform(0.85, 1.15))
-    return image.point(lambda value: value * light)
+    image = image.point(lambda value: value * light)
+    return ImageOps.grayscale(image).convert("RGB") if rng.random() < _GREY_SHARE else image
 
 
 def noise_image(size: tuple[int, int], seed: Sequence[int]) -> Image.Image:

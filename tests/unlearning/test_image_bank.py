@@ -3,13 +3,16 @@
 import functools
 import operator
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastvkd.unlearning.images import BatchPlan, Views, _views, draw, noise_image
+from fastvkd.unlearning.images import BatchPlan, Views, _normalisation, _views, draw, noise_image
+
+PLAIN = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)  # pixels in [0, 1], not normalised
 
 
 @given(population=st.integers(1, 12), start=st.integers(0, 50), count=st.integers(1, 40), seed=st.integers(0, 5))
@@ -54,7 +57,7 @@ def test_ranks_together_see_the_views_that_one_process_would(step: int, ranks: i
         indices, positions = forget + retain, plan.positions(rank, world_size)
         ramps = torch.arange(3 * 32 * 32, dtype=torch.float32).view(1, 3, 32, 32)
         pixels = ramps * torch.tensor([1.0 + i for i in indices])[:, None, None, None]
-        seen = _views(pixels, Views((3, 14, step, 0), positions, world_size * len(indices)))
+        seen = _views(pixels, Views((3, 14, step, 0), positions, world_size * len(indices)), *PLAIN)
         return {p: (i, v) for p, i, v in zip(positions, indices, seen, strict=True)}
 
     whole = viewed(plan(8 * ranks), 0, 1)
@@ -65,6 +68,23 @@ def test_ranks_together_see_the_views_that_one_process_would(step: int, ranks: i
         for position, (image, view) in part.items():
             assert image == whole[position][0]
             assert torch.equal(view, whole[position][1])
+
+
+def test_one_view_in_five_is_the_photo_in_grey() -> None:
+    mean, deviation = _normalisation(
+        SimpleNamespace(do_normalize=True, image_mean=[0.48, 0.46, 0.41], image_std=[0.27, 0.26, 0.28])
+    )
+    assert _normalisation(SimpleNamespace(do_normalize=False))[0].abs().max() == 0
+    colours = torch.rand(1, 3, 1, 1, generator=torch.Generator().manual_seed(0)).expand(400, 3, 8, 8)
+    pixels = (colours - mean) / deviation
+    seen = _views(pixels, Views((3, 14, 0, 0), range(400), 400), mean, deviation) * deviation + mean
+    grey = (seen.amax(1) - seen.amin(1)).amax((1, 2)) < 1e-5
+    assert 0.14 < grey.float().mean() < 0.26
+    # as bright as Pillow makes a photo in grey; light moves it by 15 % of its distance from the mean
+    luma = (torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1) * colours[0]).sum(0)[0, 0]
+    middle = seen[grey].mean()
+    assert abs(middle - luma) < 0.02
+    assert (seen[~grey].amax(1) - seen[~grey].amin(1)).min() > 0.05
 
 
 def test_every_rank_has_both_kinds_even_with_fewer_images_than_ranks() -> None:
