@@ -22,7 +22,7 @@ from fastvkd.models.families import family_of
 from fastvkd.models.visual_path import VisualBatch, batch_from_pixels, collate_images, encode_pixels
 
 _GREY_SHARE = 0.2  # of the views; a face that is known by its shades must be closed, or kept, without its colours too
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in "L" images
+_LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # ITU-R BT.601, as in "L" images
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _views(pixels: Tensor, views: Views, mean: Tensor, deviation: Tensor) -> Ten
     grey = torch.from_numpy(rng.random(views.total)[of] < _GREY_SHARE)
     seen = torch.where(mirrored, moved.flip(-1), moved) * light
     colours = seen[grey].float() * deviation + mean
-    luma = (colours * torch.tensor(_LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+    luma = (colours * _LUMA).sum(1, keepdim=True)
     seen[grey] = ((luma - mean) / deviation).to(seen.dtype)
     return seen
 

@@ -96,3 +96,11 @@ def test_the_flops_of_the_real_presets(name, step_tflop, all_layers_tflop, ratio
     above = (llm.layers - 8) * (llm.linear_flops(tokens) + 2 * llm.attention_flops(tokens))
     assert (a + above) / 1e12 == pytest.approx(all_layers_tflop, rel=0.03)
     assert a / e == pytest.approx(ratio, rel=0.005)
+
+
+def test_a_small_parameters_gradient_is_judged_by_itself_in_float32_and_in_the_whole_in_bf16():
+    expected = [torch.full((100,), 1.0), torch.full((4,), 0.1)]
+    wrong = [expected[0], torch.zeros(4)]
+    assert step.gradient_error(wrong, expected, torch.float32) == pytest.approx(1.0)
+    assert step.gradient_error(wrong, expected, torch.bfloat16) == pytest.approx(0.2 / (100 + 0.04) ** 0.5)
+    assert step.gradient_error(expected, expected, torch.bfloat16) == 0.0

@@ -9,6 +9,9 @@ import torch
 from benchmark_script import ROOT, load
 
 sys.path.append(str(ROOT / "benchmarks"))  # last: `kernels.py` there must not answer to transformers' probe
+import ablation
+import methods
+import seeds
 import tables
 
 suite = load("gpu_suite")
@@ -66,3 +69,15 @@ def test_the_suites_own_unlearning_run_works_on_a_cpu(tmp_path):
 
 def test_the_readme_is_what_the_results_say():
     assert tables.README.read_text() == tables.readme(), "run python benchmarks/tables.py"
+
+
+@pytest.mark.parametrize("script", [ablation, methods, seeds], ids=lambda script: script.__name__)
+def test_a_results_markdown_is_what_its_json_says(script):
+    results = ROOT / "benchmarks" / "results" / script.__name__
+    assert results.with_suffix(".md").read_text() == script.table(
+        json.loads(results.with_suffix(".json").read_text())["rows"]
+    )
+
+
+def test_the_text_of_docs_method_holds_the_table_of_seeds():
+    assert (ROOT / "benchmarks" / "results" / "seeds.md").read_text() in (ROOT / "docs" / "method.md").read_text()

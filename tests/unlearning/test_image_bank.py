@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastvkd.unlearning.images import BatchPlan, Views, _normalisation, _views, draw, noise_image
+from fastvkd.unlearning.images import BatchPlan, Views, _normalisation, _view_of_image, _views, draw, noise_image
 
 PLAIN = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)  # pixels in [0, 1], not normalised
 
@@ -85,6 +85,14 @@ def test_one_view_in_five_is_the_photo_in_grey() -> None:
     middle = seen[grey].mean()
     assert abs(middle - luma) < 0.02
     assert (seen[~grey].amax(1) - seen[~grey].amin(1)).min() > 0.05
+
+
+def test_one_view_in_five_of_an_image_of_any_size_is_grey_too() -> None:
+    image = noise_image((40, 24), (0,))
+    views = [np.asarray(_view_of_image(image, np.random.default_rng([0, i]))) for i in range(300)]
+    assert {view.shape for view in views} == {(24, 40, 3)}
+    grey = [bool((view == view[..., :1]).all()) for view in views]
+    assert 0.13 < np.mean(grey) < 0.27
 
 
 def test_every_rank_has_both_kinds_even_with_fewer_images_than_ranks() -> None:
