@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from fastvkd.data.images import content_hash, decode_image
@@ -21,6 +21,8 @@ from fastvkd.data.records import Photo
 from fastvkd.models.families import family_of
 from fastvkd.models.visual_path import VisualBatch, batch_from_pixels, collate_images, encode_pixels
 
+# What views differ in. Degrees, a factor, and shares of the sides and of the light:
+_TURN, _ZOOM, _SHIFT, _LIGHT = 10.0, 1.1, 1 / 16, 0.15
 _GREY_SHARE = 0.2  # of the views; a face that is known by its shades must be closed, or kept, without its colours too
 _LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # ITU-R BT.601, as in "L" images
 
@@ -81,12 +83,12 @@ class ImageSet:
         return self._decode(index).size
 
     def batch(self, indices: Sequence[int], views: Views | None = None) -> VisualBatch:
-        """The images `indices` as model inputs; with `views` each is shifted, lit, perhaps mirrored and grey."""
+        """The images `indices` as model inputs; with `views` each is seen anew (see `_views`)."""
         if self._pixels is None:
             images = [self._decode(int(i)) for i in indices]
             if views is not None:
                 images = [
-                    _view_of_image(image, np.random.default_rng([*views.seed, position]))
+                    _view_of_image(image, (*views.seed, position))
                     for image, position in zip(images, views.positions, strict=True)
                 ]
             return collate_images(self._processor, self._config, images)
@@ -109,34 +111,35 @@ def _normalisation(image_processor: Any) -> tuple[Tensor, Tensor]:
 
 
 def _views(pixels: Tensor, views: Views, mean: Tensor, deviation: Tensor) -> Tensor:
-    """(B, 3, S, S) -> the same: shifts of up to 1/16 of the side, every second image mirrored, +-15 % light, one in
-    five grey. `mean` and `deviation` (3, 1, 1) are those of the pixels' normalisation."""
+    """(B, 3, H, W) -> the same: each turned, zoomed in or out, shifted (the border goes on outside) and lit anew, every
+    second mirrored, one in five grey. `mean` and `deviation` (3, 1, 1) are those of the pixels' normalisation."""
     rng, of = np.random.default_rng(views.seed), np.asarray(views.positions)
-    size = pixels.shape[-1]
-    reach = max(1, size // 16)
-    padded = F.pad(pixels.float(), (reach,) * 4, mode="replicate").to(pixels.dtype)
-    shifts = rng.integers(0, 2 * reach + 1, (views.total, 2))[of]
-    moved = torch.stack([p[:, y : y + size, x : x + size] for p, (y, x) in zip(padded, shifts, strict=True)])
-    mirrored = torch.from_numpy(rng.random(views.total)[of] < 0.5)[:, None, None, None]
-    light = torch.from_numpy(rng.uniform(0.85, 1.15, (views.total, 1, 1, 1))[of]).to(pixels.dtype)
-    grey = torch.from_numpy(rng.random(views.total)[of] < _GREY_SHARE)
-    seen = torch.where(mirrored, moved.flip(-1), moved) * light
-    colours = seen[grey].float() * deviation + mean
-    luma = (colours * _LUMA).sum(1, keepdim=True)
-    seen[grey] = ((luma - mean) / deviation).to(seen.dtype)
-    return seen
+
+    def drawn(low: float, high: float) -> np.ndarray:
+        return rng.uniform(low, high, views.total)[of]
+
+    turn, zoom = np.deg2rad(drawn(-_TURN, _TURN)), np.exp(drawn(-np.log(_ZOOM), np.log(_ZOOM)))
+    # grid_sample's coordinates run from -1 to 1, so a share of a side is twice as much; from there to pixels and back
+    # again, or turning an image that is no square would shear it.
+    right, down = drawn(-2 * _SHIFT, 2 * _SHIFT), drawn(-2 * _SHIFT, 2 * _SHIFT)
+    mirror = np.where(drawn(0, 1) < 0.5, -1.0, 1.0)
+    ratio = pixels.shape[-2] / pixels.shape[-1]
+    cos, sin = zoom * np.cos(turn), zoom * np.sin(turn)
+    affine = np.stack([mirror * cos, -sin * ratio, right, mirror * sin / ratio, cos, down], axis=-1)
+    grid = F.affine_grid(torch.from_numpy(affine).float().view(-1, 2, 3), list(pixels.shape), align_corners=False)
+    light = torch.from_numpy(drawn(1 - _LIGHT, 1 + _LIGHT)).float().view(-1, 1, 1, 1)
+    seen = light * F.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
+    grey = torch.from_numpy(drawn(0, 1) < _GREY_SHARE)
+    luma = ((seen[grey] * deviation + mean) * _LUMA).sum(1, keepdim=True)
+    seen[grey] = (luma - mean) / deviation
+    return seen.to(pixels.dtype)
 
 
-def _view_of_image(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _view_of_image(image: Image.Image, seed: Sequence[int]) -> Image.Image:
     """The same kinds of view for an image whose size decides the number of tokens, so its size is kept."""
-    reach_x, reach_y = image.width // 16, image.height // 16
-    dx, dy = int(rng.integers(-reach_x, reach_x + 1)), int(rng.integers(-reach_y, reach_y + 1))
-    image = image.transform(image.size, Image.Transform.AFFINE, (1, 0, dx, 0, 1, dy))
-    if rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    light = float(rng.uniform(0.85, 1.15))
-    image = image.point(lambda value: value * light)
-    return ImageOps.grayscale(image).convert("RGB") if rng.random() < _GREY_SHARE else image
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+    seen = _views(pixels, Views(tuple(seed), [0], 1), torch.zeros(3, 1, 1), torch.ones(3, 1, 1))[0]
+    return Image.fromarray((seen.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy(), "RGB")
 
 
 def noise_image(size: tuple[int, int], seed: Sequence[int]) -> Image.Image:

@@ -89,10 +89,40 @@ def test_one_view_in_five_is_the_photo_in_grey() -> None:
 
 def test_one_view_in_five_of_an_image_of_any_size_is_grey_too() -> None:
     image = noise_image((40, 24), (0,))
-    views = [np.asarray(_view_of_image(image, np.random.default_rng([0, i]))) for i in range(300)]
+    views = [np.asarray(_view_of_image(image, (0, i))) for i in range(300)]
     assert {view.shape for view in views} == {(24, 40, 3)}
     grey = [bool((view == view[..., :1]).all()) for view in views]
     assert 0.13 < np.mean(grey) < 0.27
+
+
+def test_a_view_turns_zooms_shifts_and_mirrors_without_shearing() -> None:
+    height, width = 60, 90
+    down, right = (torch.arange(n) - (n - 1) / 2 for n in (height, width))
+
+    def blob(x: float, y: float) -> torch.Tensor:
+        return torch.exp(-((right[None] - x) ** 2 + (down[:, None] - y) ** 2) / 18)
+
+    # three blobs, one a channel: where they lie in a view tells which similarity made it
+    corners = np.array([[0.0, 0.0], [20.0, 0.0], [0.0, 12.0]])
+    pixels = torch.stack([blob(*corner) for corner in corners])[None].expand(200, -1, -1, -1)
+    seen = _views(pixels, Views((1, 2), range(200), 200), torch.zeros(3, 1, 1), torch.ones(3, 1, 1)).double()
+    mass = seen.sum((2, 3))
+    x, y = (seen * right).sum((2, 3)) / mass, (seen * down[:, None]).sum((2, 3)) / mass
+    grey = (seen.amax(1) - seen.amin(1)).amax((1, 2)) < 1e-5
+    x, y = x[~grey].numpy(), y[~grey].numpy()
+    along, across = (np.stack([x[:, i] - x[:, 0], y[:, i] - y[:, 0]], 1) for i in (1, 2))
+    lengths = np.linalg.norm(along, axis=1) / 20, np.linalg.norm(across, axis=1) / 12
+    assert np.abs(lengths[0] - lengths[1]).max() < 5e-3  # a circle stays a circle
+    assert np.abs((along * across).sum(1)).max() / (20 * 12) < 5e-3  # and a right angle right
+    assert 1.05 < lengths[0].max() < 1.1001 and 1 / 1.1001 < lengths[0].min() < 0.95
+    mirrored = along[:, 0] < 0
+    assert 0.4 < mirrored.mean() < 0.6
+    assert ((along[:, 0] * across[:, 1] - along[:, 1] * across[:, 0] < 0) == mirrored).all()
+    turn = np.rad2deg(np.arctan2(across[:, 0], across[:, 1]))
+    assert 9 < turn.max() < 10.01 and -10.01 < turn.min() < -9
+    for coordinate, side, other in ((x, width, height), (y, height, width)):
+        furthest = 1.1 * (side + np.sin(np.deg2rad(10)) * other) / 16
+        assert side / 16 * 0.8 < np.abs(coordinate[:, 0]).max() < furthest
 
 
 def test_every_rank_has_both_kinds_even_with_fewer_images_than_ranks() -> None:
