@@ -64,16 +64,16 @@ class Size:
 SIZES = {
     "default": Size(),
     "tiny": Size(
-        people=16,
+        people=12,
         forget_percent=25,
-        photos=10,
+        photos=12,
         test_photos=4,
         flag_photos=2,
         countries=24,
         shape=Shape(vision_width=96, vision_layers=3, llm_width=96, llm_layers=3),
-        schedule=Schedule(steps=360, photos_per_step=24, questions_per_photo=2, texts_per_step=24, learning_rate=2e-3),
+        schedule=Schedule(steps=270, photos_per_step=20, questions_per_photo=3, texts_per_step=24, learning_rate=2e-3),
         overrides={
-            "max_steps": 350,
+            "max_steps": 250,
             "learning_rate": 1.5e-3,
             "auxiliary_images": 256,
             "auxiliary_share": 0.5,

@@ -107,7 +107,8 @@ class VisualDistillation(nn.Module):
         self.lambda_forget, self.lambda_retain = lambda_forget, lambda_retain
 
     def forward(self, batch: DistillBatch) -> dict[str, Tensor]:
-        """`loss` (scalar, with graph), and detached `loss_forget`, `loss_retain`."""
+        """`loss` (scalar, with graph), and detached `loss_forget`, `loss_retain`; with units also `forget_open`, the share
+        of the batch's forget images that are not closed yet."""
         is_forget = batch.is_forget
         n_forget = is_forget.sum().clamp(min=1)
         n_retain = (~is_forget).sum().clamp(min=1)
@@ -150,9 +151,12 @@ class VisualDistillation(nn.Module):
                     terms = (self.margin - distances).relu() * row_share
                 forget = forget + torch.where(row_is_forget, terms, 0).sum()
                 retain = retain + kept
+        further: dict[str, Tensor] = {}
         if self.units is not None:
-            closing, opening = self.units.losses(is_forget, batch.weight, self.saturation_margin)
+            closing, opening, further["forget_open"] = self.units.losses(
+                is_forget, batch.weight, self.saturation_margin
+            )
             loss = loss + self.lambda_forget * closing + self.lambda_retain * opening
             forget, retain = closing.detach(), retain + opening.detach()
         assert isinstance(loss, Tensor) and isinstance(forget, Tensor) and isinstance(retain, Tensor)
-        return {"loss": loss, "loss_forget": forget, "loss_retain": retain}
+        return {"loss": loss, "loss_forget": forget, "loss_retain": retain, **further}

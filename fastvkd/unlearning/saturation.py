@@ -17,6 +17,7 @@ from fastvkd.models import families
 from fastvkd.models.visual_path import VisualBatch
 
 WORST = 0.1  # weight of an image's least saturated unit beside the mean over its units
+_DEAD = -6.0  # here and below GELU and its derivative are exactly zero in float32
 _START = 2.5  # length of the start's rows over the mean length of the first layer's rows
 
 
@@ -32,8 +33,9 @@ class ProjectorUnits:
     def _note(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._seen = inputs[0].flatten(0, -2)
 
-    def losses(self, is_forget: Tensor, weight: Tensor | None, margin: float) -> tuple[Tensor, Tensor]:
-        """What closes forget images and what keeps retained ones open, each a mean over the images of its kind.
+    def losses(self, is_forget: Tensor, weight: Tensor | None, margin: float) -> tuple[Tensor, Tensor, Tensor]:
+        """What closes forget images and what keeps retained ones open, each a mean over the images of its kind; and the
+        share of forget images that still have a live unit, without a graph.
 
         With x the units of an image, (.)+ the positive part and m the margin:
         forget `mean(((x + m)+ / m)^2) + WORST * max(((x + m)+ / m)^2)`, over patches and units;
@@ -52,7 +54,8 @@ class ProjectorUnits:
         n_forget = is_forget.sum()
         forget = torch.where(is_forget, closing * factor, 0).sum() / n_forget.clamp(min=1)
         retain = torch.where(is_forget, 0, opening * factor).sum() / (len(is_forget) - n_forget).clamp(min=1)
-        return forget, retain
+        live = is_forget & (units.detach().amax((1, 2)) > _DEAD)
+        return forget, retain, live.sum() / n_forget.clamp(min=1)
 
     @torch.no_grad()
     def start(self, run: Callable[[VisualBatch], Any], retained: Iterable[VisualBatch]) -> None:

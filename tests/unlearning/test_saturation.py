@@ -45,7 +45,8 @@ def test_the_losses_are_their_formulas(seen) -> None:
     x = hidden_units(model, path, batch).double().numpy() - 1.0
     is_forget, weight, m = torch.tensor([True, False, True, False, False, True]), torch.rand(6), 0.75
     units._seen = torch.from_numpy(x).float().flatten(0, 1)
-    forget, retain = units.losses(is_forget, weight, m)
+    forget, retain, still_open = units.losses(is_forget, weight, m)
+    assert float(still_open) == 1
     expected = {True: [], False: []}
     for i in range(6):
         above = (np.maximum(x[i] + m, 0) / m) ** 2
@@ -54,6 +55,9 @@ def test_the_losses_are_their_formulas(seen) -> None:
         expected[bool(is_forget[i])].append(float(weight[i]) * value)
     assert float(forget) == pytest.approx(np.mean(expected[True]), rel=1e-5) and float(forget) > 0
     assert float(retain) == pytest.approx(np.mean(expected[False]), rel=1e-5)
+    x[:5] -= 10  # one of the three forget images stays open
+    units._seen = torch.from_numpy(x).float().flatten(0, 1)
+    assert float(units.losses(is_forget, weight, m)[2]) == pytest.approx(1 / 3)
 
 
 def test_the_start_takes_the_direction_that_retained_images_use_least(seen) -> None:
@@ -84,6 +88,7 @@ def test_a_closed_image_is_a_constant_without_a_gradient_and_others_are_kept(wor
     run = unlearn(settings)
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert lines[-1]["loss_forget"] < 1e-3 * lines[0]["loss_forget"]
+    assert lines[0]["forget_open"] == 1 and lines[-1]["forget_open"] == 0
     model = load_model(world.model)
     model.load_state_dict(load_weights(run.checkpoint), strict=False)
     processor = load_processor(world.model)
