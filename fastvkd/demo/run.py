@@ -69,9 +69,9 @@ SIZES = {
         photos=12,
         test_photos=4,
         flag_photos=2,
-        countries=24,
+        countries=16,
         shape=Shape(vision_width=96, vision_layers=3, llm_width=96, llm_layers=3),
-        schedule=Schedule(steps=270, photos_per_step=20, questions_per_photo=3, texts_per_step=24, learning_rate=2e-3),
+        schedule=Schedule(steps=240, photos_per_step=20, questions_per_photo=3, texts_per_step=24, learning_rate=2e-3),
         overrides={
             "max_steps": 250,
             "learning_rate": 1.5e-3,
