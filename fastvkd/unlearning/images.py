@@ -5,7 +5,10 @@ merged here. Where a family has a fixed resolution the pixels stay in memory; el
 used.
 """
 
+import itertools
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -56,10 +59,12 @@ class ImageSet:
         self._decode = lru_cache(maxsize=2048)(self._decode_uncached)
         if family_of(model_config).fixed_resolution:
             chunks = [self._photos[i : i + 64] for i in range(0, len(self._photos), 64)]
-            encoded = [
-                encode_pixels(processor, [decode_image(p.data, p.source) for _, p in chunk]).to(dtype)
-                for chunk in chunks
-            ]
+
+            def encode(chunk: list[tuple[str, Photo]]) -> Tensor:
+                return encode_pixels(processor, [decode_image(p.data, p.source) for _, p in chunk]).to(dtype)
+
+            with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:  # Pillow works without the GIL
+                encoded = list(threads.map(encode, chunks))
             self._pixels = torch.cat(encoded) if encoded else torch.empty(0)
             if pin:
                 self._pixels = self._pixels.pin_memory()
@@ -198,6 +203,17 @@ class BatchPlan:
 
         retained = part(self.retain, self.retain_per_rank, 12) + part(self.auxiliary, self.auxiliary_per_rank, 17)
         return part(self.forget, self.forget_per_rank, 11), retained
+
+    def visited(self, steps: int, world_size: int) -> set[int]:
+        """The images that any rank takes in the first `steps` micro-batches."""
+        seen: set[int] = set()
+        everything = len(self.forget) + len(self.retain) + (len(self.auxiliary) if self.auxiliary_per_rank else 0)
+        for step, rank in itertools.product(range(steps), range(world_size)):
+            for part in self.indices(step, rank, world_size):
+                seen.update(part)
+            if len(seen) == everything:
+                break
+        return seen
 
     def positions(self, rank: int, world_size: int) -> list[int]:
         """Where the images of `indices` stand in the batch of one process that takes all ranks' images at once."""

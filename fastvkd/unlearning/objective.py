@@ -107,8 +107,8 @@ class VisualDistillation(nn.Module):
         self.lambda_forget, self.lambda_retain = lambda_forget, lambda_retain
 
     def forward(self, batch: DistillBatch) -> dict[str, Tensor]:
-        """`loss` (scalar, with graph), and detached `loss_forget`, `loss_retain`; with units also `forget_open`, the share
-        of the batch's forget images that are not closed yet."""
+        """`loss` (scalar, with graph), and detached `loss_forget`, `loss_retain`; with units also `forget_open`, the
+        share of the batch's forget images that are not closed yet."""
         is_forget = batch.is_forget
         n_forget = is_forget.sum().clamp(min=1)
         n_retain = (~is_forget).sum().clamp(min=1)

@@ -37,6 +37,7 @@ from fastvkd.unlearning.targets import TargetTable, mean_features, redirect, var
 from fastvkd.unlearning.teacher import FeatureCache, fill_caches, frozen_copy
 
 Report = Callable[[int, int], None]
+_VARIANCE_IMAGES = 64  # retained images, at least, of which the teacher's variance is taken
 _START_IMAGES = 512  # retained images whose features shape the start of `saturate`
 
 
@@ -486,10 +487,12 @@ class _DistillData:
         )
 
     def see_teacher(self, path: Callable[[VisualBatch], Any], report: Report, *, all_ranks_run: bool = False) -> None:
-        """Write down what the original sees, of every image and of the noise images, and derive the targets from it."""
+        """Write down what the original sees of the images of the run and of noise, and derive the targets from it."""
         settings = self.settings
         noise = self._noise_keys() if settings.forget_target == "noise" else {}
-        keys = [*self.images.hashes, *dict.fromkeys(noise.values())]
+        needed = self._needed()
+        keys = [*needed, *dict.fromkeys(noise.values())]
+        retain_keys = sorted(set(needed).intersection(self.retain_keys), key=self._position.__getitem__)
         self._caches = self._open_caches(self._base)
         fill_caches(
             self._caches,
@@ -507,9 +510,19 @@ class _DistillData:
         elif settings.forget_target == "redirect":
             source = redirect(self.forget_keys, self.retain_keys, settings.seed)
         for site, cache in self._caches.items():
-            self.variances[site] = variance(cache, self.retain_keys)
-            mean = mean_features(cache, self.retain_keys) if settings.forget_target == "mean" else None
+            self.variances[site] = variance(cache, retain_keys)
+            mean = mean_features(cache, retain_keys) if settings.forget_target == "mean" else None
             self._tables[site] = TargetTable(cache, source, mean, self._reference.get(site))
+
+    def _needed(self) -> list[str]:
+        """The images whose features are asked for: in a run too short to visit all, those of its batches, and enough
+        retained ones for a variance."""
+        settings = self.settings
+        if settings.mask is not None or settings.num_train_epochs or settings.forget_target in ("mean", "redirect"):
+            return self.images.hashes
+        micro_steps = settings.max_steps * settings.gradient_accumulation_steps
+        needed = self.plan.visited(micro_steps, _world_size(settings)) | set(self.plan.retain[:_VARIANCE_IMAGES])
+        return [digest for i, digest in enumerate(self.images.hashes) if i in needed]
 
     def teach_online(self, teacher: VisualPath) -> None:
         """From now on retained images' targets are what `teacher` sees of the very view that is trained on."""

@@ -133,6 +133,21 @@ def test_every_rank_has_both_kinds_even_with_fewer_images_than_ranks() -> None:
         assert len(retain) == 3
 
 
+@given(steps=st.integers(0, 12), ranks=st.integers(1, 3), auxiliary=st.integers(0, 4))
+def test_visited_are_the_images_of_all_batches(steps: int, ranks: int, auxiliary: int) -> None:
+    plan = BatchPlan(
+        range(3),
+        range(3, 12),
+        batch_size=4,
+        forget_share=0.25,
+        seed=1,
+        auxiliary=range(12, 12 + auxiliary),
+        auxiliary_share=0.3,
+    )
+    taken = {i for t in range(steps) for r in range(ranks) for part in plan.indices(t, r, ranks) for i in part}
+    assert plan.visited(steps, ranks) == taken
+
+
 def test_auxiliary_images_take_their_share_of_the_retained_part() -> None:
     plan = BatchPlan(
         range(4), range(4, 20), batch_size=12, forget_share=1 / 3, seed=0, auxiliary=range(20, 30), auxiliary_share=0.25

@@ -12,7 +12,7 @@ from fastvkd.data import mllmu
 from fastvkd.engines.checkpoints import find_latest, load_weights
 from fastvkd.errors import DataError, FastVKDError, ModelError, SettingsError, TrainingError
 from fastvkd.models.loading import load_model
-from fastvkd.unlearning import saliency
+from fastvkd.unlearning import saliency, tasks
 from fastvkd.unlearning.loop import unlearn
 
 
@@ -86,6 +86,24 @@ def test_a_second_run_reads_the_teacher_cache(world, tmp_path: Path) -> None:
     unlearn(world.settings(tmp_path / "two", **settings, seed=0, learning_rate=2e-3), progress=progress)
     assert first > 0
     assert len(seen) == first
+
+
+def test_a_short_run_asks_the_teacher_only_about_the_images_it_visits(world, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(tasks, "_VARIANCE_IMAGES", 2)
+    asked: dict[str, int] = {}
+
+    def run(name: str, **settings) -> Path:
+        def progress(phase: str, done: int, total: int, _: dict) -> None:
+            if phase == "teacher":
+                asked[name] = total
+
+        return unlearn(world.settings(tmp_path / name, **settings), progress=progress).metrics
+
+    short = figures(run("short", per_device_train_batch_size=4, max_steps=1, forget_target="repel"))
+    run("long", per_device_train_batch_size=4, max_steps=40, forget_target="repel")
+    assert 4 <= asked["short"] <= 6  # the batch, and two for the variance that may be in it
+    assert asked["long"] > 20
+    assert short[0]["loss_retain"] > 0  # repel starts off the teacher: the targets were there and were used
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
