@@ -39,7 +39,7 @@ QUICK = {
 
 def recipes(size: str) -> list[dict[str, Any]]:
     """`method`, `what` tells its settings apart, `overrides`, `every` steps a checkpoint, and whose `config`."""
-    steps, every, batch = (80, 10, 16) if size == "default" else (20, 10, 12)
+    steps, every, batch = (80, 5, 16) if size == "default" else (20, 10, 12)
     robust, quick = (800, 60) if size == "default" else (40, 20)
     found = [
         recipe("vkd", "configs/demo.yaml: closed against relearning", robust, 4 * every, {}, "configs/demo.yaml"),
