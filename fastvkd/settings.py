@@ -82,7 +82,7 @@ class Settings:
     manu_fraction: float = 0.02  # share of MLP neurons that manu zeroes
     manu_batches: int = 16  # batches of each side that estimate the neurons' importance
     finetune_split: str = "Full_Set"  # what method: finetune learns, image and text questions
-    augment: bool = False  # views (shift, flip, light, grey) of every image; needs the online teacher
+    augment: bool = False  # views (turn, zoom, shift, flip, light, grey) of every image; needs the online teacher
     auxiliary_images: int = 0  # synthetic "dead leaves" images that are retained too, to protect what no data set names
     auxiliary_share: float = 0.25  # their share of the retained part of a batch
     teacher: Literal["auto", "cached", "online"] = "auto"  # auto: cached, or online when augment is on
