@@ -8,6 +8,10 @@ several ranks also the time that an all-reduce of the gradients takes alone.
 """
 
 # ruff: noqa: I001
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # a spawned rank inherits a path without it
 from step import (  # takes this folder out of the import path, where `kernels.py` would answer to transformers' probe
     PRESETS,
     VARIANTS,
@@ -27,7 +31,6 @@ import copy
 import json
 import socket
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
