@@ -492,7 +492,8 @@ class _DistillData:
         noise = self._noise_keys() if settings.forget_target == "noise" else {}
         needed = self._needed()
         keys = [*needed, *dict.fromkeys(noise.values())]
-        retain_keys = sorted(set(needed).intersection(self.retain_keys), key=self._position.__getitem__)
+        retained = set(self.retain_keys)
+        retain_keys = [key for key in needed if key in retained]
         self._caches = self._open_caches(self._base)
         fill_caches(
             self._caches,
