@@ -101,7 +101,8 @@ def end_to_end_table(report: dict[str, Any]) -> list[str]:
     bar = report["bar"]
     lines.append(
         f"Seed {report['seed']}, size {report['size']}. Bar: forget VQA within {bar['band']:.2f} of chance "
-        f"({bar['chance']:.2f}), asked of {bar['samples']} questions every few steps; asking is not counted as time."
+        f"({bar['chance']:.2f}), asked of {bar['samples']} questions every few steps; asking is not counted as time. "
+        f"Times are medians of {report['repeats']} runs."
     )
     head = ["method", "settings", "s to the bar", "steps", "images", "retain there", "s in all", "ms/step", "peak MB"]
     head += ["forget", "test", "retain", "real world"]

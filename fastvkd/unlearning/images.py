@@ -48,26 +48,19 @@ class ImageSet:
     Args:
         photos: encoded images; repeated bytes are kept once, in order of first appearance.
         dtype: of the pixels kept in memory (fixed-resolution families only).
+        pin: whether those lie in page-locked memory, from which copies to a GPU are asynchronous.
     """
 
     def __init__(self, photos: Sequence[Photo], processor: Any, model_config: Any, *, dtype: torch.dtype, pin: bool):
         self._photos = list(self.distinct(photos).items())
         self.hashes = [digest for digest, _ in self._photos]
         self._processor, self._config = processor, model_config
-        self._pixels: Tensor | None = None
+        self._fixed_resolution = family_of(model_config).fixed_resolution
+        self._dtype, self._pin = dtype, pin
+        self._pixels: Tensor | None = None  # (prepared images, 3, S, S)
+        self._row_of = np.full(len(self._photos), -1)  # of an image in `_pixels`; -1: not prepared yet
         self._normalisation = _normalisation(processor.image_processor)
         self._decode = lru_cache(maxsize=2048)(self._decode_uncached)
-        if family_of(model_config).fixed_resolution:
-            chunks = [self._photos[i : i + 64] for i in range(0, len(self._photos), 64)]
-
-            def encode(chunk: list[tuple[str, Photo]]) -> Tensor:
-                return encode_pixels(processor, [decode_image(p.data, p.source) for _, p in chunk]).to(dtype)
-
-            with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:  # Pillow works without the GIL
-                encoded = list(threads.map(encode, chunks))
-            self._pixels = torch.cat(encoded) if encoded else torch.empty(0)
-            if pin:
-                self._pixels = self._pixels.pin_memory()
 
     @staticmethod
     def distinct(photos: Sequence[Photo]) -> dict[str, Photo]:
@@ -80,6 +73,27 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self._photos)
 
+    def prepare(self, indices: Sequence[int]) -> None:
+        """Decode and resize images ahead, many at once. Not needed for `batch`, which prepares what it lacks.
+
+        Does nothing where the family has no fixed resolution. Raises DataError for an image that cannot be decoded.
+        """
+        lacking = [i for i in dict.fromkeys(indices) if self._row_of[i] < 0]
+        if not lacking or not self._fixed_resolution:
+            return
+
+        def encode(chunk: list[int]) -> Tensor:
+            return encode_pixels(self._processor, [self._decode_uncached(i) for i in chunk]).to(self._dtype)
+
+        chunks = [lacking[start : start + 32] for start in range(0, len(lacking), 32)]
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:  # Pillow works without the GIL
+            encoded = list(threads.map(encode, chunks))
+        known = [] if self._pixels is None else [self._pixels]
+        self._row_of[lacking] = np.arange(len(lacking)) + sum(len(pixels) for pixels in known)
+        self._pixels = torch.cat([*known, *encoded])
+        if self._pin:
+            self._pixels = self._pixels.pin_memory()
+
     def image(self, index: int) -> Image.Image:
         return self._decode(index)
 
@@ -89,7 +103,7 @@ class ImageSet:
 
     def batch(self, indices: Sequence[int], views: Views | None = None) -> VisualBatch:
         """The images `indices` as model inputs; with `views` each is seen anew (see `_views`)."""
-        if self._pixels is None:
+        if not self._fixed_resolution:
             images = [self._decode(int(i)) for i in indices]
             if views is not None:
                 images = [
@@ -97,7 +111,9 @@ class ImageSet:
                     for image, position in zip(images, views.positions, strict=True)
                 ]
             return collate_images(self._processor, self._config, images)
-        pixels = self._pixels[torch.as_tensor(np.asarray(indices), dtype=torch.int64)]
+        self.prepare(indices)
+        assert self._pixels is not None
+        pixels = self._pixels[torch.from_numpy(self._row_of[np.asarray(indices, dtype=np.int64)])]
         if views is not None:
             pixels = _views(pixels, views, *self._normalisation)
         return batch_from_pixels(self._processor, self._config, pixels)

@@ -478,6 +478,8 @@ class _DistillData:
         self._reference: dict[str, FeatureCache] = {}
         self._position = {key: i for i, key in enumerate(self.images.hashes)}
         self._repels = settings.forget_target == "repel"
+        self._needed = self._find_needed()
+        self.images.prepare(self._needed)
 
     def see_reference(self, path: VisualPath, identity: BaseModel) -> None:
         """Write down what the reference model sees of the forget images; afterwards it may be freed."""
@@ -490,7 +492,7 @@ class _DistillData:
         """Write down what the original sees of the images of the run and of noise, and derive the targets from it."""
         settings = self.settings
         noise = self._noise_keys() if settings.forget_target == "noise" else {}
-        needed = self._needed()
+        needed = [self.images.hashes[i] for i in self._needed]
         keys = [*needed, *dict.fromkeys(noise.values())]
         retained = set(self.retain_keys)
         retain_keys = [key for key in needed if key in retained]
@@ -515,15 +517,16 @@ class _DistillData:
             mean = mean_features(cache, retain_keys) if settings.forget_target == "mean" else None
             self._tables[site] = TargetTable(cache, source, mean, self._reference.get(site))
 
-    def _needed(self) -> list[str]:
+    def _find_needed(self) -> list[int]:
         """The images whose features are asked for: in a run too short to visit all, those of its batches, and enough
         retained ones for a variance."""
         settings = self.settings
         if settings.mask is not None or settings.num_train_epochs or settings.forget_target in ("mean", "redirect"):
-            return self.images.hashes
-        micro_steps = settings.max_steps * settings.gradient_accumulation_steps
-        needed = self.plan.visited(micro_steps, _world_size(settings)) | set(self.plan.retain[:_VARIANCE_IMAGES])
-        return [digest for i, digest in enumerate(self.images.hashes) if i in needed]
+            return list(range(len(self.images)))
+        visited = self.plan.visited(settings.max_steps * settings.gradient_accumulation_steps, _world_size(settings))
+        others = [i for i in self.plan.retain if i not in visited]
+        lacking = max(0, _VARIANCE_IMAGES - (len(self.plan.retain) - len(others)))
+        return sorted(visited.union(others[:lacking]))
 
     def teach_online(self, teacher: VisualPath) -> None:
         """From now on retained images' targets are what `teacher` sees of the very view that is trained on."""

@@ -6,11 +6,25 @@ from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastvkd.unlearning.images import BatchPlan, Views, _normalisation, _view_of_image, _views, draw, noise_image
+from fastvkd.data.records import Photo
+from fastvkd.data.sources import read_forget_retain
+from fastvkd.errors import DataError
+from fastvkd.models.loading import load_config, load_processor
+from fastvkd.unlearning.images import (
+    BatchPlan,
+    ImageSet,
+    Views,
+    _normalisation,
+    _view_of_image,
+    _views,
+    draw,
+    noise_image,
+)
 
 PLAIN = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)  # pixels in [0, 1], not normalised
 
@@ -163,3 +177,23 @@ def test_noise_is_a_function_of_its_seed() -> None:
     assert one.size == (8, 6)
     assert np.array_equal(np.asarray(one), np.asarray(other))
     assert not np.array_equal(np.asarray(one), np.asarray(noise_image((8, 6), (1, 3))))
+
+
+def test_images_prepared_when_asked_for_are_those_prepared_ahead(world) -> None:
+    forget, _ = read_forget_retain(str(world.data), world.forget_split, world.retain_split)
+    processor, config = load_processor(world.model), load_config(world.model)
+    photos = [photo for profile in forget for photo in profile.photos]
+    ahead, later = (ImageSet(photos, processor, config, dtype=torch.float32, pin=False) for _ in range(2))
+    ahead.prepare(range(len(ahead)))
+    for indices in ([2, 0], [1], [0, 1, 2]):
+        pixels = later.batch(indices).inputs["pixel_values"]
+        assert torch.equal(pixels, ahead.batch(indices).inputs["pixel_values"])
+
+
+def test_an_image_that_cannot_be_decoded_is_refused_when_it_is_prepared(world) -> None:
+    forget, _ = read_forget_retain(str(world.data), world.forget_split, world.retain_split)
+    photos = [forget[0].photos[0], Photo(b"no image", "row 7")]
+    images = ImageSet(photos, load_processor(world.model), load_config(world.model), dtype=torch.float32, pin=False)
+    images.prepare([0])
+    with pytest.raises(DataError, match="row 7"):
+        images.prepare([0, 1])

@@ -101,7 +101,7 @@ def test_a_short_run_asks_the_teacher_only_about_the_images_it_visits(world, tmp
 
     short = figures(run("short", per_device_train_batch_size=4, max_steps=1, forget_target="repel"))
     run("long", per_device_train_batch_size=4, max_steps=40, forget_target="repel")
-    assert 4 <= asked["short"] <= 6  # the batch, and two for the variance that may be in it
+    assert asked["short"] == 4  # the batch; the two retained images in it do for the variance
     assert asked["long"] > 20
     assert short[0]["loss_retain"] > 0  # repel starts off the teacher: the targets were there and were used
 
