@@ -29,7 +29,8 @@ class Saliency:
     """Which weights may move: those whose Fisher information for the forget set outweighs the retain set's."""
 
     granularity: Literal["none", "weight", "neuron"] = "none"
-    score: Literal["fisher", "wagle"] = "fisher"  # F_forget / F_retain, or WAGLE's attribution (by fraction only)
+    # F_forget / F_retain, WAGLE's attribution, or chance as a control; the latter two by `fraction` only
+    score: Literal["fisher", "wagle", "random"] = "fisher"
     threshold: float | None = None  # keep where F_forget / F_retain >= threshold
     fraction: float | None = None  # or: keep this share of the weights (neurons), highest ratio first
     batches: int = 8  # batches of each side that estimate the Fisher information
@@ -203,9 +204,9 @@ class Settings:
                 )
             if (mask.threshold is None) == (mask.fraction is None):
                 raise SettingsError("saliency needs exactly one of saliency.threshold and saliency.fraction")
-            if mask.score == "wagle" and mask.fraction is None:
+            if mask.score != "fisher" and mask.fraction is None:
                 raise SettingsError(
-                    "saliency.score=wagle ranks weights: give saliency.fraction, not saliency.threshold"
+                    f"saliency.score={mask.score} ranks weights: give saliency.fraction, not saliency.threshold"
                 )
             if self.weight_decay:
                 raise SettingsError(

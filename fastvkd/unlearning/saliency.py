@@ -69,6 +69,12 @@ def wagle_scores(
     }
 
 
+def random_scores(parameters: NamedParameters, seed: int) -> dict[str, Tensor]:
+    """Uniform in [0, 1), float32: what a mask by importance is to be compared with. The same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(p.shape, generator=generator).to(p.device) for name, p in parameters}
+
+
 def build_masks(
     fisher_forget: dict[str, Tensor],
     fisher_retain: dict[str, Tensor],

@@ -378,6 +378,9 @@ def _apply_saliency(settings: Settings, mask: Saliency, task: Task, original: li
             saliency.mean_gradient(task.parameters, side(False)),
             fisher_retain,
         )
+    elif mask.score == "random":
+        fisher_forget = saliency.random_scores(task.parameters, settings.seed)
+    if mask.score != "fisher":  # they are no ratios
         fisher_retain = {name: torch.ones_like(score) for name, score in fisher_forget.items()}
     with torch.no_grad():
         for (_, parameter), value in zip(task.parameters, start, strict=True):

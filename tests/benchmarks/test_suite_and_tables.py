@@ -10,6 +10,7 @@ from benchmark_script import ROOT, load
 
 sys.path.append(str(ROOT / "benchmarks"))  # last: `kernels.py` there must not answer to transformers' probe
 import ablation
+import mask
 import methods
 import seeds
 import tables
@@ -71,7 +72,7 @@ def test_the_readme_is_what_the_results_say():
     assert tables.README.read_text() == tables.readme(), "run python benchmarks/tables.py"
 
 
-@pytest.mark.parametrize("script", [ablation, methods, seeds], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [ablation, mask, methods, seeds], ids=lambda script: script.__name__)
 def test_a_results_markdown_is_what_its_json_says(script):
     results = ROOT / "benchmarks" / "results" / script.__name__
     assert results.with_suffix(".md").read_text() == script.table(

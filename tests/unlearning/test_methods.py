@@ -183,12 +183,15 @@ def test_masks_that_match_nothing_are_errors() -> None:
         )
 
 
-@pytest.mark.parametrize(("trainable", "score"), [("vision+projector", "fisher"), ("all", "fisher"), ("all", "wagle")])
+@pytest.mark.parametrize(
+    ("trainable", "score"),
+    [("vision+projector", "fisher"), ("all", "fisher"), ("all", "wagle"), ("vision+projector", "random")],
+)
 def test_the_mask_matches_every_parameter_that_is_trained(world, tmp_path: Path, monkeypatch, trainable, score) -> None:
     masks: dict = {}
     original = saliency.mask_gradients
     monkeypatch.setattr(saliency, "mask_gradients", lambda p, m: (masks.update(m), original(p, m)))
-    extra = {"saliency.score": "wagle", "saliency.fraction": 0.4} if score == "wagle" else {}
+    extra = {"saliency.score": score, "saliency.fraction": 0.4} if score != "fisher" else {}
     result = unlearn(
         world.settings(
             tmp_path, method="mmunlearner", trainable=trainable, max_steps=2, **{"saliency.batches": 2}, **extra
@@ -410,6 +413,7 @@ def test_refusals_take_the_place_of_forget_answers_only(world) -> None:
         ({"method": "ga", "saliency.granularity": "weight", "saliency.fraction": 0.5}, "gd"),
         ({"method": "mmunlearner", "weight_decay": 0.1}, "weight_decay=0"),
         ({"method": "mmunlearner", "saliency.score": "wagle"}, "saliency.fraction"),
+        ({"method": "mmunlearner", "saliency.score": "random"}, "saliency.fraction"),
         ({"num_train_epochs": 1}, "max_steps"),
         ({"method": "dpo"}, "mmunlearner"),
     ],

@@ -1,0 +1,53 @@
+"""The comparison of masks: which share each lets move, and where a run is compared with the others."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import mask
+from world import World
+
+from fastvkd.data.sources import evaluation_cells
+from fastvkd.evaluation.inputs import PreparedPhotos
+from fastvkd.models.loading import load_processor
+
+
+@pytest.fixture
+def random_world(world, tmp_path: Path, monkeypatch) -> World:
+    """A `World` whose vanilla model is the shared random one, which is at chance from the start."""
+    small = World.__new__(World)
+    small.seed, small.out, small.vanilla, small.folder = 0, tmp_path, world.model, world.data
+    small.data = SimpleNamespace(forget_split=world.forget_split, retain_split=world.retain_split)
+    small.processor = load_processor(world.model)
+    small.prepared = PreparedPhotos(small.processor)
+    small.cells = evaluation_cells(str(world.data), world.forget_split, world.retain_split)
+    monkeypatch.setattr(mask, "world_of", lambda *_: small)
+    monkeypatch.setattr(mask, "STEPS", 4)
+    monkeypatch.setattr(mask, "EVERY", 2)
+    return small
+
+
+def test_a_row_ends_at_the_bar_and_names_the_share_that_moved(random_world: World, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(mask, "BAND", 1.0)
+    rows = [mask.measure("tiny", tmp_path, 0, "lr 2e-4, lambda 1", name) for name in mask.MASKS]
+    for row in rows:
+        assert [point["step"] for point in row["curve"]] == [2]
+        assert set(row["reached"]) == {"step", "forget", "test", "retain", "realworld"}
+    share = {row["mask"]: row["share"] for row in rows}
+    assert share["none"] == 1.0
+    assert 0 < share["ratio at least 1"] < 1
+    assert share["highest ratio, half"] == pytest.approx(0.5, abs=0.01)
+    assert share["highest ratio, a fifth"] == pytest.approx(0.2, abs=0.01)
+    assert share["random, half"] == pytest.approx(0.5, abs=0.01)
+    assert len({line.count("|") for line in mask.table(rows).splitlines()}) == 1
+
+
+def test_a_run_that_never_forgets_says_so(random_world: World, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(mask, "BAND", -1.0)
+    row = mask.measure("tiny", tmp_path, 0, "lr 2e-4, lambda 1", "none")
+    assert row["reached"] is None
+    assert [point["step"] for point in row["curve"]] == [2, 4]
+    assert "| lr 2e-4, lambda 1 | none | 0 | 100 | > 4 | - |" in mask.table([row])
