@@ -28,7 +28,7 @@ from world import write
 from fastvkd.data.demo_data import CHANCE
 from fastvkd.environment import measured_on
 
-STEPS, EVERY, BATCH, SAMPLES, BAND = 120, 5, 16, 504, 0.10
+STEPS, EVERY, BATCH, SAMPLES, BAND = 300, 5, 16, 504, 0.10
 STRENGTHS = {
     "lr 2e-4, lambda 1": {"learning_rate": 2e-4, "lambda_retain": 1.0},
     "lr 4e-4, lambda 2": {"learning_rate": 4e-4, "lambda_retain": 2.0},
@@ -40,6 +40,7 @@ MASKS: dict[str, dict[str, Any] | None] = {
     "highest ratio, half": {**_FISHER, "fraction": 0.5},
     "highest ratio, a fifth": {**_FISHER, "fraction": 0.2},
     "random, half": {**_FISHER, "fraction": 0.5, "score": "random"},
+    "random, a fifth": {**_FISHER, "fraction": 0.2, "score": "random"},
 }
 
 

@@ -42,6 +42,7 @@ def test_a_row_ends_at_the_bar_and_names_the_share_that_moved(random_world: Worl
     assert share["highest ratio, half"] == pytest.approx(0.5, abs=0.01)
     assert share["highest ratio, a fifth"] == pytest.approx(0.2, abs=0.01)
     assert share["random, half"] == pytest.approx(0.5, abs=0.01)
+    assert share["random, a fifth"] == pytest.approx(0.2, abs=0.01)
     assert len({line.count("|") for line in mask.table(rows).splitlines()}) == 1
 
 
