@@ -62,7 +62,7 @@ def main() -> None:
             row = future.result()
             rows = sorted([*rows, row], key=order)
             print(json.dumps({key: value for key, value in row.items() if key != "curve"}), flush=True)
-            protocol = {"every": EVERY, "batch": BATCH, "samples": SAMPLES, "band": BAND}
+            protocol = {"steps": STEPS, "every": EVERY, "batch": BATCH, "samples": SAMPLES, "band": BAND}
             write(arguments.json, {**measured_on("cpu"), **protocol, "rows": rows})
     for folder in arguments.out.glob("process-*"):
         shutil.rmtree(folder)
