@@ -7,6 +7,7 @@ Low-rank adapters are merged into the weights that they belong to.
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from fastvkd.engines.checkpoints import (
 from fastvkd.errors import ModelError, TrainingError, disk_is_full
 from fastvkd.models.lora import adapted, merged, merged_weight
 
+RECORD = "unlearning.json"  # in an exported folder: which run made it
 _FICLONE = 0x40049409  # ioctl: let two files share their blocks until one of them is written
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Other copies of the weights in the base folder: they hold the knowledge that was removed, so they stay behind.
@@ -54,8 +56,8 @@ def export(run_dir: Path, to: Path, *, model_card: str, base: Path | None = None
 
     `run_dir` is a run's output folder (its newest checkpoint is taken) or one checkpoint. `base` is where the base
     model lies if it moved since. Weights that training left as they were keep the base's exact bits, also when the run
-    worked in a coarser dtype than the base is stored in. `model_card` becomes README.md. Peak memory is two copies of
-    the largest visual tensor in float32.
+    worked in a coarser dtype than the base is stored in. `model_card` becomes README.md, and unlearning.json says which
+    settings made the model (`read_record`). Peak memory is two copies of the largest visual tensor in float32.
 
     Raises TrainingError for a damaged or missing checkpoint, a folder `to` that is not empty, and a full disk;
     ModelError when the base is not the one that the run started from, or has no tensor for a trained weight.
@@ -79,6 +81,8 @@ def export(run_dir: Path, to: Path, *, model_card: str, base: Path | None = None
     try:
         alpha = float(manifest["settings"].get("lora_alpha", 0))
         exported = _write(checkpoint / WEIGHTS, base, unfinished, to, model_card, lora_alpha=alpha)
+        record = {key: manifest[key] for key in ("updates", "settings", "base_model")}
+        (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n")
         if to.exists():
             to.rmdir()
         unfinished.rename(to)
@@ -89,6 +93,23 @@ def export(run_dir: Path, to: Path, *, model_card: str, base: Path | None = None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return exported
+
+
+def read_record(model_folder: Path) -> dict[str, Any] | None:
+    """What `export` noted in a model folder: "updates", "settings" of the run, "base_model"; None in other folders.
+
+    Raises ModelError when the file is not what `export` writes.
+    """
+    path = model_folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON ({error}); export the run again, or delete the file") from error
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise ModelError(f"{path}: no settings in it; export the run again, or delete the file")
+    return record
 
 
 def load_trained(model: nn.Module, checkpoint: Path) -> None:
@@ -139,7 +160,7 @@ def _write(weights_file: Path, base: Path, folder: Path, to: Path, model_card: s
     left_out: list[str] = []
     shard_names = {shard.name for shard in shards}
     for source, relative in _files(base):
-        if relative in shard_names or relative == "README.md":
+        if relative in shard_names or relative in ("README.md", RECORD):
             continue
         if source.suffix in _WEIGHT_SUFFIXES or relative.endswith(".bin.index.json"):
             left_out.append(relative)

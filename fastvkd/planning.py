@@ -662,6 +662,11 @@ def recipe_of(settings: "Settings", world_size: int) -> Recipe:
     """
     if settings.method != "vkd":
         raise SettingsError(f"method={settings.method}: plans are made for method=vkd; leave it out to compare")
+    if settings.answer_loss != "none":
+        raise SettingsError(
+            f"answer_loss={settings.answer_loss} reads answers through the whole LLM, whose cost depends on their "
+            "lengths: plans are made for answer_loss=none"
+        )
     stage, offload_optimizer, offload_parameters = 0, False, False
     if settings.deepspeed:
         from fastvkd.engines.ds_config import read_ds_config

@@ -25,8 +25,28 @@ def test_every_command_in_the_comments_is_one(path: Path) -> None:
     for command in commands:
         arguments = _parser().parse_args(shlex.split(command)[1:])
         if "fastvkd train" in command:
-            settings = load_settings(path.parents[1] / arguments.config, arguments.overrides)
-            assert settings.data
+            load_settings(path.parents[1] / arguments.config, arguments.overrides)
+
+
+ROOT = Path(__file__).parents[1]
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+STARTS = "fastvkd (?=demo|train|eval|compare|attack|plan|export|data|env)", "(?:deepspeed|torchrun) .*fastvkd/train.py"
+COMMAND = re.compile(rf"^ *({'|'.join(STARTS)})(.*?)(?: +#.*)?$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_every_command_in_the_documents_is_one(path: Path) -> None:
+    for start, rest in COMMAND.findall(path.read_text()):
+        rest = re.sub(r"[][]|\|\S+|\.\.\.", "", rest)  # what may be left out, the first choice, once
+        words = [*(["train"] if "train.py" in start else []), *shlex.split(rest)]
+        arguments = _parser().parse_args(words)
+        if words[0] in ("train", "plan") and arguments.config is not None and arguments.config.parts[0] == "configs":
+            load_settings(ROOT / arguments.config, {"model_name_or_path": "m", "data": "d"})
+
+
+def test_the_readme_holds_commands_that_are_looked_at() -> None:
+    starts = [start for start, _ in COMMAND.findall(TEXTS[0].read_text())]
+    assert len(starts) >= 7 and any("train.py" in start for start in starts)
 
 
 @pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.name)

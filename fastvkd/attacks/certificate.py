@@ -143,13 +143,13 @@ def verdict_of(checks: Sequence[Mapping[str, Any]]) -> str:
 def certificate(
     *,
     forget: Sequence[Profile],
-    settings: Mapping[str, Any],
+    settings: Mapping[str, Any] | None,
     model_fingerprint: str,
     figures: Mapping[str, float | None],
     thresholds: Certificate,
     versions: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The content of certificate.json."""
+    """The content of certificate.json. `settings` are those of the run that made the model; None if unknown."""
     hashes = sorted({content_hash(photo.data) for profile in forget for photo in profile.photos})
     checks = judge(figures, thresholds)
     return {
@@ -161,7 +161,7 @@ def certificate(
             "image_sha256": hashes,
         },
         "model_fingerprint": model_fingerprint,
-        "settings": dict(settings),
+        "settings": None if settings is None else dict(settings),
         "code": {"fastvkd": versions.get("fastvkd", ""), "source_sha256": source_sha256(), "versions": dict(versions)},
         "python": platform.python_version(),
         "thresholds": asdict(thresholds),

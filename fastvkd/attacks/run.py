@@ -19,10 +19,11 @@ from fastvkd.engines.checkpoints import identify_base, local_folder
 from fastvkd.errors import DataError, SettingsError
 from fastvkd.evaluation.inputs import PreparedPhotos
 from fastvkd.evaluation.protocol import evaluate_cells
+from fastvkd.exporting import read_record
 from fastvkd.models.hashing import language_model_sha256
 from fastvkd.models.loading import load_model, load_processor
 from fastvkd.reporting.report import library_versions, write_atomically
-from fastvkd.settings import Settings
+from fastvkd.settings import Certificate, Settings
 from fastvkd.unlearning.loop import pick_device
 
 QUESTION_KINDS = ("paraphrase", "fewshot", "reverse", "images", "quantize")
@@ -197,10 +198,10 @@ def attack_run(
     folders: Mapping[str, str],
     data: str,
     *,
-    settings: Settings,
     out: Path,
-    forget_split: str = "forget_5",
-    retain_split: str = "retain_95",
+    thresholds: Certificate | None = None,
+    forget_split: str | None = None,
+    retain_split: str | None = None,
     kinds: Sequence[str] = ("all",),
     budget: Budget | None = None,
     seed: int = 0,
@@ -209,14 +210,21 @@ def attack_run(
     progress: Callable[[int, int, str], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Evaluate and attack the models in `folders` (`unlearned`, and where at hand `vanilla` and `gold`), judge them by
-    `settings.certificate`, and write attacks.json and certificate.json into `out`.
+    `thresholds`, and write attacks.json and certificate.json into `out`.
+
+    Thresholds, splits and the settings that the certificate states are those of the run that made the unlearned model,
+    as `export` noted them. Of another model the certificate states none (null); there `thresholds` and the splits
+    default to those of `Settings`.
 
     Returns what attacks.json holds: the result of `attack`, "evaluation" ({model: figures of `evaluate_cells` for
     multiple choice}) and "certificate". Raises FastVKDError.
     """
     wanted = parse_kinds(kinds)
     budget = (budget or Budget()).check()
-    cells = evaluation_cells(data, forget_split, retain_split)
+    local = {name: local_folder(folder) for name, folder in folders.items()}
+    record = read_record(local["unlearned"])
+    made_by = record["settings"] if record is not None else Settings().to_dict()
+    cells = evaluation_cells(data, forget_split or made_by["forget_split"], retain_split or made_by["retain_split"])
     processor = load_processor(folders["unlearned"])
     prepared = PreparedPhotos(processor)
     where, dtype = pick_device(device), torch.bfloat16 if bf16 else torch.float32
@@ -238,7 +246,6 @@ def attack_run(
     found = attack(
         models, processor, cells, kinds=wanted, budget=budget, seed=seed, prepared=prepared, progress=progress
     )
-    local = {name: local_folder(folder) for name, folder in folders.items()}
     digests = None
     if "vanilla" in local:
         digests = {
@@ -248,7 +255,7 @@ def attack_run(
     asked = choices_of(cells["forget"], None, seed)
     paper = certificate(
         forget=cells["forget"],
-        settings=settings.to_dict(),
+        settings=made_by if record is not None else None,
         model_fingerprint=identify_base(local["unlearned"]).fingerprint,
         figures=figures_of(
             evaluation,
@@ -257,7 +264,7 @@ def attack_run(
             relearning_gaps=mean_gaps(found.get("relearning", [])),
             language_model=digests,
         ),
-        thresholds=settings.certificate,
+        thresholds=thresholds or Certificate(**made_by["certificate"]),
         versions=library_versions(),
     )
     result = {**found, "evaluation": evaluation, "certificate": paper}

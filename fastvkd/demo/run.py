@@ -256,7 +256,8 @@ def _fingerprint(spec: Size, seed: int, gold: bool) -> str:
 def _show(bar: Progress) -> Callable[[str, int, int, dict[str, float]], None]:
     def show(phase: str, done: int, total: int, figures: dict[str, float]) -> None:
         if phase == "unlearn":
-            bar(done, total, f"forget {figures['loss_forget']:.3f} retain {figures['loss_retain']:.3f}")
+            losses = {name.removeprefix("loss_"): value for name, value in figures.items() if name.startswith("loss_")}
+            bar(done, total, " ".join(f"{name} {value:.3f}" for name, value in losses.items()))
 
     return show
 

@@ -181,8 +181,9 @@ def prepare(
             refusals=REFUSALS if method == "idk" else (),
         )
         max_steps = _steps(settings, sampler)
-        lambda_forget = 1.0 if uses_features else settings.lambda_forget  # with features, lambda_answer is the weight
-        answers = AnswerTerm(model, answer_method(method, settings), lambda_forget, settings.lambda_retain)
+        # Beside features lambda_answer weighs the term as a whole.
+        weights = (1.0, 1.0) if uses_features else (settings.lambda_forget, settings.lambda_retain)
+        answers = AnswerTerm(model, answer_method(method, settings), *weights)
         _remember_original(answers, sampler, max_steps * settings.gradient_accumulation_steps, settings, device)
 
     if settings.gradient_checkpointing:

@@ -21,7 +21,7 @@ def test_every_attack_and_the_certificate_of_a_run(world, tmp_path: Path, capsys
     command = ["attack", "--model", model, "--before", model, "--gold", model, "--data", str(world.data)]
     command += ["--forget-split", world.forget_split, "--retain-split", world.retain_split, "--max-samples", "12"]
     command += ["--shares", "0.5", "--seeds", "3", "--steps", "0", "2", "--config", str(thresholds)]
-    assert main([*command, "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    code = main([*command, "--device", "cpu", "--out", str(tmp_path / "out")])
     found = json.loads((tmp_path / "out" / "attacks.json").read_text())
     kinds = {row["kind"] for row in found["questions"]}
     assert kinds == {"plain", "paraphrase", "fewshot", "reverse", "images", "quantize"}
@@ -37,7 +37,8 @@ def test_every_attack_and_the_certificate_of_a_run(world, tmp_path: Path, capsys
     assert set(found["membership"]["unlearned"]) == {"pairs", "photos"}
     assert found["probe"]["sites"][0] == "vision:1" and found["probe"]["sites"][-1] == "llm:3"
     paper = json.loads((tmp_path / "out" / "certificate.json").read_text())
-    assert paper == found["certificate"] and paper["verdict"] in ("passed", "failed")
+    assert paper == found["certificate"] and code == {"passed": 0, "failed": 1}[paper["verdict"]]
+    assert paper["settings"] is None  # nobody knows how this model was made
     checks = {check["key"]: check for check in paper["checks"]}
     assert "kept_text" not in checks and checks["probe_gap"]["asked"] == "at most 0.01"
     assert checks["probe_gap"]["met"] and checks["language_model_unchanged"]["met"] and checks["kept_visual"]["met"]
@@ -52,6 +53,23 @@ def test_every_attack_and_the_certificate_of_a_run(world, tmp_path: Path, capsys
     for row in found["questions"]:
         assert f"<td>{100 * row['figures']['gold']['accuracy']:.1f}<small>" in page
     assert page.count("<h2>") == 4 and f"Certificate: {paper['verdict']}" in page
+
+
+def test_a_certificate_states_the_settings_of_the_run_that_was_exported(world, tmp_path: Path) -> None:
+    run = ["train", f"model_name_or_path={world.model}", f"data={world.data}", f"output_dir={tmp_path / 'run'}"]
+    run += [f"forget_split={world.forget_split}", f"retain_split={world.retain_split}", "max_steps=1"]
+    run += ["learning_rate=1.25e-4", "certificate.probe_gap=0.07", "certificate.chance_band=null"]
+    assert main([*run, "per_device_train_batch_size=4", "device=cpu"]) == 0
+    assert main(["export", "--run", str(tmp_path / "run"), "--to", str(tmp_path / "merged")]) == 0
+    attack_it = ["attack", "--model", str(tmp_path / "merged"), "--data", str(world.data), "--device", "cpu"]
+    attack_it += ["--kind", "reverse", "--max-samples", "8", "--out", str(tmp_path / "out")]
+    assert main(attack_it) in (0, 1)
+    paper = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert paper["settings"]["learning_rate"] == 1.25e-4 and paper["settings"]["forget_split"] == world.forget_split
+    assert paper["settings"]["model_name_or_path"] == str(world.model)
+    assert paper["thresholds"]["probe_gap"] == 0.07 and "forget" not in {check["key"] for check in paper["checks"]}
+    (tmp_path / "merged" / "unlearning.json").write_text("[]")
+    assert main(attack_it) == 2
 
 
 def test_what_cannot_be_attacked_is_refused_in_one_line(world, tmp_path: Path, capsys) -> None:

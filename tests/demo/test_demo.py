@@ -1,5 +1,6 @@
 """The demo from the command line, small: it must forget, keep the rest, and start at unlearning the second time."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -26,7 +27,9 @@ def test_the_tiny_demo_forgets_and_keeps_the_rest(tiny_demo) -> None:
     assert set(report["relearning"]) == {"visual", "all"}
     assert len(report["relearning"]["all"]["unlearned"]) >= 4
     for weights, curves in report["relearning"].items():
-        assert report["relearning_auc"][weights]["unlearned"] >= min(p["accuracy"] for p in curves["unlearned"])
+        points = [(p["step"], p["accuracy"]) for p in curves["unlearned"]]
+        area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(points)) / points[-1][0]
+        assert report["relearning_auc"][weights]["unlearned"] == pytest.approx(area)
     kinds = {row["kind"] for row in report["attacks"]["questions"]}
     assert kinds == {"plain", "paraphrase", "fewshot", "reverse", "images", "quantize"}
     for row in report["attacks"]["questions"]:

@@ -230,8 +230,11 @@ def test_log_with_gaps_and_nonfinite_values(report: dict[str, Any]) -> None:
 
 def test_one_step_and_constant_curves_are_drawn(report: dict[str, Any]) -> None:
     report["relearning"] = {"visual": {"unlearned": [{"step": 0, "accuracy": 0.3}]}}
+    without = render(report, [], []).count("<svg")
     for rows in (training_log(1), [{"step": s, "loss": 0.0} for s in range(5)]):
-        Page(render(report, [], rows))
+        text = render(report, [], rows)
+        Page(text)
+        assert text.count("<svg") > without
 
 
 def test_extreme_accuracies_stay_inside_the_plots(report: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,15 @@ import torch
 from fastvkd_kernels import SaliencyMask
 
 from fastvkd.data import mllmu
-from fastvkd.engines.checkpoints import find_latest, load_weights
+from fastvkd.data.images import content_hash
+from fastvkd.data.sources import read_forget_retain
+from fastvkd.engines.checkpoints import find_latest, identify_base, load_weights
 from fastvkd.errors import DataError, FastVKDError, ModelError, SettingsError, TrainingError
+from fastvkd.models.families import family_of, visual_parameters
 from fastvkd.models.loading import load_model
 from fastvkd.unlearning import saliency, tasks
 from fastvkd.unlearning.loop import unlearn
+from fastvkd.unlearning.tasks import prepare
 
 
 def figures(metrics: Path) -> list[dict]:
@@ -55,6 +60,22 @@ def test_reference_target_comes_from_the_named_model(world, tmp_path: Path) -> N
     # With the original itself as the reference there is nothing to learn: the loss is zero from the start.
     result = unlearn(world.settings(tmp_path, forget_target="reference", reference_model=str(world.model), max_steps=2))
     assert figures(result.metrics)[0]["loss"] == pytest.approx(0, abs=1e-6)
+    other = load_model(world.model)
+    with torch.no_grad():
+        for _, parameter in visual_parameters(other, family_of(other), "projector"):
+            parameter.mul_(1.1)
+    other.save_pretrained(tmp_path / "reference")
+    for file in world.model.glob("*.json"):
+        if not (tmp_path / "reference" / file.name).exists():
+            shutil.copy(file, tmp_path / "reference")
+    found = unlearn(
+        world.settings(
+            tmp_path / "other", forget_target="reference", reference_model=str(tmp_path / "reference"), max_steps=30
+        )
+    )
+    lines = figures(found.metrics)
+    assert lines[0]["loss_retain"] == pytest.approx(0, abs=1e-6)
+    assert lines[-1]["loss_forget"] < 0.7 * lines[0]["loss_forget"] and lines[0]["loss_forget"] > 1e-3
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(world, tmp_path: Path) -> None:
@@ -148,10 +169,14 @@ def test_bf16_run_keeps_float32_masters(world, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("answer_loss", ["gd", "kl", "npo", "idk"])
 def test_answer_terms_join_the_feature_loss(world, tmp_path: Path, answer_loss: str) -> None:
-    result = unlearn(world.settings(tmp_path, answer_loss=answer_loss, max_steps=3))
+    settings = world.settings(tmp_path, answer_loss=answer_loss, max_steps=3, lambda_forget=2.0, lambda_retain=3.0)
+    result = unlearn(settings)
     lines = figures(result.metrics)
-    assert {"loss_forget", "loss_retain", "loss_answer_forget", "loss_answer_retain"} <= set(lines[0])
     assert all("language_model" not in name for name in load_weights(result.checkpoint))
+    for line in lines:  # lambda_answer alone weighs the answers, whatever the features' lambdas are
+        features = settings.lambda_forget * line["loss_forget"] + settings.lambda_retain * line["loss_retain"]
+        answers = settings.lambda_answer * (line["loss_answer_forget"] + line["loss_answer_retain"])
+        assert line["loss"] == pytest.approx(features + answers, rel=1e-4)
 
 
 def test_gradient_ascent_alone_raises_the_loss_on_forget_answers(world, tmp_path: Path) -> None:
@@ -213,8 +238,17 @@ def test_fused_frozen_operations_change_nothing_but_memory(world, tmp_path: Path
 
 
 def test_auxiliary_images_are_retained(world, tmp_path: Path) -> None:
-    result = unlearn(world.settings(tmp_path, auxiliary_images=5, auxiliary_share=0.5))
-    assert figures(result.metrics)[0]["loss_retain"] == pytest.approx(0, abs=1e-6)
+    settings = world.settings(tmp_path, auxiliary_images=5, auxiliary_share=0.5, forget_share=0.25)
+    assert settings.per_device_train_batch_size == 8
+    task = prepare(settings, torch.device("cpu"), identify_base(world.model))
+    batch = task.batch(0, 0, 1).distill
+    assert batch is not None
+    forget, retain = read_forget_retain(settings.data, settings.forget_split, settings.retain_split)
+    own = [{content_hash(photo.data) for profile in side for photo in profile.photos} for side in (forget, retain)]
+    assert [sum(key in side for key in batch.keys) for side in own] == [2, 3]  # and three more that no set holds
+    assert batch.is_forget.tolist() == [True] * 2 + [False] * 6
+    terms = task.module(task.batch(0, 0, 1))
+    assert terms["loss_retain"] == pytest.approx(0, abs=1e-6)
 
 
 def refused(world, tmp_path: Path, **overrides) -> str:
