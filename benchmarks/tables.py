@@ -27,8 +27,8 @@ machine, when and by which command it was measured. **No figure here comes from 
 | `scaling.py` | cost of a step against layers, visual tokens, images and ranks, beside what `plan` says |
 | `kernels.py`, `aot_kernels.py` | the kernels alone; registers and spills of the compiled code |
 | `gpu_suite.py` | GPU tests, kernels, steps at 7B and 13B, and DeepSpeed on one GPU, in one command |
-| `seeds.py`, `methods.py`, `ablation.py`, `mask.py` | quality, not speed: several seeds; every method; site x target; \
-what MMUnlearner's mask helps |
+| `seeds.py`, `methods.py`, `ablation.py`, `mask.py`, `robustness.py` | quality, not speed: several seeds; every \
+method; site x target; what MMUnlearner's mask helps; what VKD gains by worst-case training and null-space projection |
 """
 
 
