@@ -205,6 +205,7 @@ def train(settings: Settings, variant: Variant, vanilla: Path) -> tuple[Any, dic
         for name, value in engine.weights().items():
             whole[name].copy_(value)
     run = {
+        # of the trained weights' degrees of freedom, those that a mask or the null space leaves
         "free_share": space.free_share if space is not None else task.trained_share,
         "forget_open": sum(open_share[-20:]) / 20 if open_share else None,  # of the last 20 batches' forget views
         "seconds": time.perf_counter() - started,
@@ -357,19 +358,18 @@ def _path(task: Task) -> Any:
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
-    """Markdown: a line for each run; figures in %."""
+    """Markdown: a line for each run; figures in %, `freedom` and `open` as in `train`."""
     lines = [
-        "| recipe | seed | freedom left | forget | test | retain | real world | forget views open "
-        "| relearnt, visual: 2 steps | 5 steps | AUC | relearnt, all: 2 steps | 5 steps | AUC | seconds |",
-        "|---" + "|---:" * 14 + "|",
+        "| recipe | seed | freedom | forget | test | retain | real world | open "
+        "| relearnt, visual weights: 2 steps / 5 / AUC | all weights: 2 steps / 5 / AUC | seconds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         figures = [row["free_share"], *(row["vqa"][cell] for cell in ("forget", "test", "retain", "realworld"))]
-        figures.append(row["forget_open"])
+        shown = ["" if value is None else f"{100 * value:.1f}" for value in [*figures, row["forget_open"]]]
         for weights, area in row["relearning_auc"].items():
             after = {point["step"]: point["accuracy"] for point in row["curves"][weights]}
-            figures += [after.get(2), after.get(5), area]
-        shown = ["" if value is None else f"{100 * value:.1f}" for value in figures]
+            shown.append(" / ".join(f"{100 * value:.1f}" for value in (after[2], after[5], area)))
         lines.append("| " + " | ".join([row["variant"], str(row["seed"]), *shown, f"{row['seconds']:.0f}"]) + " |")
     return "\n".join(lines) + "\n"
 

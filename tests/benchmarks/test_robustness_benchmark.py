@@ -94,7 +94,7 @@ def random_world(world, tmp_path: Path, monkeypatch) -> World:
         SIZES["tiny"],
         overrides={"auxiliary_images": 4},
         max_samples=12,
-        attacks=dataclasses.replace(SIZES["tiny"].attacks, relearning_steps=(0, 1)),
+        attacks=dataclasses.replace(SIZES["tiny"].attacks, relearning_steps=(0, 2, 5)),
     )
     small.data = SimpleNamespace(forget_split=world.forget_split, retain_split=world.retain_split)
     small.processor = load_processor(world.model)

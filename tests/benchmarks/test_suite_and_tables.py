@@ -12,6 +12,7 @@ sys.path.append(str(ROOT / "benchmarks"))  # last: `kernels.py` there must not a
 import ablation
 import mask
 import methods
+import robustness
 import seeds
 import tables
 
@@ -72,7 +73,7 @@ def test_the_readme_is_what_the_results_say():
     assert tables.README.read_text() == tables.readme(), "run python benchmarks/tables.py"
 
 
-@pytest.mark.parametrize("script", [ablation, mask, methods, seeds], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [ablation, mask, methods, robustness, seeds], ids=lambda script: script.__name__)
 def test_a_results_markdown_is_what_its_json_says(script):
     results = ROOT / "benchmarks" / "results" / script.__name__
     assert results.with_suffix(".md").read_text() == script.table(
@@ -80,5 +81,6 @@ def test_a_results_markdown_is_what_its_json_says(script):
     )
 
 
-def test_the_text_of_docs_method_holds_the_table_of_seeds():
-    assert (ROOT / "benchmarks" / "results" / "seeds.md").read_text() in (ROOT / "docs" / "method.md").read_text()
+@pytest.mark.parametrize("name", ["robustness", "seeds"])
+def test_the_text_of_docs_method_holds_the_table(name):
+    assert (ROOT / "benchmarks" / "results" / f"{name}.md").read_text() in (ROOT / "docs" / "method.md").read_text()
