@@ -184,7 +184,10 @@ def prepare(
         # Beside features lambda_answer weighs the term as a whole.
         weights = (1.0, 1.0) if uses_features else (settings.lambda_forget, settings.lambda_retain)
         answers = AnswerTerm(model, answer_method(method, settings), *weights)
-        _remember_original(answers, sampler, max_steps * settings.gradient_accumulation_steps, settings, device)
+        asked = max_steps * settings.gradient_accumulation_steps
+        if settings.mask is not None:
+            asked = max(asked, settings.mask.batches)
+        _remember_original(answers, sampler, asked, settings, device)
 
     if settings.gradient_checkpointing:
         _checkpoint_layers(model)
