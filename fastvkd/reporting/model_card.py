@@ -12,7 +12,6 @@ from fastvkd.reporting.attacks import attacks_sentence, certificate_sentence, fi
 from fastvkd.reporting.html import SET_NAMES, TEXT_SET_NAMES, duration, flatten, limits, relearning_sentence
 from fastvkd.reporting.report import criteria, headline_sentence, measured_cells, percent, read_report
 
-
 _UNJUDGED = (
     "**Nobody has evaluated this model yet**: run `fastvkd eval` and `fastvkd attack` on it before you rely on it."
 )

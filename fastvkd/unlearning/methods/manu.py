@@ -33,7 +33,7 @@ def find_readers(model: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]
 
 @torch.no_grad()
 def importance(model: nn.Module, readers: list[tuple[str, nn.Linear]], batches: Iterable[AnswerBatch]) -> list[Tensor]:
-    """Root mean square activation of every neuron over all tokens of `batches`, padding left out: (neurons,) float32, of
+    """Root mean square activation of every neuron over the tokens of `batches`, without padding: (neurons,) float32 of
     each reader."""
     in_llm = {id(module) for module in families.language_model(model, families.family_of(model)).modules()}
     sums = [torch.zeros(layer.in_features, device=layer.weight.device) for _, layer in readers]
