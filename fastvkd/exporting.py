@@ -186,13 +186,13 @@ def _replace(file: Any, key: str, entry: dict[str, Any], data_start: int, traine
     original = _read(file, key, entry, data_start, shard)
     if trained.shape != original.shape:
         raise ModelError(f"{shard}: {key} has shape {entry['shape']}, the trained weight {list(trained.shape)}")
-    merged = trained.to(original.dtype)
-    if not torch.isfinite(merged).all():
+    stored = trained.to(original.dtype)
+    if not torch.isfinite(stored).all():
         raise ModelError(f"{key}: a trained value does not fit the base's {entry['dtype']}; was training stable?")
     # A run in bf16 from an fp16 base starts from rounded weights; whoever did not move gets its own bits back.
-    merged = torch.where(original.to(trained.dtype) == trained, original, merged)
+    stored = torch.where(original.to(trained.dtype) == trained, original, stored)
     file.seek(data_start + entry["data_offsets"][0])
-    file.write(merged.contiguous().view(torch.uint8).numpy().tobytes())
+    file.write(stored.contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def match_keys(live_names: list[str], disk_keys: set[str]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from fastvkd.attacks.certificate import certificate, figures_of, mean_gaps, writ
 from fastvkd.attacks.relearning import MEASURE_AT, SHARES, hold_out, relearn
 from fastvkd.data.records import Profile
 from fastvkd.data.sources import evaluation_cells
+from fastvkd.devices import pick_device
 from fastvkd.engines.checkpoints import identify_base, local_folder
 from fastvkd.errors import DataError, SettingsError
 from fastvkd.evaluation.inputs import PreparedPhotos
@@ -26,7 +27,6 @@ from fastvkd.models.loading import load_model, load_processor
 from fastvkd.reporting.model_card import with_certificate
 from fastvkd.reporting.report import library_versions, write_atomically
 from fastvkd.settings import Certificate, Settings
-from fastvkd.unlearning.loop import pick_device
 
 log = logging.getLogger("fastvkd")
 

@@ -9,6 +9,7 @@ import torch
 
 from fastvkd.data.hub import data_folder
 from fastvkd.data.sources import evaluation_cells, reader_of
+from fastvkd.devices import pick_device
 from fastvkd.engines.checkpoints import identify_base, local_folder
 from fastvkd.errors import DataError, SettingsError
 from fastvkd.evaluation.modality_pairs import joint_figures
@@ -45,8 +46,6 @@ def evaluate(
     `benchmark` None recognises the format. Finished cells found in `log_path` for the same model and settings are not
     computed again. Raises FastVKDError.
     """
-    from fastvkd.unlearning.loop import pick_device
-
     if mode not in MODES:
         raise SettingsError(f"mode: unknown value {mode!r}; allowed: {', '.join(MODES)}")
     folder = str(data_folder(data, local_files_only=local_files_only))

@@ -16,7 +16,7 @@ from fastvkd.engines.checkpoints import find_latest, identify_base, load_weights
 from fastvkd.errors import DataError, FastVKDError, ModelError, SettingsError, TrainingError
 from fastvkd.models.families import family_of, visual_parameters
 from fastvkd.models.loading import load_model
-from fastvkd.unlearning import saliency, tasks
+from fastvkd.unlearning import distill_data, saliency
 from fastvkd.unlearning.loop import unlearn
 from fastvkd.unlearning.tasks import prepare
 
@@ -110,7 +110,7 @@ def test_a_second_run_reads_the_teacher_cache(world, tmp_path: Path) -> None:
 
 
 def test_a_short_run_asks_the_teacher_only_about_the_images_it_visits(world, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(tasks, "_VARIANCE_IMAGES", 2)
+    monkeypatch.setattr(distill_data, "VARIANCE_IMAGES", 2)
     asked: dict[str, int] = {}
 
     def run(name: str, **settings) -> Path:
@@ -238,8 +238,9 @@ def test_fused_frozen_operations_change_nothing_but_memory(world, tmp_path: Path
 
 
 def test_auxiliary_images_are_retained(world, tmp_path: Path) -> None:
-    settings = world.settings(tmp_path, auxiliary_images=5, auxiliary_share=0.5, forget_share=0.25)
-    assert settings.per_device_train_batch_size == 8
+    settings = world.settings(
+        tmp_path, auxiliary_images=5, auxiliary_share=0.5, forget_share=0.25, per_device_train_batch_size=8
+    )
     task = prepare(settings, torch.device("cpu"), identify_base(world.model))
     batch = task.batch(0, 0, 1).distill
     assert batch is not None
