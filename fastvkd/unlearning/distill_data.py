@@ -22,7 +22,7 @@ from fastvkd.unlearning.targets import TargetTable, mean_features, redirect, var
 from fastvkd.unlearning.teacher import FeatureCache, fill_caches
 
 Report = Callable[[int, int], None]
-VARIANCE_IMAGES = 64  # retained images, at least, of which the teacher's variance is taken
+VARIANCE_IMAGES = 32  # retained images, at least, of which the teacher's variance is taken
 
 
 def world_size_of(settings: Settings) -> int:
@@ -84,7 +84,9 @@ class DistillData:
         """Write down what the original sees of the images of the run and of noise, and derive the targets from it."""
         settings = self.settings
         noise = self._noise_keys() if settings.forget_target == "noise" else {}
-        needed = [self.images.hashes[i] for i in self._needed]
+        # Of an image that aims at noise, or at what the reference sees, the teacher's own view is not asked for.
+        elsewhere = set(self.forget_keys if settings.forget_target in ("noise", "reference") else ())
+        needed = [key for i in self._needed if (key := self.images.hashes[i]) not in elsewhere]
         keys = [*needed, *dict.fromkeys(noise.values())]
         retained = set(self.retain_keys)
         retain_keys = [key for key in needed if key in retained]

@@ -124,6 +124,9 @@ def test_a_short_run_asks_the_teacher_only_about_the_images_it_visits(world, tmp
     run("long", per_device_train_batch_size=4, max_steps=40, forget_target="repel")
     assert asked["short"] == 4  # the batch; the two retained images in it do for the variance
     assert asked["long"] > 20
+    noise = figures(run("noise", per_device_train_batch_size=4, max_steps=1))
+    assert asked["noise"] == 2 + 1  # retained images and the noise: what the teacher sees of forget images is no target
+    assert noise[0]["loss_forget"] > 0 and noise[0]["loss_retain"] == pytest.approx(0, abs=1e-6)
     assert short[0]["loss_retain"] > 0  # repel starts off the teacher: the targets were there and were used
 
 
