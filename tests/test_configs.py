@@ -21,7 +21,7 @@ def test_every_recipe_loads(path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_command_in_the_comments_is_one(path: Path) -> None:
-    commands = re.findall(r"^#.*?(fastvkd (?:train|export|plan|eval) .*)$", path.read_text(), re.MULTILINE)
+    commands = re.findall(r"^#.*?(fastvkd (?:train|export|plan|eval|compare) .*)$", path.read_text(), re.MULTILINE)
     for command in commands:
         arguments = _parser().parse_args(shlex.split(command)[1:])
         if "fastvkd train" in command:
@@ -54,6 +54,20 @@ def test_a_protocol_has_a_command_for_every_method(path: Path) -> None:
     named = set(re.findall(r"method=(\w+)", path.read_text()))
     assert named == {"finetune", "ga", "gd", "kl", "npo", "idk", "rmu", "mmunlearner", "manu"}
     assert re.search(r"fastvkd train --config configs/[\w.-]+\.yaml data=DATA", path.read_text())  # VKD's own recipe
+
+
+@pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.name)
+def test_a_protocol_leads_from_training_to_the_table(path: Path) -> None:
+    """Vanilla, gold and an unlearned model are each trained, exported and evaluated, on the recipe's own splits."""
+    text, out = path.read_text(), f"out/{path.stem}"
+    settings = load_settings(path, [])
+    parsed = [_parser().parse_args(shlex.split(c)[1:]) for c in re.findall(r"^#.*?(fastvkd eval .*)$", text, re.M)]
+    assert all((a.forget_split, a.retain_split) == (settings.forget_split, settings.retain_split) for a in parsed)
+    for model in ("vanilla", "gold", "gd"):
+        assert f"output_dir={out}/{model}" in text and f"--run {out}/{model} --to {out}/{model}-model" in text
+        assert [a.out for a in parsed if a.model == f"{out}/{model}-model"] == [Path(out, f"{model}-eval")]
+    if path.name.startswith("clear-"):
+        assert parsed[-1].reference_eval == Path(out, "gold-eval")
 
 
 def test_both_benchmarks_have_a_recipe_for_both_models() -> None:
