@@ -19,9 +19,8 @@ from fastvkd.data.tables import kind_of, one_line, text_of
 from fastvkd.errors import DataError
 
 NAME, TITLE = "mllmu", "MLLMU-Bench schema"
-COLUMNS = frozenset(
-    {"Classification_Task", "Generation_Task", "Mask_Task", "metadata"}
-)  # by which the schema is recognised
+# by which the schema is recognised
+COLUMNS = frozenset({"Classification_Task", "Generation_Task", "Mask_Task", "metadata"})
 TEST_SPLIT, REALWORLD_SPLIT = "Test_Set", "Retain_Set"
 LETTERS = ("A", "B", "C", "D")
 
