@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastvkd.cli import _parser
+from fastvkd.errors import SettingsError
 from fastvkd.settings import load_settings
 
 CONFIGS = sorted(Path(__file__).parents[1].joinpath("configs").glob("*.yaml"))
@@ -42,6 +43,33 @@ def test_every_command_in_the_documents_is_one(path: Path) -> None:
         arguments = _parser().parse_args(words)
         if words[0] in ("train", "plan") and arguments.config is not None and arguments.config.parts[0] == "configs":
             load_settings(ROOT / arguments.config, {"model_name_or_path": "m", "data": "d"})
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("method=mmunlearner", "method: mmunlearner"),
+        ("saliency.granularity=weight saliency.fraction=0.5", "saliency masks"),
+        ("method=gd trainable=lora", "trainable: lora"),
+        ("forget_target=reference reference_model=r", "forget_target: reference"),
+        ("forget_target=repel", "repel"),
+        ("forget_target=saturate", "saturate"),
+        ("method=npo", "method: npo"),
+        ("method=kl", "kl"),
+        ("method=rmu", "rmu"),
+        ("answer_loss=npo", "answer_loss: npo"),
+        ("compile=true", "compile: true"),
+        ("augment=true sites.llm:1=1.0", "augment: true"),
+    ],
+)
+def test_what_zero3_refuses_is_documented(override: str, words: str) -> None:
+    from fastvkd.unlearning.tasks import _refuse_with_zero3
+
+    settings = load_settings(None, ["model_name_or_path=m", "data=d", *override.split()])
+    with pytest.raises(SettingsError, match="which ZeRO-3 splits"):
+        _refuse_with_zero3(settings)
+    documented = (ROOT / "docs" / "distributed.md").read_text().split("**What ZeRO-3 cannot do.**")[1].split("\n\n")[0]
+    assert words in documented
 
 
 def test_the_readme_holds_commands_that_are_looked_at() -> None:
