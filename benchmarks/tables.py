@@ -18,7 +18,8 @@ INTRODUCTION = """# Benchmarks
 Made by `python benchmarks/tables.py` from the JSON files in `benchmarks/results`; do not edit. The tables are those of
 time and memory. Each says on what machine and when it was measured and, but for the kernels, by which command; the
 figures of quality are in files of their own, linked below. **No figure here comes from a GPU yet**: on a machine with
-one, `python benchmarks/gpu_suite.py` measures the real shapes (7B, 13B) in at most nine minutes and writes the same tables.
+one, `python benchmarks/gpu_suite.py` measures the real shapes (7B, 13B) in at most nine minutes and writes the same
+tables.
 
 | script | what it measures |
 |---|---|
