@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "--reference-eval",
         type=Path,
         metavar="FOLDER",
-        help="--out of a model that never saw the forget set, for CLEAR's forget quality",
+        help="--out of a model that never saw the forget set, to measure the distance from it",
     )
     evaluate.add_argument("--local-files-only", action="store_true", help="take a hub id from the cache only")
     evaluate.add_argument("--device", default="auto")

@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import nn
@@ -377,6 +380,30 @@ def test_finetuning_on_the_retain_set_does_not_see_the_forget_set(world, tmp_pat
     monkeypatch.setattr(tasks, "read_split", lambda folder, split: (read.append(split), original(folder, split))[1])
     unlearn(world.settings(tmp_path, method="finetune", finetune_split=world.retain_split, max_steps=1))
     assert read == [world.retain_split]
+
+
+def test_finetuning_on_metadata_asks_about_photos_of_whoever_is_not_left_out(world, tmp_path: Path) -> None:
+    shutil.copytree(world.data, tmp_path / "data")
+    (file,) = (tmp_path / "data" / "Full_Set").glob("*.parquet")
+    rows = pq.read_table(file)
+    told = ['[{"Question": "Who is this?", "Answer": "Ann"}]'] * len(rows)
+    (tmp_path / "data" / "ft_Data").mkdir()
+    pq.write_table(
+        rows.select(["ID", "image"]).append_column("metadata", pa.array(told)),
+        tmp_path / "data" / "ft_Data" / file.name,
+    )
+    settings = world.settings(
+        tmp_path / "run",
+        data=str(tmp_path / "data"),
+        method="finetune",
+        finetune_split=f"ft_Data-{world.forget_split}",
+        num_train_epochs=1,
+        per_device_train_batch_size=4,
+    )
+    result = unlearn(settings)
+    assert result.steps == math.ceil(len(mllmu.read_split(world.data, world.retain_split)) / 4)
+    (line, *_) = [json.loads(line) for line in result.metrics.read_text().splitlines()]
+    assert "loss_answer_retain" in line and "loss_text_retain" not in line
 
 
 @pytest.mark.parametrize("method", ["gd", "ga", "finetune"])
