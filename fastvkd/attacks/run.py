@@ -27,6 +27,7 @@ from fastvkd.models.loading import load_model, load_processor
 from fastvkd.reporting.model_card import with_certificate
 from fastvkd.reporting.report import library_versions, write_atomically
 from fastvkd.settings import Certificate, Settings
+from fastvkd.unlearning.methods.steering import attach, load_steering
 
 log = logging.getLogger("fastvkd")
 
@@ -216,6 +217,7 @@ def attack_run(
     *,
     out: Path,
     thresholds: Certificate | None = None,
+    steering: Path | None = None,
     forget_split: str | None = None,
     retain_split: str | None = None,
     kinds: Sequence[str] = ("all",),
@@ -231,6 +233,7 @@ def attack_run(
     Thresholds, splits and the settings that the certificate states are those of the run that made the unlearned model,
     as `export` noted them, and its folder gets the certificate too, with a section in its model card. Of another model
     the certificate states no settings (null); there `thresholds` and the splits default to those of `Settings`.
+    `steering` is a file of `Steering.save`, switched on in the unlearned model, and no folder gets a certificate then.
 
     Returns what attacks.json holds: the result of `attack`, "evaluation" ({model: figures of `evaluate_cells` for
     multiple choice}) and "certificate". Raises FastVKDError.
@@ -245,6 +248,8 @@ def attack_run(
     prepared = PreparedPhotos(processor)
     where, dtype = pick_device(device), torch.bfloat16 if bf16 else torch.float32
     models = {name: load_model(folder, dtype=dtype, device=where) for name, folder in folders.items()}
+    if steering is not None:
+        attach(models["unlearned"], load_steering(steering))
     evaluation = {
         name: evaluate_cells(
             model,
@@ -271,7 +276,7 @@ def attack_run(
     asked = choices_of(cells["forget"], None, seed)
     paper = certificate(
         forget=cells["forget"],
-        settings=made_by if record is not None else None,
+        settings=made_by if record is not None and steering is None else None,
         model_fingerprint=identify_base(local["unlearned"]).fingerprint,
         figures=figures_of(
             evaluation,
@@ -286,7 +291,7 @@ def attack_run(
     result = {**found, "evaluation": evaluation, "certificate": paper}
     write_atomically(out / "attacks.json", (json.dumps(result, indent=1) + "\n").encode())
     write_certificate(paper, out / "certificate.json")
-    if record is not None:
+    if record is not None and steering is None:
         write_certificate(paper, local["unlearned"] / "certificate.json")
         card = local["unlearned"] / "README.md"
         text = card.read_text("utf-8") if card.is_file() else ""

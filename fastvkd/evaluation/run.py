@@ -18,6 +18,7 @@ from fastvkd.evaluation.modality_pairs import joint_figures
 from fastvkd.evaluation.protocol import MODES, check_counts, evaluate_cells
 from fastvkd.evaluation.truth_ratio import forget_quality, model_utility
 from fastvkd.models.loading import load_model, load_processor
+from fastvkd.unlearning.methods.steering import attach, load_steering
 
 SAMPLES = "samples.jsonl"
 # What else than config.json and weights decides in a model folder which tokens a prompt becomes and which come out.
@@ -46,6 +47,7 @@ def evaluate(
     seed: int = 0,
     log_path: str | Path | None = None,
     reference_eval: str | Path | None = None,
+    steering: Path | None = None,
     device: str = "auto",
     bf16: bool = False,
     local_files_only: bool = False,
@@ -57,8 +59,9 @@ def evaluate(
       folder of the same evaluation of a model that never saw the forget set) CLEAR's `forget_quality` and, where both
       are in corrected mode, of every set the divergence of the choices, `js_vqa` and `js_qa`.
 
-    `benchmark` None recognises the format. Finished cells found in `log_path` for the same model, dtype, processor and
-    settings are not computed again. Raises FastVKDError.
+    `benchmark` None recognises the format. `steering` is a file of `Steering.save`, switched on. Finished cells found
+    in `log_path` for the same model, dtype, processor, steering and settings are not computed again. Raises
+    FastVKDError.
     """
     if mode not in MODES:
         raise SettingsError(f"mode: unknown value {mode!r}; allowed: {', '.join(MODES)}")
@@ -70,6 +73,10 @@ def evaluate(
     processor = load_processor(model_name_or_path)
     dtype = torch.bfloat16 if bf16 else torch.float32
     model = load_model(model_name_or_path, dtype=dtype, device=pick_device(device))
+    fingerprint = _fingerprint(local_folder(model_name_or_path), dtype)
+    if steering is not None:
+        attach(model, load_steering(steering))
+        fingerprint += hashlib.sha256(steering.read_bytes()).hexdigest()
     samples: list[dict[str, Any]] = []
     figures = evaluate_cells(
         model,
@@ -82,7 +89,7 @@ def evaluate(
         log_path=log_path,
         progress=progress,
         max_samples=max_samples,
-        fingerprint=_fingerprint(local_folder(model_name_or_path), dtype),
+        fingerprint=fingerprint,
         collect=samples,
     )
     summary: dict[str, Any] = {}
@@ -106,6 +113,7 @@ def evaluate(
         "seed": seed,
         "max_samples": max_samples,
         "model": str(model_name_or_path),
+        "steering": None if steering is None else str(steering),
         "data": str(data),
         "forget_split": forget_split,
         "retain_split": retain_split,
