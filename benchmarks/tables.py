@@ -110,12 +110,13 @@ def end_to_end_table(report: dict[str, Any]) -> list[str]:
     lines = origin(report)
     bar = report["bar"]
     lines.append(
-        f"Seed {report['seed']}, size {report['size']}. Bar: forget VQA within {bar['band']:.2f} of chance "
+        f"Seed {report['seed']}, size {report['size']}. Forgotten: forget VQA within {bar['band']:.2f} of chance "
         f"({bar['chance']:.2f}), asked of {bar['samples']} questions every few steps; asking is not counted as time. "
-        f"Times are medians of {report['repeats']} runs."
+        f"Kept: that, and retain VQA at least {bar['kept']:.0%} of the {100 * bar['vanilla_retain']:.1f} before. Times "
+        f"are medians of {report['repeats']} runs, of long ones a single run's."
     )
-    head = ["method", "settings", "s to the bar", "steps", "images", "retain there", "s in all", "ms/step", "peak MB"]
-    head += ["forget", "test", "retain", "real world"]
+    head = ["method", "settings", "s until forgotten", "steps", "images", "retain there", "s until kept", "steps"]
+    head += ["s in all", "ms/step", "peak MB", "forget", "test", "retain", "real world"]
     rows = []
     for row in report["rows"]:
         reached = row["reached"]
@@ -125,6 +126,8 @@ def end_to_end_table(report: dict[str, Any]) -> list[str]:
             cells += [f"{100 * reached['retain']:.1f}"]
         else:
             cells += ["-"] * 4
+        kept = row["kept"]
+        cells += [f"{kept['seconds']:.1f}", str(kept["step"])] if kept else ["-"] * 2
         cells += [f"{row['seconds']:.1f}", f"{row['ms_per_step']:.0f}", f"{row['peak_memory_bytes'] / 1e6:.0f}"]
         cells += [f"{100 * row['final'][cell]:.1f}" for cell in ("forget", "test", "retain", "realworld")]
         rows.append(cells)
