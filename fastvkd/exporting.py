@@ -30,6 +30,7 @@ from fastvkd.engines.checkpoints import (
 )
 from fastvkd.errors import ModelError, TrainingError, disk_is_full
 from fastvkd.models.lora import adapted, merged, merged_weight
+from fastvkd.settings import Settings
 
 RECORD = "unlearning.json"  # in an exported folder: which run made it
 _FICLONE = 0x40049409  # ioctl: let two files share their blocks until one of them is written
@@ -110,6 +111,13 @@ def read_record(model_folder: Path) -> dict[str, Any] | None:
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         raise ModelError(f"{path}: no settings in it; export the run again, or delete the file")
     return record
+
+
+def splits_of(model_folder: Path, forget_split: str | None, retain_split: str | None) -> tuple[str, str]:
+    """The splits to judge a model by: those named, else those of the run it was exported from, else the defaults."""
+    record = read_record(model_folder)
+    made_by = Settings().to_dict() if record is None else record["settings"]
+    return forget_split or made_by["forget_split"], retain_split or made_by["retain_split"]
 
 
 def load_trained(model: nn.Module, checkpoint: Path) -> None:

@@ -21,7 +21,7 @@ from fastvkd.engines.checkpoints import identify_base, local_folder
 from fastvkd.errors import DataError, SettingsError
 from fastvkd.evaluation.inputs import PreparedPhotos
 from fastvkd.evaluation.protocol import evaluate_cells
-from fastvkd.exporting import read_record
+from fastvkd.exporting import read_record, splits_of
 from fastvkd.models.hashing import language_model_sha256
 from fastvkd.models.loading import load_model, load_processor
 from fastvkd.reporting.model_card import with_certificate
@@ -243,7 +243,7 @@ def attack_run(
     local = {name: local_folder(folder) for name, folder in folders.items()}
     record = read_record(local["unlearned"])
     made_by = record["settings"] if record is not None else Settings().to_dict()
-    cells = evaluation_cells(data, forget_split or made_by["forget_split"], retain_split or made_by["retain_split"])
+    cells = evaluation_cells(data, *splits_of(local["unlearned"], forget_split, retain_split))
     processor = load_processor(folders["unlearned"])
     prepared = PreparedPhotos(processor)
     where, dtype = pick_device(device), torch.bfloat16 if bf16 else torch.float32

@@ -17,6 +17,7 @@ from fastvkd.evaluation.divergence import asked, option_divergence, scored_choic
 from fastvkd.evaluation.modality_pairs import joint_figures
 from fastvkd.evaluation.protocol import MODES, check_counts, evaluate_cells
 from fastvkd.evaluation.truth_ratio import forget_quality, model_utility
+from fastvkd.exporting import splits_of
 from fastvkd.models.loading import load_model, load_processor
 from fastvkd.unlearning.methods.steering import attach, load_steering
 
@@ -39,8 +40,8 @@ def evaluate(
     data: str,
     *,
     benchmark: str | None = None,
-    forget_split: str = "forget_5",
-    retain_split: str = "retain_95",
+    forget_split: str | None = None,
+    retain_split: str | None = None,
     mode: str = "corrected",
     batch_size: int = 32,
     max_samples: int | None = None,
@@ -59,7 +60,8 @@ def evaluate(
       folder of the same evaluation of a model that never saw the forget set) CLEAR's `forget_quality` and, where both
       are in corrected mode, of every set the divergence of the choices, `js_vqa` and `js_qa`.
 
-    `benchmark` None recognises the format. `steering` is a file of `Steering.save`, switched on. Finished cells found
+    `benchmark` None recognises the format. Splits that are not named are those of the run that the model was exported
+    from, else the defaults of `Settings`. `steering` is a file of `Steering.save`, switched on. Finished cells found
     in `log_path` for the same model, dtype, processor, steering and settings are not computed again. Raises
     FastVKDError.
     """
@@ -69,6 +71,7 @@ def evaluate(
     folder = str(data_folder(data, local_files_only=local_files_only))
     benchmark = reader_of(folder, benchmark).NAME
     reference = None if reference_eval is None else _reference(benchmark, mode, reference_eval)
+    forget_split, retain_split = splits_of(local_folder(model_name_or_path), forget_split, retain_split)
     cells = evaluation_cells(folder, forget_split, retain_split)
     processor = load_processor(model_name_or_path)
     dtype = torch.bfloat16 if bf16 else torch.float32

@@ -75,6 +75,9 @@ def test_a_certificate_states_the_settings_of_the_run_that_was_exported(world, t
     card = (tmp_path / "merged" / "README.md").read_text()
     assert card.count(f"\n## Certificate: {paper['verdict']}\n") == 1 and card.count("\n## Settings\n") == 1
     assert "Nobody has evaluated" not in card and "| Answers in reverse, above chance | at most 0.15 |" in card
+    asked = ["eval", "--model", str(tmp_path / "merged"), "--data", str(world.data), "--device", "cpu"]
+    assert main([*asked, "--max-samples", "4", "--out", str(tmp_path / "eval")]) == 0
+    assert json.loads((tmp_path / "eval" / "results.json").read_text())["forget_split"] == world.forget_split
     (tmp_path / "merged" / "unlearning.json").write_text("[]")
     assert main(attack_it) == 2
 
