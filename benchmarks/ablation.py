@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from world import World, write
+from world import World, command, write
 
 from fastvkd.environment import measured_on
 
@@ -48,7 +48,10 @@ def main() -> None:
             model, run = world.unlearn(overrides)
             rows.append({"site": site, "target": target, "seconds": run.seconds["unlearn"], **world.accuracy(model)})
             print(json.dumps(rows[-1]), flush=True)
-            write(arguments.json, {**measured_on("cpu"), "seed": arguments.seed, "rows": rows})
+            write(
+                arguments.json,
+                {**measured_on("cpu"), "command": command(__file__), "seed": arguments.seed, "rows": rows},
+            )
     arguments.json.with_suffix(".md").write_text(table(rows))
 
 

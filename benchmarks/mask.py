@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from methods import prepare, world_of
-from world import write
+from world import command, write
 
 from fastvkd.data.demo_data import CHANCE
 from fastvkd.environment import measured_on
@@ -63,7 +63,7 @@ def main() -> None:
             rows = sorted([*rows, row], key=order)
             print(json.dumps({key: value for key, value in row.items() if key != "curve"}), flush=True)
             protocol = {"steps": STEPS, "every": EVERY, "batch": BATCH, "samples": SAMPLES, "band": BAND}
-            write(arguments.json, {**measured_on("cpu"), **protocol, "rows": rows})
+            write(arguments.json, {**measured_on("cpu"), "command": command(__file__), **protocol, "rows": rows})
     for folder in arguments.out.glob("process-*"):
         shutil.rmtree(folder)
     arguments.json.with_suffix(".md").write_text(table(rows))

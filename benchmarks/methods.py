@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from world import World, write
+from world import World, command, write
 
 from fastvkd.attacks.relearning import Attacker, area_under_curve, relearning_curve
 from fastvkd.data.demo_data import CHANCE
@@ -109,7 +109,16 @@ def main() -> None:
             rows = [r for r in rows if (r["seed"], r["method"], r["size"]) != (row["seed"], row["method"], row["size"])]
             rows.append(row)
             rows.sort(key=lambda r: (r["seed"], list(GRID).index(r["method"])))
-            write(arguments.json, {**measured_on("cpu"), "threads_a_job": 1, "jobs": arguments.jobs, "rows": rows})
+            write(
+                arguments.json,
+                {
+                    **measured_on("cpu"),
+                    "command": command(__file__),
+                    "threads_a_job": 1,
+                    "jobs": arguments.jobs,
+                    "rows": rows,
+                },
+            )
             print(json.dumps({k: v for k, v in row.items() if k not in ("points", "curves")}), flush=True)
     for folder in arguments.out.glob("process-*"):
         shutil.rmtree(folder)

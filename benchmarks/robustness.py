@@ -30,7 +30,7 @@ import torch
 from ablation import COMMON
 from methods import ATTACK_SAMPLES, ATTACK_SHARE, SAMPLES
 from torch import Tensor, nn
-from world import World, write
+from world import World, command, write
 
 from fastvkd.attacks.relearning import Attacker, area_under_curve, relearning_curve
 from fastvkd.demo.run import SIZES
@@ -106,12 +106,11 @@ def main() -> None:
             rows = [r for r in rows if (r["size"], r["seed"], r["variant"]) != (row["size"], seed, name)]
             rows = sorted([*rows, row], key=lambda r: (r["size"], list(VARIANTS).index(r["variant"]), r["seed"]))
             print(json.dumps({k: v for k, v in row.items() if k != "curves"}), flush=True)
-            write(arguments.json, {**measured_on("cpu"), **ABOUT, "rows": rows})
+            write(arguments.json, {**measured_on("cpu"), "command": command(__file__), **ABOUT, "rows": rows})
     arguments.json.with_suffix(".md").write_text(table(rows))
 
 
 ABOUT: dict[str, Any] = {
-    "command": "python benchmarks/robustness.py",
     "steps": STEPS,
     "samples": SAMPLES,
     "moment_batches": MOMENT_BATCHES,

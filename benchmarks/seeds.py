@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from world import write
+from world import command, write
 
 from fastvkd.demo.run import demo
 from fastvkd.environment import measured_on
@@ -33,7 +33,7 @@ def main() -> None:
             row[name] = {c: {k: f["accuracy"] for k, f in kinds.items()} for c, kinds in report[name].items()}
         rows.append(row)
         print(json.dumps(row), flush=True)
-        write(arguments.json, {**measured_on("cpu"), "rows": rows})
+        write(arguments.json, {**measured_on("cpu"), "command": command(__file__), "rows": rows})
     arguments.json.with_suffix(".md").write_text(table(rows))
 
 

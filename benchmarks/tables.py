@@ -1,4 +1,4 @@
-"""benchmarks/README.md, made from the figures in benchmarks/results, each of them measured and written by a script.
+"""benchmarks/README.md, made from the JSON files in benchmarks/results, each of them measured and written by a script.
 
 python benchmarks/tables.py            # write README.md
 python benchmarks/tables.py --check    # exit code 1 if README.md is not what the results say
@@ -15,9 +15,11 @@ HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
 INTRODUCTION = """# Benchmarks
 
-Made by `python benchmarks/tables.py` from the JSON files in `benchmarks/results`; do not edit. Every table says on what
-machine, when and by which command it was measured. **No figure here comes from a GPU yet**: on a machine with one,
-`python benchmarks/gpu_suite.py` measures the real shapes (7B, 13B) in at most nine minutes and writes the same tables.
+Made by `python benchmarks/tables.py` from the JSON files in `benchmarks/results`; do not edit. The tables are those of
+time and memory. Each says on what machine and when it was measured and, but for the kernels, by which command; the
+figures of quality are in files of their own, linked below. **No figure here comes from a GPU yet**: on a machine with
+one, `python benchmarks/gpu_suite.py` measures the real shapes (7B, 13B) in at most nine minutes and writes the same
+tables.
 
 | script | what it measures |
 |---|---|
@@ -73,6 +75,10 @@ def step_table(report: dict[str, Any]) -> list[str]:
         cells += [f"{row['peak_bytes'] / 1e6:.0f}", f"{row['max_loss_error']:.0e}", f"{row['max_grad_error']:.0e}"]
         rows.append(cells)
     lines += ["", *table(head, rows, left=2), ""]
+    lines.append(
+        "Speed-up: every step is taken once a round, and this is the median over rounds of the time of step (a) over "
+        "that of the step in the same round. It need not equal the ratio of the medians in the table."
+    )
     last = report["rows"][-1] if report["rows"] else None
     if last is not None:
         share = report["loss_ms_per_image"] / last["ms_per_image"]
@@ -85,7 +91,10 @@ def step_table(report: dict[str, Any]) -> list[str]:
 
 
 def kernels_table(report: dict[str, Any]) -> list[str]:
-    lines = [f"Copy ceiling {report['copy_gb_per_s']} GB/s; torch {report['torch']}, {report['device']}.", ""]
+    lines = [
+        f"Copy ceiling {report['copy_gb_per_s']} GB/s; torch {report['torch']}, {report['device']}; {report['date']}.",
+        "",
+    ]
     head = ["operation", "shape", "dtype", "implementation", "batch", "ms", "GB/s", "of copy"]
     rows = [
         [
@@ -101,12 +110,13 @@ def end_to_end_table(report: dict[str, Any]) -> list[str]:
     lines = origin(report)
     bar = report["bar"]
     lines.append(
-        f"Seed {report['seed']}, size {report['size']}. Bar: forget VQA within {bar['band']:.2f} of chance "
+        f"Seed {report['seed']}, size {report['size']}. Forgotten: forget VQA within {bar['band']:.2f} of chance "
         f"({bar['chance']:.2f}), asked of {bar['samples']} questions every few steps; asking is not counted as time. "
-        f"Times are medians of {report['repeats']} runs."
+        f"Kept: that, and retain VQA at least {bar['kept']:.0%} of the {100 * bar['vanilla_retain']:.1f} before. Times "
+        f"are medians of {report['repeats']} runs, of long ones a single run's."
     )
-    head = ["method", "settings", "s to the bar", "steps", "images", "retain there", "s in all", "ms/step", "peak MB"]
-    head += ["forget", "test", "retain", "real world"]
+    head = ["method", "settings", "s until forgotten", "steps", "images", "retain there", "s until kept", "steps"]
+    head += ["s in all", "ms/step", "peak MB", "forget", "test", "retain", "real world"]
     rows = []
     for row in report["rows"]:
         reached = row["reached"]
@@ -116,6 +126,8 @@ def end_to_end_table(report: dict[str, Any]) -> list[str]:
             cells += [f"{100 * reached['retain']:.1f}"]
         else:
             cells += ["-"] * 4
+        kept = row["kept"]
+        cells += [f"{kept['seconds']:.1f}", str(kept["step"])] if kept else ["-"] * 2
         cells += [f"{row['seconds']:.1f}", f"{row['ms_per_step']:.0f}", f"{row['peak_memory_bytes'] / 1e6:.0f}"]
         cells += [f"{100 * row['final'][cell]:.1f}" for cell in ("forget", "test", "retain", "realworld")]
         rows.append(cells)
@@ -145,6 +157,29 @@ def scaling_table(report: dict[str, Any]) -> list[str]:
     return [*origin(report), report["note"], "", *table(head, rows)]
 
 
+# Results whose Markdown their own scripts write: what is in it, and the command where the JSON does not name one.
+QUALITY = {
+    "seeds": ("the demo on three seeds", "python benchmarks/seeds.py"),
+    "methods": ("every method on three seeds", "python benchmarks/methods.py --seeds 0 1 2 --jobs 2"),
+    "mask": ("what MMUnlearner's mask helps", "python benchmarks/mask.py --seeds 0 1 2 --jobs 2"),
+    "ablation": ("site x target", "python benchmarks/ablation.py"),
+    "robustness": ("worst-case training, null space, masks, two sites", "python benchmarks/robustness.py"),
+}
+
+
+def quality_table(results: Path) -> list[str]:
+    """Links to the results of quality, with where they come from."""
+    rows = []
+    for name, (what, command) in QUALITY.items():
+        file = results / f"{name}.json"
+        if file.exists():
+            report = json.loads(file.read_text())
+            link = f"[results/{name}.md](results/{name}.md)"
+            versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+            rows.append([link, what, f"`{report.get('command', command)}`", report["device"], report["date"], versions])
+    return table(["table", "what", "command", "machine", "date", "versions"], rows, left=6) if rows else []
+
+
 SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], list[str]]], ...] = (
     ("step", "One training step", step_table),
     ("end_to_end", "A whole run", end_to_end_table),
@@ -164,6 +199,8 @@ def readme(results: Path = HERE / "results") -> str:
             lines += [f"## {title}", ""]
         for report in found:
             lines += [*make(report), ""]
+    if quality := quality_table(results):
+        lines += ["## Quality", "", "Read with [docs/method.md](../docs/method.md).", "", *quality]
     return "\n".join(lines).rstrip() + "\n"
 
 

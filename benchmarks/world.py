@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -95,6 +96,11 @@ class World:
             photos=self.prepared,
         )
         return {name: kinds["vqa"]["accuracy"] for name, kinds in figures.items()}
+
+
+def command(script: str) -> str:
+    """How this process was started, for the head of its results."""
+    return " ".join([f"python benchmarks/{Path(script).name}", *sys.argv[1:]])
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

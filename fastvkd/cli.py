@@ -1,5 +1,5 @@
-"""The command line: `fastvkd demo|train|eval|compare|attack|plan|export|data|env`. What a user can mend is one line
-and exit code 2."""
+"""The command line: `fastvkd demo|train|eval|compare|attack|steer|plan|export|data|env`. What a user can mend is one
+line and exit code 2."""
 
 import argparse
 import dataclasses
@@ -64,8 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--model", required=True, metavar="FOLDER")
     evaluate.add_argument("--data", required=True, metavar="DATA", help="folder, or hub id of a data set")
     evaluate.add_argument("--benchmark", help="mllmu, clear, umu or jsonl (default: recognised)")
-    evaluate.add_argument("--forget-split", default="forget_5")
-    evaluate.add_argument("--retain-split", default="retain_95")
+    evaluate.add_argument("--forget-split", help="default: the one that an exported model forgot, or forget_5")
+    evaluate.add_argument("--retain-split", help="default: the one that it kept, or retain_95")
     evaluate.add_argument("--mode", default="corrected", help="corrected (default) or paper")
     evaluate.add_argument("--batch-size", type=int, default=32)
     evaluate.add_argument("--max-samples", type=int, help="at most so many questions a cell and task")
@@ -74,8 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         "--reference-eval",
         type=Path,
         metavar="FOLDER",
-        help="--out of a model that never saw the forget set, for CLEAR's forget quality",
+        help="--out of a model that never saw the forget set, to measure the distance from it",
     )
+    evaluate.add_argument("--steering", type=Path, metavar="FILE", help="what `fastvkd steer` wrote, switched on")
     evaluate.add_argument("--local-files-only", action="store_true", help="take a hub id from the cache only")
     evaluate.add_argument("--device", default="auto")
     evaluate.add_argument("--bf16", action="store_true")
@@ -91,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     attack.add_argument("--model", required=True, metavar="FOLDER", help="the unlearned model")
     attack.add_argument("--before", metavar="FOLDER", help="the model before unlearning, to compare with")
     attack.add_argument("--gold", metavar="FOLDER", help="a model that never saw the forget set, the yardstick")
-    attack.add_argument("--data", required=True, metavar="FOLDER")
+    attack.add_argument("--steering", type=Path, metavar="FILE", help="of `fastvkd steer`, switched on in --model")
+    attack.add_argument("--data", required=True, metavar="DATA", help="folder, or hub id of a data set")
     attack.add_argument("--forget-split", help="default: the one that the exported model forgot, or forget_5")
     attack.add_argument("--retain-split", help="default: the one that it kept, or retain_95")
     attack.add_argument(
@@ -112,6 +114,21 @@ def _parser() -> argparse.ArgumentParser:
     attack.add_argument("--bf16", action="store_true")
     attack.add_argument("--out", type=Path, default=Path("out/attack"), help="folder of attacks.json, certificate.json")
     attack.set_defaults(run=_attack)
+
+    steer = commands.add_parser("steer", help="find a direction that suppresses at test time, without training")
+    steer.add_argument("--model", required=True, metavar="FOLDER")
+    steer.add_argument("--data", required=True, metavar="DATA", help="folder, or hub id of a data set")
+    steer.add_argument("--forget-split", default="forget_5")
+    steer.add_argument("--retain-split", default="retain_95")
+    steer.add_argument("--layers", type=int, nargs="+", required=True, help="LLM layers to steer, the first being 0")
+    steer.add_argument("--strength", type=float, default=1.0, help="multiple of the direction (default: %(default)s)")
+    steer.add_argument("--questions", type=int, default=256, help="of each side (default: %(default)s)")
+    steer.add_argument("--batch-size", type=int, default=16, help="questions at once (default: %(default)s)")
+    steer.add_argument("--seed", type=int, default=0)
+    steer.add_argument("--device", default="auto")
+    steer.add_argument("--bf16", action="store_true")
+    steer.add_argument("--out", type=Path, default=Path("out/steering.safetensors"), help="file (default: %(default)s)")
+    steer.set_defaults(run=_steer)
 
     plan = commands.add_parser("plan", help="FLOPs and memory of a run before anything is loaded")
     plan.add_argument("--config", type=Path, metavar="YAML")
@@ -226,6 +243,7 @@ def _eval(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             log_path=arguments.out / SAMPLES,
             reference_eval=arguments.reference_eval,
+            steering=arguments.steering,
             device=arguments.device,
             bf16=arguments.bf16,
             local_files_only=arguments.local_files_only,
@@ -275,6 +293,7 @@ def _attack(arguments: argparse.Namespace) -> int:
             kinds=arguments.kind,
             budget=budget,
             thresholds=thresholds,
+            steering=arguments.steering,
             seed=arguments.seed,
             device=arguments.device,
             bf16=arguments.bf16,
@@ -285,6 +304,28 @@ def _attack(arguments: argparse.Namespace) -> int:
     verdict = found["certificate"]["verdict"]
     print(f"Certificate: {verdict}; {arguments.out / 'certificate.json'}")
     return 1 if verdict == "failed" else 0
+
+
+def _steer(arguments: argparse.Namespace) -> int:
+    from fastvkd.unlearning.methods.steering import fit_to_folder
+
+    steering = fit_to_folder(
+        arguments.model,
+        arguments.data,
+        forget_split=arguments.forget_split,
+        retain_split=arguments.retain_split,
+        layers=arguments.layers,
+        strength=arguments.strength,
+        questions=arguments.questions,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        device=arguments.device,
+        bf16=arguments.bf16,
+    )
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    steering.save(arguments.out)
+    print(f"{arguments.out}: layers {', '.join(map(str, steering.directions))}; no weight was changed")
+    return 0
 
 
 def _plan(arguments: argparse.Namespace) -> int:

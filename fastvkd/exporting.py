@@ -30,6 +30,7 @@ from fastvkd.engines.checkpoints import (
 )
 from fastvkd.errors import ModelError, TrainingError, disk_is_full
 from fastvkd.models.lora import adapted, merged, merged_weight
+from fastvkd.settings import Settings
 
 RECORD = "unlearning.json"  # in an exported folder: which run made it
 _FICLONE = 0x40049409  # ioctl: let two files share their blocks until one of them is written
@@ -112,6 +113,13 @@ def read_record(model_folder: Path) -> dict[str, Any] | None:
     return record
 
 
+def splits_of(model_folder: Path, forget_split: str | None, retain_split: str | None) -> tuple[str, str]:
+    """The splits to judge a model by: those named, else those of the run it was exported from, else the defaults."""
+    record = read_record(model_folder)
+    made_by = Settings().to_dict() if record is None else record["settings"]
+    return forget_split or made_by["forget_split"], retain_split or made_by["retain_split"]
+
+
 def load_trained(model: nn.Module, checkpoint: Path) -> None:
     """Put a checkpoint's weights, adapters merged, into its base `model`, loaded whole or as far as they reach.
 
@@ -186,13 +194,13 @@ def _replace(file: Any, key: str, entry: dict[str, Any], data_start: int, traine
     original = _read(file, key, entry, data_start, shard)
     if trained.shape != original.shape:
         raise ModelError(f"{shard}: {key} has shape {entry['shape']}, the trained weight {list(trained.shape)}")
-    merged = trained.to(original.dtype)
-    if not torch.isfinite(merged).all():
+    stored = trained.to(original.dtype)
+    if not torch.isfinite(stored).all():
         raise ModelError(f"{key}: a trained value does not fit the base's {entry['dtype']}; was training stable?")
     # A run in bf16 from an fp16 base starts from rounded weights; whoever did not move gets its own bits back.
-    merged = torch.where(original.to(trained.dtype) == trained, original, merged)
+    stored = torch.where(original.to(trained.dtype) == trained, original, stored)
     file.seek(data_start + entry["data_offsets"][0])
-    file.write(merged.contiguous().view(torch.uint8).numpy().tobytes())
+    file.write(stored.contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def match_keys(live_names: list[str], disk_keys: set[str]) -> dict[str, str]:

@@ -264,7 +264,7 @@ def find_architecture(model_name_or_path: str) -> Architecture:
     """The architecture of a local model folder, or of a model whose facts ship with fastvkd (hub id or short name)."""
     folder = Path(model_name_or_path)
     if (folder / "config.json").is_file():
-        from fastvkd.models.loading import load_config  # late: it imports torch
+        from fastvkd.models.loading import load_config  # late: it imports transformers
 
         return architecture_of(load_config(folder).to_dict(), name=model_name_or_path)
     known: dict[str, Path] = {}

@@ -63,8 +63,8 @@ class Settings:
     retain_split: str = "retain_95"
     output_dir: str = "out/run"
 
-    # The objective: lambda_forget * L_f + lambda_retain * L_r (+ lambda_answer * L_a); see docs/method.md. Other methods
-    # than vkd see answers, not features: sites, targets, distance, views, auxiliary images and teacher are vkd's alone.
+    # The objective: lambda_forget * L_f + lambda_retain * L_r (+ lambda_answer * L_a); see docs/method.md. Methods
+    # other than vkd see no features: sites, targets, distance, views, auxiliary images and teacher are vkd's alone.
     method: Method = "vkd"
     sites: dict[str, float] = field(default_factory=lambda: {"projector": 1.0})  # site -> weight
     forget_target: ForgetTarget = "noise"

@@ -116,6 +116,15 @@ class TestImages:
         assert not (tmp_path / "out" / "results.json").exists()
 
 
+@pytest.mark.parametrize("option", ["--max-samples", "--batch-size"])
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_an_evaluation_of_nothing(world, tmp_path: Path, capsys, option: str, number: str) -> None:
+    out = tmp_path / "out"
+    command = ["eval", "--model", str(world.model), "--data", str(world.data), "--out", str(out), option, number]
+    assert f"{option.strip('-').replace('-', '_')}: {number}; at least 1" in refused(capsys, *command)
+    assert not out.exists()
+
+
 class TestData:
     @pytest.mark.parametrize("column", ["image", "ID", "Classification_Task"])
     def test_a_missing_column(self, world, tmp_path: Path, capsys, column: str) -> None:

@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration as Llava
 from fastvkd.engines.checkpoints import identify_base, save_checkpoint
 from fastvkd.engines.local import LocalEngine
 from fastvkd.errors import ModelError, TrainingError
-from fastvkd.exporting import copy_file, export, match_keys
+from fastvkd.exporting import copy_file, export, match_keys, read_record
 
 OLD = {"model.vision_tower.": "vision_tower.vision_model.", "model.multi_modal_projector.": "multi_modal_projector."}
 OLD |= {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
@@ -142,7 +142,11 @@ def test_all_other_files_come_along_but_stale_weights_do_not(tmp_path):
     assert done.left_out == ["pytorch_model.bin"]
     merged = {p.relative_to(tmp_path / "merged").as_posix() for p in (tmp_path / "merged").rglob("*") if p.is_file()}
     expected = {p.relative_to(base).as_posix() for p in base.rglob("*") if p.is_file()}
-    assert merged == expected - {"pytorch_model.bin"} | {"README.md"}
+    assert merged == expected - {"pytorch_model.bin"} | {"README.md", "unlearning.json"}
+    assert read_record(base) is None
+    record = read_record(tmp_path / "merged")
+    assert record is not None and record["updates"] == 1
+    assert record["base_model"]["fingerprint"] == identify_base(base).fingerprint
     assert (tmp_path / "merged" / "README.md").read_text() == "# card\n"
     assert not list(tmp_path.glob(".unfinished*"))
 

@@ -83,9 +83,10 @@ def membership_scores(answer: str, log_p: np.ndarray, normalised: np.ndarray) ->
     """Scores of one answer, higher for a likelier member.
 
     loss: mean log-probability (Yeom et al., arXiv 1709.01604). zlib: total log-probability per byte of the compressed
-    answer (Carlini et al., arXiv 2012.07805). min_k: mean of the lowest 20 % of token log-probabilities, at least one
-    (Shi et al., arXiv 2310.16789). min_k++: the same of values normalised over the vocabulary (Zhang et al., arXiv
-    2404.02936).
+    answer (Carlini et al., arXiv 2012.07805, who divide the mean: with answers of a few tokens, whose compressed sizes
+    hardly differ, that would be the first score again). min_k: mean of the lowest 20 % of token log-probabilities, at
+    least one (Shi et al., arXiv 2310.16789). min_k++: the same of values normalised over the vocabulary (Zhang et al.,
+    arXiv 2404.02936).
     """
     count = max(1, int(LOWEST * len(log_p)))
     return {

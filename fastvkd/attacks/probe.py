@@ -17,6 +17,7 @@ from fastvkd.data.records import Photo, Profile
 from fastvkd.models import families
 from fastvkd.models.visual_path import VisualPath, collate_images
 
+_SAME = 1e-6  # cosine similarities so close are one
 RIDGES = tuple(10.0**k for k in range(-3, 4))
 
 
@@ -83,7 +84,8 @@ def effective_rank(features_NH: Tensor) -> float:
 
 def prior_rank(train_NH: Tensor, labels_N: Tensor, held_MH: Tensor, truth_M: Tensor) -> float:
     """Mean reciprocal rank of the right entity among all, by cosine similarity of a held-out photo to the centroid of
-    each entity's other photos; 1 where it is always the nearest.
+    each entity's other photos; 1 where it is always the nearest. Entities as near as the right one share their ranks,
+    so features that tell nobody apart have chance's.
 
     In the spirit of Rank_e (arXiv 2503.18034), which measures the prior knowledge of a vision encoder by the rank of
     an entity. The paper ranks against text; a tower without a text encoder is ranked against its own photos here.
@@ -92,8 +94,10 @@ def prior_rank(train_NH: Tensor, labels_N: Tensor, held_MH: Tensor, truth_M: Ten
     centroids = torch.stack([train_NH[labels_N == c].mean(0) for c in range(int(labels_N.max()) + 1)]) - centre
     similarity = torch.nn.functional.cosine_similarity((held_MH - centre)[:, None], centroids[None], dim=-1)
     own = similarity.gather(1, truth_M[:, None])
-    rank = 1 + (similarity > own).sum(1)
-    return float((1 / rank.double()).mean())
+    nearer = (similarity > own + _SAME).sum(1)
+    tied = ((similarity - own).abs() <= _SAME).sum(1)  # the right one is among them
+    reciprocal = torch.cat([torch.zeros(1), 1 / torch.arange(1, len(centroids) + 1)]).double().cumsum(0)
+    return float(((reciprocal[nearer + tied] - reciprocal[nearer]) / tied).mean())
 
 
 class ProbeData:

@@ -6,6 +6,7 @@ its curve lies above gold's under the same budget: `relearning_gap`.
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
@@ -210,6 +211,23 @@ def relearn(
                     }
                 )
     return rows
+
+
+def hold_out(forget: Sequence[Profile]) -> tuple[list[Profile], list[Profile]]:
+    """The forget photos that an attacker holds, and those to judge by where the data have no others of these entities:
+    every third photo of an entity, from its second on. Unlike unseen photos those were trained on, and unlearnt."""
+    parts: tuple[list[Profile], list[Profile]] = [], []
+    seen: dict[str, int] = {}
+    for profile in forget:
+        photos: tuple[list[Photo], list[Photo]] = [], []
+        for photo in profile.photos:
+            place = seen.get(profile.entity, 0)
+            seen[profile.entity] = place + 1
+            photos[place % 3 == 1].append(photo)
+        for part, own in zip(parts, photos, strict=True):
+            if own:
+                part.append(dataclasses.replace(profile, photos=tuple(own)))
+    return parts
 
 
 def spread(rows: Sequence[tuple[Profile, Photo]], count: int, rng: np.random.Generator) -> list[tuple[Profile, Photo]]:

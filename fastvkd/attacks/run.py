@@ -1,6 +1,7 @@
 """All attacks on one set of models, and `fastvkd attack`: model folders in, attacks.json and certificate.json out."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +13,23 @@ from torch import nn
 from fastvkd.attacks import fewshot, images, membership, paraphrase, probe, quantize, reverse
 from fastvkd.attacks.asking import Examiner, ask_all, chance_of, choices_of, figures, plain_query
 from fastvkd.attacks.certificate import certificate, figures_of, mean_gaps, write_certificate
-from fastvkd.attacks.relearning import MEASURE_AT, SHARES, relearn
+from fastvkd.attacks.relearning import MEASURE_AT, SHARES, hold_out, relearn
 from fastvkd.data.records import Profile
 from fastvkd.data.sources import evaluation_cells
+from fastvkd.devices import pick_device
 from fastvkd.engines.checkpoints import identify_base, local_folder
 from fastvkd.errors import DataError, SettingsError
 from fastvkd.evaluation.inputs import PreparedPhotos
 from fastvkd.evaluation.protocol import evaluate_cells
-from fastvkd.exporting import read_record
+from fastvkd.exporting import read_record, splits_of
 from fastvkd.models.hashing import language_model_sha256
 from fastvkd.models.loading import load_model, load_processor
+from fastvkd.reporting.model_card import with_certificate
 from fastvkd.reporting.report import library_versions, write_atomically
 from fastvkd.settings import Certificate, Settings
-from fastvkd.unlearning.loop import pick_device
+from fastvkd.unlearning.methods.steering import attach, load_steering
+
+log = logging.getLogger("fastvkd")
 
 QUESTION_KINDS = ("paraphrase", "fewshot", "reverse", "images", "quantize")
 _EXAMPLES = 2000  # solved questions that few-shot prompts draw from
@@ -73,7 +78,7 @@ def attack(
     processor: Any,
     cells: Mapping[str, list[Profile]],
     *,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = ("all",),
     budget: Budget | None = None,
     seed: int = 0,
     prepared: PreparedPhotos | None = None,
@@ -82,33 +87,48 @@ def attack(
     """Run attacks on `models`: `unlearned`, and where they are at hand `vanilla` (before) and `gold`.
 
     `cells` as `evaluation_cells` gives them. Questions are about photos of forgotten people, known and unseen
-    together; relearning is judged on unseen ones alone.
+    together; relearning is judged on unseen ones alone, or where there are none on those that `hold_out` keeps from the
+    attacker.
 
     Returns, for the kinds that ran: "questions", a list of {"kind", "variant", "chance", "figures": {model:
-    {"accuracy", "ci95", "n"}}}; "relearning", the rows of `relearn`; "membership", {model: {set: {score: AUC}}};
-    "probe", {"sites": [...], "models": {model: {site: {group: figures}}}}.
+    {"accuracy", "ci95", "n"}}}; "relearning", the rows of `relearn`, and "relearning_judged_on", `unseen` or
+    `held out`; "membership", {model: {set: {score: AUC}}}; "probe", {"sites": [...], "models": {model: {site: {group:
+    figures}}}}.
 
-    Raises DataError where the data cannot serve a kind: no unseen photos for `relearn`, fewer than two forgotten
-    entities for `probe`, no multiple-choice question.
+    Raises DataError, before anything runs, where the data cannot serve a kind that is named: no second photo of anybody
+    for `relearn`, fewer than two forgotten entities for `probe`; `all` leaves those out. Also without any
+    multiple-choice question for the kinds that ask one.
     """
     budget = budget or Budget()
     prepared = prepared or PreparedPhotos(processor)
     wanted = parse_kinds(kinds)
     unseen = cells.get("test") or []
+    known, judged = (list(cells["forget"]), list(unseen)) if unseen else hold_out(cells["forget"])
+    data = probe.ProbeData(cells["forget"], unseen, cells["retain"], seed=seed) if "probe" in wanted else None
+    for kind, able, needs in (
+        (
+            "relearn",
+            bool(choices_of(judged, 1, seed)),
+            "unseen photos of the forgotten entities (Test_Set, or "
+            "test.jsonl), or several photos of one, which it is judged on",
+        ),
+        ("probe", data is not None and "forget" in data.groups, "at least two forgotten entities with two photos each"),
+    ):
+        if kind in wanted and not able:
+            if kind in kinds:
+                raise DataError(f"{kind}: the data hold no {needs}; add them or leave this kind out")
+            log.warning("%s is left out: the data hold no %s", kind, needs)
+            wanted.remove(kind)
     found: dict[str, Any] = {}
     if set(wanted) & set(QUESTION_KINDS):
         found["questions"] = _questions(models, processor, cells, wanted, budget, seed, prepared, progress)
     if "relearn" in wanted:
-        if not unseen:
-            raise DataError(
-                "relearn: the data hold no unseen photos of the forgotten entities (Test_Set, or test.jsonl), which "
-                "it is judged on; add them or leave this kind out"
-            )
+        found["relearning_judged_on"] = "unseen" if unseen else "held out"
         found["relearning"] = relearn(
             {name: model for name, model in models.items() if name != "vanilla"},
             processor,
-            cells["forget"],
-            unseen,
+            known,
+            judged,
             shares=budget.relearning_shares,
             seeds=budget.relearning_seeds,
             measure_at=budget.relearning_steps,
@@ -119,10 +139,10 @@ def attack(
             progress=lambda done, total: progress(done, total, "relearn"),
         )
     if "membership" in wanted:
-        known = choices_of(cells["forget"], budget.max_samples, seed)
-        sets = {"pairs": membership.pair_sets(known, seed)}
+        members = choices_of(cells["forget"], budget.max_samples, seed)
+        sets = {"pairs": membership.pair_sets(members, seed)}
         if unseen:
-            sets["photos"] = membership.photo_sets(known, choices_of(unseen, budget.max_samples, seed))
+            sets["photos"] = membership.photo_sets(members, choices_of(unseen, budget.max_samples, seed))
         sets = {name: both for name, both in sets.items() if all(both)}
         found["membership"] = {}
         for i, (name, model) in enumerate(models.items()):
@@ -130,10 +150,7 @@ def attack(
             found["membership"][name] = membership.membership(
                 model, processor, sets, seed=seed, batch_size=budget.batch_size
             )
-    if "probe" in wanted:
-        data = probe.ProbeData(cells["forget"], unseen, cells["retain"], seed=seed)
-        if "forget" not in data.groups:
-            raise DataError("probe: at least two forgotten entities with two photos each are needed; leave it out")
+    if "probe" in wanted and data is not None:
         sites = probe.every_site(next(iter(models.values())))
         by_model = {}
         for i, (name, model) in enumerate(models.items()):
@@ -200,6 +217,7 @@ def attack_run(
     *,
     out: Path,
     thresholds: Certificate | None = None,
+    steering: Path | None = None,
     forget_split: str | None = None,
     retain_split: str | None = None,
     kinds: Sequence[str] = ("all",),
@@ -213,22 +231,25 @@ def attack_run(
     `thresholds`, and write attacks.json and certificate.json into `out`.
 
     Thresholds, splits and the settings that the certificate states are those of the run that made the unlearned model,
-    as `export` noted them. Of another model the certificate states none (null); there `thresholds` and the splits
-    default to those of `Settings`.
+    as `export` noted them, and its folder gets the certificate too, with a section in its model card. Of another model
+    the certificate states no settings (null); there `thresholds` and the splits default to those of `Settings`.
+    `steering` is a file of `Steering.save`, switched on in the unlearned model, and no folder gets a certificate then.
 
     Returns what attacks.json holds: the result of `attack`, "evaluation" ({model: figures of `evaluate_cells` for
     multiple choice}) and "certificate". Raises FastVKDError.
     """
-    wanted = parse_kinds(kinds)
+    parse_kinds(kinds)  # refuses what is no kind before any model is loaded
     budget = (budget or Budget()).check()
     local = {name: local_folder(folder) for name, folder in folders.items()}
     record = read_record(local["unlearned"])
     made_by = record["settings"] if record is not None else Settings().to_dict()
-    cells = evaluation_cells(data, forget_split or made_by["forget_split"], retain_split or made_by["retain_split"])
+    cells = evaluation_cells(data, *splits_of(local["unlearned"], forget_split, retain_split))
     processor = load_processor(folders["unlearned"])
     prepared = PreparedPhotos(processor)
     where, dtype = pick_device(device), torch.bfloat16 if bf16 else torch.float32
     models = {name: load_model(folder, dtype=dtype, device=where) for name, folder in folders.items()}
+    if steering is not None:
+        attach(models["unlearned"], load_steering(steering))
     evaluation = {
         name: evaluate_cells(
             model,
@@ -244,7 +265,7 @@ def attack_run(
         for name, model in models.items()
     }
     found = attack(
-        models, processor, cells, kinds=wanted, budget=budget, seed=seed, prepared=prepared, progress=progress
+        models, processor, cells, kinds=kinds, budget=budget, seed=seed, prepared=prepared, progress=progress
     )
     digests = None
     if "vanilla" in local:
@@ -255,7 +276,7 @@ def attack_run(
     asked = choices_of(cells["forget"], None, seed)
     paper = certificate(
         forget=cells["forget"],
-        settings=made_by if record is not None else None,
+        settings=made_by if record is not None and steering is None else None,
         model_fingerprint=identify_base(local["unlearned"]).fingerprint,
         figures=figures_of(
             evaluation,
@@ -270,6 +291,11 @@ def attack_run(
     result = {**found, "evaluation": evaluation, "certificate": paper}
     write_atomically(out / "attacks.json", (json.dumps(result, indent=1) + "\n").encode())
     write_certificate(paper, out / "certificate.json")
+    if record is not None and steering is None:
+        write_certificate(paper, local["unlearned"] / "certificate.json")
+        card = local["unlearned"] / "README.md"
+        text = card.read_text("utf-8") if card.is_file() else ""
+        write_atomically(card, with_certificate(text, paper).encode())
     return result
 
 

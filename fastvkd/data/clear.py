@@ -52,6 +52,11 @@ def read_split(folder: tables.Folder, split: str) -> list[Profile]:
     return tables.strict(each_profile(folder, split))
 
 
+def training_split(folder: tables.Folder, split: str) -> list[Profile]:
+    """All rows of a split, whose captions and text questions are what both training and evaluation ask."""
+    return read_split(folder, split_name(folder, split))
+
+
 def training_sets(folder: tables.Folder, forget_split: str, retain_split: str) -> tuple[list[Profile], list[Profile]]:
     """Of both splits the photos with their captions, and the text questions of `<split>+tofu`, if it is there."""
     forget, retain = (split_name(folder, split) for split in (forget_split, retain_split))

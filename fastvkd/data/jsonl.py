@@ -50,6 +50,9 @@ def read_split(folder: str | os.PathLike[str], split: str) -> list[Profile]:
     return group(strict(each_profile(folder, split)))
 
 
+training_split = read_split  # own data are trained on with the questions that they are evaluated with
+
+
 def training_sets(
     folder: str | os.PathLike[str], forget_split: str, retain_split: str
 ) -> tuple[list[Profile], list[Profile]]:

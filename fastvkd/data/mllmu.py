@@ -4,6 +4,7 @@ One reader serves the public benchmark and the demo, because the demo is written
 is read (pyarrow, no pickles). `data.check` validates; this module refuses the first row it cannot understand.
 """
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from fastvkd.data.tables import kind_of, one_line, text_of
 from fastvkd.errors import DataError
 
 NAME, TITLE = "mllmu", "MLLMU-Bench schema"
-COLUMNS = frozenset({"Classification_Task", "Generation_Task", "Mask_Task"})  # by which the schema is recognised
+# by which the schema is recognised
+COLUMNS = frozenset({"Classification_Task", "Generation_Task", "Mask_Task", "metadata"})
 TEST_SPLIT, REALWORLD_SPLIT = "Test_Set", "Retain_Set"
 LETTERS = ("A", "B", "C", "D")
 
@@ -46,8 +48,16 @@ _AFTER_IMAGE = [
 MLLMU_SCHEMA = pa.schema([("image", _IMAGE), *_AFTER_IMAGE])
 MLLMU_TEST_SCHEMA = pa.schema([("images", pa.list_(_IMAGE)), *_AFTER_IMAGE])
 
-# `Directory` and `metadata` exist in some releases only, `question` and `answer` are not in all of them.
-_REQUIRED = ("ID", "Classification_Task", "Generation_Task", "Mask_Task")
+# `Directory` and `metadata` exist in some splits only, `question` and `answer` are not in all of them. A split with
+# `metadata` may be for training alone and lack the questions of the evaluation.
+_REQUIRED = (
+    "ID",
+    ("image", "images"),
+    ("Classification_Task", "metadata"),
+    ("Generation_Task", "metadata"),
+    ("Mask_Task", "metadata"),
+)
+_WANTED = ("biography", "metadata")
 _VISUAL, _TEXTUAL = "Image_Textual", "Pure_Text"
 
 
@@ -55,23 +65,34 @@ splits = tables.splits
 
 
 def each_profile(folder: tables.Folder, split: str) -> Iterator[Profile | DataError]:
-    """Every row of a split, in file order, images still encoded; a row that cannot be used comes as its error."""
-    return tables.each_profile(folder, split, profile_of_row, (("image", "images"), *_REQUIRED), ("biography",))
+    """Every row of a split with the questions of the evaluation, in file order, images still encoded; a row that
+    cannot be used comes as its error."""
+
+    def parse(row: tables.Row, source: str) -> Profile:
+        training_profile(row, source)  # checked too, so that a check of the data covers what training reads
+        return profile_of_row(row, source)
+
+    return tables.each_profile(folder, split, parse, _REQUIRED, _WANTED)
 
 
 def read_split(folder: tables.Folder, split: str) -> list[Profile]:
-    """All rows of a split, in file order, images still encoded.
+    """All rows of a split with the questions of the evaluation, in file order, images still encoded.
 
     Raises `DataError` naming file, row and column: unknown split, a file that is no parquet, a missing column, a
     question without text, an answer that is empty or no option, an image cell without bytes.
     """
-    return tables.strict(each_profile(folder, split))
+    return tables.strict(tables.each_profile(folder, split, profile_of_row, _REQUIRED, _WANTED))
+
+
+def training_split(folder: tables.Folder, split: str) -> list[Profile]:
+    """All rows of a split with the questions of training: see `training_profile`."""
+    return tables.strict(tables.each_profile(folder, split, training_profile, _REQUIRED, _WANTED))
 
 
 def training_sets(folder: tables.Folder, forget_split: str, retain_split: str) -> tuple[list[Profile], list[Profile]]:
-    """Both sides with the questions that the splits themselves carry; the column `metadata`, which training code
-    elsewhere reads, exists in one split only."""
-    return read_split(folder, forget_split), read_split(folder, retain_split)
+    """Both sides with the questions of training; as published that is what the splits themselves carry, since
+    `metadata` exists in `ft_Data` only."""
+    return training_split(folder, forget_split), training_split(folder, retain_split)
 
 
 def evaluation_cells(folder: tables.Folder, forget_split: str, retain_split: str) -> dict[str, list[Profile]]:
@@ -81,18 +102,41 @@ def evaluation_cells(folder: tables.Folder, forget_split: str, retain_split: str
     )
 
 
-def profile_of_row(row: dict[str, Any], source: str) -> Profile:
-    """One parquet row (as Python objects) -> `Profile`; `source` ('file:row') opens every message."""
-    if row["ID"] is None or str(row["ID"]).strip() == "":
-        raise DataError(f"{source}: column ID is empty; every row needs the id of its entity")
+def training_profile(row: tables.Row, source: str) -> Profile:
+    """One row -> a profile with its training questions: those of `metadata`, all about the photo as the published
+    training code has them, or those of the evaluation where the row has no `metadata`."""
+    metadata = row.get("metadata")
+    if metadata is None:
+        return profile_of_row(row, source)
+    visual = Questions(generation=_metadata_questions(metadata, source))
+    return _profile(row, source, _photos(row, source), visual, Questions())
+
+
+def _metadata_questions(metadata: Any, source: str) -> tuple[Open, ...]:
+    if isinstance(metadata, str):
+        try:
+            metadata = json.loads(metadata)
+        except ValueError as error:
+            raise DataError(f"{source}: column metadata is no JSON ({one_line(error)})") from error
+    asked = [(cell.get("Question"), cell.get("Answer")) for _, cell in _entries(metadata, source, "metadata")]
+    for position, texts in enumerate(asked):
+        if wrong := [text for text in texts if not isinstance(text, str | None)]:
+            raise DataError(f"{source}: metadata[{position}]: {kind_of(wrong[0])}; Question and Answer are texts")
+    # The published training code passes over what has no question or no answer.
+    return tuple(Open(question, answer) for question, answer in asked if question and answer)
+
+
+def profile_of_row(row: tables.Row, source: str) -> Profile:
+    """One row (as Python objects) -> a profile with its evaluation questions; `source` ('file:row') opens every
+    message. A column that is not there holds no question."""
     photos = _photos(row, source)
-    tasks = row["Classification_Task"]
+    tasks = row.get("Classification_Task", {})
     if not isinstance(tasks, dict):
         raise DataError(
             f"{source}: column Classification_Task is {kind_of(tasks)}; expected a struct with "
             "Image_Textual_Questions and Pure_Text_Questions"
         )
-    opens = {column: _open_questions(row[column], source, column) for column in ("Generation_Task", "Mask_Task")}
+    opens = {column: _open_questions(row.get(column), source, column) for column in ("Generation_Task", "Mask_Task")}
     visual, textual = (
         Questions(
             choice=_choice_questions(tasks.get(key), source, f"Classification_Task.{key}"),
@@ -101,6 +145,12 @@ def profile_of_row(row: dict[str, Any], source: str) -> Profile:
         )
         for wanted, key in ((_VISUAL, "Image_Textual_Questions"), (_TEXTUAL, "Pure_Text_Questions"))
     )
+    return _profile(row, source, photos, visual, textual)
+
+
+def _profile(row: tables.Row, source: str, photos: tuple[Photo, ...], visual: Questions, textual: Questions) -> Profile:
+    if row["ID"] is None or str(row["ID"]).strip() == "":
+        raise DataError(f"{source}: column ID is empty; every row needs the id of its entity")
     if not photos and (visual.choice or visual.generation or visual.cloze):
         raise DataError(f"{source}: questions about the image, but the row has no image; add it or drop the questions")
     return Profile(

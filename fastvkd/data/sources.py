@@ -22,6 +22,7 @@ class Reader(Protocol):
     def TITLE(self) -> str: ...
     def splits(self, folder: tables.Folder) -> list[str]: ...
     def each_profile(self, folder: tables.Folder, split: str) -> Iterator[Profile | DataError]: ...
+    def training_split(self, folder: tables.Folder, split: str) -> list[Profile]: ...
     def training_sets(
         self, folder: tables.Folder, forget_split: str, retain_split: str
     ) -> tuple[list[Profile], list[Profile]]: ...
@@ -83,12 +84,31 @@ def read_forget_retain(data: str, forget_split: str, retain_split: str) -> tuple
 
 
 def read_split(data: str, split: str) -> list[Profile]:
-    """The profiles of one split of a folder or hub id. Raises DataError where it has no image."""
+    """The profiles of one split of a folder or hub id, with the questions that are trained on.
+
+    `ft_Data-forget_5`, two splits joined by a hyphen, is the first without the people of the second: those of its
+    entities and of its photos. Raises DataError where there is no image, or nobody of the second is in the first.
+    """
     folder = data_folder(data)
-    profiles = tables.strict(recognise(folder).each_profile(folder, split))
+    reader = recognise(folder)
+    whole, _, left_out = (split, "", "") if split in reader.splits(folder) else split.partition("-")
+    profiles = reader.training_split(folder, whole)
+    if left_out:
+        profiles = _without(profiles, reader.training_split(folder, left_out), f"{folder}: finetune_split={split}")
     if not any(profile.photos for profile in profiles):
         raise DataError(f"{folder / split}: holds no image; name another split with finetune_split")
     return profiles
+
+
+def _without(profiles: list[Profile], others: list[Profile], place: str) -> list[Profile]:
+    images = {content_hash(photo.data) for profile in others for photo in profile.photos}
+    entities = {profile.entity for profile in others}
+    # A photo of somebody tells who the entity is where the two splits number people differently.
+    entities |= {one.entity for one in profiles if images & {content_hash(photo.data) for photo in one.photos}}
+    kept = [profile for profile in profiles if profile.entity not in entities]
+    if len(kept) == len(profiles):
+        raise DataError(f"{place}: the two splits have nobody in common, neither by entity nor by photo")
+    return kept
 
 
 def evaluation_cells(

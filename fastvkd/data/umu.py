@@ -39,10 +39,14 @@ def read_split(folder: tables.Folder, split: str) -> list[Profile]:
     return tables.strict(_each(folder, split, profile_of_row))
 
 
+def training_split(folder: tables.Folder, split: str) -> list[Profile]:
+    """All rows with the questions of training, `MM_QA` and `UM_QA`, as generation questions."""
+    return tables.strict(_each(folder, split, training_profile))
+
+
 def training_sets(folder: tables.Folder, forget_split: str, retain_split: str) -> tuple[list[Profile], list[Profile]]:
-    """Both sides with the questions of training, `MM_QA` and `UM_QA`, as generation questions."""
-    forget, retain = (tables.strict(_each(folder, split, training_profile)) for split in (forget_split, retain_split))
-    return forget, retain
+    """Both sides with the questions of training."""
+    return training_split(folder, forget_split), training_split(folder, retain_split)
 
 
 def evaluation_cells(folder: tables.Folder, forget_split: str, retain_split: str) -> dict[str, list[Profile]]:
@@ -133,12 +137,13 @@ def _choice(item: dict[str, Any], pair: str, place: str) -> Choice:
     if not isinstance(given, dict) or len(given) < 2:
         raise DataError(f"{place}: options is {kind_of(given)}; expected a dict of two or more letters")
     options = {str(letter): text_of(given, letter, place) for letter in sorted(given)}
-    letter = answer.split(".")[0].strip()  # 'B', 'B.' or 'B. Rome'
+    letter = answer
     if letter not in options:
         named = [key for key, option in options.items() if option.strip() == answer]
-        if len(named) != 1:
-            raise DataError(f"{place}: answer {answer!r} is no option; options: {options}")
-        letter = named[0]
+        # An option's text comes before 'B.' or 'B. Rome': D. H. Lawrence is not the fourth option.
+        letter = named[0] if named else answer.split(".")[0].strip()
+        if letter not in options or len(named) > 1:
+            raise DataError(f"{place}: answer {answer!r} is no option, or several; options: {options}")
     return Choice(question, options, letter, pair)
 
 

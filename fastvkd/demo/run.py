@@ -26,6 +26,7 @@ from fastvkd.demo import model as demo_model
 from fastvkd.demo import pretraining
 from fastvkd.demo.model import Shape, build_model, build_processor
 from fastvkd.demo.pretraining import Schedule, train_vanilla
+from fastvkd.devices import peak_memory_bytes
 from fastvkd.engines.checkpoints import identify_base
 from fastvkd.errors import SettingsError
 from fastvkd.evaluation import cloze, wording
@@ -39,7 +40,7 @@ from fastvkd.progress import Progress
 from fastvkd.reporting import build_report, model_card, write_html, write_report
 from fastvkd.reporting.report import library_versions
 from fastvkd.settings import load_settings, parse_override
-from fastvkd.unlearning.loop import Unlearned, peak_memory_bytes, unlearn
+from fastvkd.unlearning.loop import Unlearned, unlearn
 
 
 @dataclass(frozen=True)

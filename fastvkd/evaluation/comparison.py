@@ -10,7 +10,7 @@ from fastvkd.errors import DataError, SettingsError
 
 FORMATS = ("text", "json", "latex")
 _SETS = ("forget", "test", "retain", "realworld", "forget_faces", "retain_faces", "real_faces", "real_world")
-# How the table calls the figures of a cell, in its order.
+# How the table calls the figures of a cell, in its order; and those that only `json` holds, to keep it short.
 _FIGURES = {
     "accuracy": "acc",
     "rouge_l": "R-L",
@@ -18,6 +18,7 @@ _FIGURES = {
     "prob": "prob",
     "truth_ratio": "TR",
 }
+_JSON_ONLY = {"rouge_1": "R-1", "rouge_2": "R-2", "rouge_l_recall": "R-L recall", "bleu": "BLEU"}
 _KINDS = {"vqa": "VQA", "qa": "QA"}
 _INTERVALS = {"accuracy": "ci95"}
 
@@ -73,7 +74,7 @@ def _row(name: str, measured: str, cells: Mapping[str, Any], summary: Mapping[st
 
     for cell in (*(one for one in _SETS if one in cells), *(one for one in cells if one not in _SETS)):
         for kind, title in _KINDS.items():
-            for figure, short in _FIGURES.items():
+            for figure, short in (_FIGURES | _JSON_ONLY).items():
                 add(f"{cell} {title} {short}", cells[cell].get(kind, {}), figure)
     for key, value in summary.items():
         if isinstance(value, dict):  # joint figures of a set
@@ -87,7 +88,8 @@ def _row(name: str, measured: str, cells: Mapping[str, Any], summary: Mapping[st
 
 def table(rows: Sequence[Row], format: str) -> str:
     """Figures down and runs across, as `text` or `latex` (a `tabular` of booktabs) with three decimals and the 95 %
-    interval where there is one; or as `json` with all digits. Fractions are given as such, not in per cent.
+    interval where there is one; or as `json` with all digits, and also ROUGE-1, ROUGE-2, recall of ROUGE-L and BLEU.
+    Fractions are given as such, not in per cent.
 
     Raises `SettingsError` for another format.
     """
@@ -95,7 +97,8 @@ def table(rows: Sequence[Row], format: str) -> str:
         raise SettingsError(f"format: unknown value {format!r}; allowed: {', '.join(FORMATS)}")
     if format == "json":
         return json.dumps([vars(row) for row in rows], indent=1)
-    titles = dict.fromkeys(title for row in rows for title in row.figures)
+    hidden = tuple(f" {kind} {short}" for kind in _KINDS.values() for short in _JSON_ONLY.values())
+    titles = dict.fromkeys(title for row in rows for title in row.figures if not title.endswith(hidden))
     lines = [["", *(row.name for row in rows)], ["measured", *(row.measured for row in rows)]]
     lines += [[title, *(_cell(row, title) for row in rows)] for title in titles]
     if format == "latex":

@@ -212,6 +212,16 @@ def token_ids(processor: Any, texts: Sequence[str]) -> list[list[int]]:
     return processor.tokenizer(list(texts), add_special_tokens=adds_special_tokens(processor, texts[0]))["input_ids"]
 
 
+def answer_lengths(processor: Any, prompts: Sequence[str], texts: Sequence[str]) -> list[int]:
+    """Tokens of each answer, where `texts` are the `prompts` with answers: those after what both have in common.
+
+    An answer is never counted alone: a tokenizer may merge across the border (the answer then has the tokens that it
+    changed), and Llama's puts a mark before the first word of whatever it is given.
+    """
+    pairs = zip(token_ids(processor, prompts), token_ids(processor, texts), strict=True)
+    return [len(whole) - common_prefix(prompt, whole) for prompt, whole in pairs]
+
+
 def processor_inputs(
     processor: Any, queries: Sequence[Query], answers: Sequence[str] | None, device: torch.device
 ) -> dict[str, Tensor]:

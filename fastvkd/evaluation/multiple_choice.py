@@ -18,6 +18,7 @@ from fastvkd.evaluation.inputs import (
     Query,
     Tick,
     Tokens,
+    answer_lengths,
     common_prefix,
     evaluating,
     processor_inputs,
@@ -108,7 +109,8 @@ def score_options(
     `tick` gets the number of finished questions after every batch."""
     rows = [(q, o) for q, texts in enumerate(options) for o in range(len(texts))]
     answers = [options[q][o] for q, o in rows]
-    lengths = _answer_lengths(processor, [queries[q].prompt for q, _ in rows], answers)
+    prompts = [queries[q].prompt for q, _ in rows]
+    lengths = answer_lengths(processor, prompts, [with_answer(p, a) for p, a in zip(prompts, answers, strict=True)])
     rows_by_length = sorted(range(len(rows)), key=lambda row: len(queries[rows[row][0]].prompt) + len(answers[row]))
     totals = [0.0] * len(rows)
     left = [len(texts) for texts in options]
@@ -137,14 +139,6 @@ def score_options(
             if tick is not None:
                 tick(len({rows[row][0] for row in part if left[rows[row][0]] == 0}))
     return _collect(options, {row: (totals[i], lengths[i]) for i, row in enumerate(rows)})
-
-
-def _answer_lengths(processor: Any, prompts: Sequence[str], answers: Sequence[str]) -> list[int]:
-    """Tokens of each answer: those after what prompt and prompt-with-answer have in common. (A tokenizer may merge
-    across the border; the answer then has the tokens that it changed.)"""
-    alone = token_ids(processor, prompts)
-    joint = token_ids(processor, [with_answer(p, a) for p, a in zip(prompts, answers, strict=True)])
-    return [len(full) - common_prefix(prompt, full) for prompt, full in zip(alone, joint, strict=True)]
 
 
 def score_options_packed(

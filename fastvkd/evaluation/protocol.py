@@ -88,24 +88,24 @@ def evaluate_cells(
     answers.
 
     `max_samples` draws at most that many questions per cell, kind and task, seeded and the same for every model; of
-    questions that exist in both kinds (`pair`) the same ones are drawn. Text questions that several rows of an entity
-    repeat are asked once. `log_path` gets one JSON line per question, with the raw output or the score of every option.
-    With a `fingerprint` of the model (and whatever else shaped it), cells that the log already holds for the same
+    questions that exist in both kinds (`pair`) the same ones are drawn. Questions of the task `truth` without a wrong
+    answer to compare with are left out. Text questions that several rows of an entity repeat are asked once. `log_path`
+    gets one JSON line per question, with the raw output or the score of every option. With a `fingerprint` of the model
+    (and of whatever else shapes its answers: dtype, processor), cells that the log already holds for the same
     fingerprint, settings and questions are taken from there; without one the log is written anew. `collect` gets every
     sample as it stands in the log, those of kept cells too. `progress(done, total, what)` is called after every batch.
     `photos` keeps decoded photos across calls. `fast` forces or forbids the embedding path; None chooses it where the
     family allows.
 
-    Raises `SettingsError` for an unknown benchmark, mode, task or kind, and `DataError` for a photo that cannot be
-    decoded or a log that cannot be written.
+    Raises `SettingsError` for an unknown benchmark, mode, task or kind or a number below 1, and `DataError` for a photo
+    that cannot be decoded or a log that cannot be written.
     """
     names = (("benchmark", [benchmark], tuple(BENCHMARKS)), ("mode", [mode], MODES))
     for name, values, allowed in (*names, ("tasks", tasks, TASKS), ("kinds", kinds, KINDS)):
         for value in values:
             if value not in allowed:
                 raise SettingsError(f"{name}: unknown value {value!r}; allowed: {', '.join(allowed)}")
-    if batch_size < 1:
-        raise SettingsError(f"batch_size: {batch_size}; at least 1 is needed")
+    check_counts(batch_size=batch_size, max_samples=max_samples)
     plan = {
         (cell, kind): {
             task: _subsample(items, max_samples, seed, f"{cell}/{kind}/{task}", f"{cell}/{task}")
@@ -166,6 +166,13 @@ def evaluate_cells(
         if collect is not None:
             collect += samples
     return results
+
+
+def check_counts(*, batch_size: int, max_samples: int | None) -> None:
+    """Raise `SettingsError` for a number that leaves nothing to ask."""
+    for name, value in (("batch_size", batch_size), ("max_samples", max_samples)):
+        if value is not None and value < 1:
+            raise SettingsError(f"{name}: {value}; at least 1 is needed")
 
 
 class _Runner:
@@ -316,6 +323,8 @@ def _items(profiles: list[Profile], kind: str, task: str) -> list[_Item]:
     asked: set[tuple[Any, ...]] = set()
     for profile in profiles:
         questions = getattr(profile.visual if kind == "vqa" else profile.textual, task)
+        if task == "truth":  # the mean over no wrong answers is not a number
+            questions = tuple(question for question in questions if question.perturbed)
         if kind == "vqa":
             items += [
                 _Item(profile.entity, profile.source, question, (photo,))

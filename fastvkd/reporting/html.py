@@ -18,11 +18,11 @@ from fastvkd.reporting.attacks import (
     questions_section,
 )
 from fastvkd.reporting.report import (
-    CHANCE_BAND,
-    KEPT_VISUAL,
+    chance_band,
     criteria,
     headline,
     headline_sentence,
+    kept_visual,
     measured_cells,
     percent,
     percent_change,
@@ -83,7 +83,7 @@ def render(
         _gallery(examples),
         _tables(report),
         _trade_off(report),
-        _training(training_log),
+        _training(training_log, report["settings"]),
         _relearning(report),
         questions_section(report),
         membership_section(report),
@@ -406,7 +406,8 @@ def _trade_off(report: Mapping[str, Any]) -> str:
     for other in report.get("comparison", []):
         marks.append(svg.Point(other["name"], other["forget"], other["retain"], "grey", "square"))
     chance = report["chance"]
-    goal = (chance - CHANCE_BAND, chance + CHANCE_BAND, KEPT_VISUAL * report["vanilla"]["retain"]["vqa"]["accuracy"])
+    band, share = chance_band(report), kept_visual(report)
+    goal = (chance - band, chance + band, share * report["vanilla"]["retain"]["vqa"]["accuracy"])
     description = "Forgotten against retained visual accuracy: " + "; ".join(
         f"{p.label} {points(p.x)}% and {points(p.y)}%" for p in marks
     )
@@ -431,7 +432,7 @@ def _trade_off(report: Mapping[str, Any]) -> str:
         "chance, and loses no height: guessing about the forgotten people, unchanged about the rest.</p>"
         f"<figure>{charts}<figcaption>Accuracy of multiple-choice questions with a photo (known photos of the "
         "forgotten people). Lines through a point: 95 % intervals. "
-        f"Shaded: within {100 * CHANCE_BAND:.0f} points of chance, and at least {100 * KEPT_VISUAL:.0f} % of the "
+        f"Shaded: within {100 * band:.3g} points of chance, and at least {100 * share:.3g} % of the "
         f"retained accuracy before.{more}</figcaption></figure></section>\n"
     )
 
@@ -450,7 +451,19 @@ def _column(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, fl
     return found
 
 
-def _training(rows: Sequence[Mapping[str, Any]]) -> str:
+# What the forget term does, by `forget_target`, completing "The forget term ...".
+FORGET_TERMS = {
+    "noise": "pulls the features of forgotten people towards those of a noise image",
+    "mean": "pulls the features of forgotten people towards the mean of the retained people's",
+    "redirect": "pulls the features of forgotten people towards those of other, retained people",
+    "reference": "pulls the features of forgotten people towards those that a second model sees",
+    "repel": "pushes the features of forgotten people away from where they were",
+    "saturate": "drives the projector's hidden units below zero at photos of forgotten people, so that nothing of "
+    "them passes",
+}
+
+
+def _training(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
     keys = ["loss", *sorted({key for row in rows for key in row if key.startswith("loss_")})]
     losses = []
     for key in keys:
@@ -493,11 +506,17 @@ def _training(rows: Sequence[Mapping[str, Any]]) -> str:
     plots = "".join(f"<figure><h3>{title}</h3>{chart}</figure>" for title, chart in figures)
     binned = any(s.band for s in losses)
     how = " Lines are means of neighbouring steps, bands run from the lowest to the highest of them." if binned else ""
-    return (
-        "<section><h2>How it trained</h2><p>The forget term pulls the features of forgotten people towards their "
-        f"target, the retain term holds everybody else's where they were.{how}</p>"
-        f'<div class="plots">{plots}</div></section>\n'
-    )
+    return f'<section><h2>How it trained</h2><p>{_terms(settings)}{how}</p><div class="plots">{plots}</div></section>\n'
+
+
+def _terms(settings: Mapping[str, Any]) -> str:
+    """What the terms of the objective do, in a sentence."""
+    if settings.get("method", "vkd") != "vkd":
+        return (
+            "The forget term is on the answers about forgotten people, the retain term on those about everybody else."
+        )
+    forget = FORGET_TERMS.get(settings.get("forget_target", "noise"), "moves the features of forgotten people")
+    return f"The forget term {forget}; the retain term holds everybody else's features where they were."
 
 
 def relearning_sentence(report: Mapping[str, Any]) -> str:

@@ -12,6 +12,10 @@ from fastvkd.reporting.attacks import attacks_sentence, certificate_sentence, fi
 from fastvkd.reporting.html import SET_NAMES, TEXT_SET_NAMES, duration, flatten, limits, relearning_sentence
 from fastvkd.reporting.report import criteria, headline_sentence, measured_cells, percent, read_report
 
+_UNJUDGED = (
+    "**Nobody has evaluated this model yet**: run `fastvkd eval` and `fastvkd attack` on it before you rely on it."
+)
+
 
 def _markdown(text: Any) -> str:
     """Text that Markdown and HTML show as it stands, on one line."""
@@ -59,8 +63,7 @@ def run_card(run: Path) -> str:
     lines += [
         f"# {_markdown(str(settings['model_name_or_path']).rstrip('/').rsplit('/', 1)[-1])}, unlearned",
         "",
-        _made_by(settings, manifest["updates"]) + " **Nobody has evaluated this model yet**: run",
-        "`fastvkd eval` on it before you rely on it.",
+        f"{_made_by(settings, manifest['updates'])} {_UNJUDGED}",
         "",
     ]
     metrics = checkpoint.parent / "metrics.jsonl"
@@ -75,14 +78,17 @@ def run_card(run: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _certificate_lines(report: Mapping[str, Any]) -> list[str]:
-    """The section on the certificate and the strongest attack; nothing where the report has neither."""
-    paper = report.get("certificate")
-    lines = [f"\n{_markdown(attacks_sentence(report))}"] if attacks_sentence(report) else []
-    if not paper:
-        return lines
+def with_certificate(card: str, paper: Mapping[str, Any]) -> str:
+    """A model card with the section on a certificate (content of certificate.json), in place of an older one."""
+    section = "\n".join(_certificate_lines(paper))
+    card = card.replace(_UNJUDGED, "It was attacked, and judged by the certificate below.")
+    card = re.sub(r"\n## Certificate: .*?(?=\n## |\Z)", "", card, flags=re.DOTALL)
+    return f"{card.rstrip()}\n{section}\n"
+
+
+def _certificate_lines(paper: Mapping[str, Any]) -> list[str]:
     forgotten = paper["forgotten"]
-    lines += [
+    lines = [
         "",
         f"## Certificate: {paper['verdict']}",
         "",
@@ -152,7 +158,10 @@ def model_card(report: Mapping[str, Any]) -> str:
     if attack:
         lines += ["", f"Relearning attack, accuracy on unseen photos of forgotten people: {attack}"]
 
-    lines += _certificate_lines(report)
+    if attacks_sentence(report):
+        lines += ["", _markdown(attacks_sentence(report))]
+    if report.get("certificate"):
+        lines += _certificate_lines(report["certificate"])
     parameters = report["parameters"]
     lines += [
         "",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvkd.errors import DataError, TrainingError, disk_is_full
+from fastvkd.settings import Certificate
 
 SCHEMA_VERSION = 2
 SETS = ("forget", "test", "retain", "realworld")
@@ -37,11 +38,6 @@ REQUIRED_KEYS = (
     "relearning",
 )
 OPTIONAL_KEYS = ("gold", "comparison", "hardware", "notes", "relearning_auc", "attacks", "certificate")
-
-# The bar a run is held to. Below chance counts as much as above: a model that avoids the right answer still knows it.
-CHANCE_BAND = 0.10
-KEPT_VISUAL = 0.95
-KEPT_TEXT = 0.98
 
 
 def build_report(
@@ -554,9 +550,56 @@ def _accuracy(report: Mapping[str, Any], model: str, name: str, kind: str = "vqa
     return float(report[model][name][kind]["accuracy"])
 
 
+def thresholds(report: Mapping[str, Any]) -> Certificate:
+    """The bar that the run was held to: its `certificate` settings, null where a check was left out."""
+    given = report["settings"].get("certificate")
+    return Certificate(**{key: given[key] for key in vars(Certificate()) if key in given} if given else {})
+
+
+def _threshold(report: Mapping[str, Any], key: str) -> float:
+    """The default where the run left that check out: words and pictures need one."""
+    given = getattr(thresholds(report), key)
+    return float(getattr(Certificate(), key) if given is None else given)
+
+
+def chance_band(report: Mapping[str, Any]) -> float:
+    """How far off chance counts as forgotten, below as much as above: a model that avoids the right answer still knows
+    it."""
+    return _threshold(report, "chance_band")
+
+
+def kept_visual(report: Mapping[str, Any]) -> float:
+    """The share of its visual accuracy that a model is to keep."""
+    return _threshold(report, "kept_visual")
+
+
+# The tolerance keeps 0.35 - 0.25 from counting as more than 0.10.
+_TOLERANCE = 1e-9
+
+
 def _near_chance(report: Mapping[str, Any], name: str) -> bool:
-    # The tolerance keeps 0.35 - 0.25 from counting as more than 0.10.
-    return abs(_accuracy(report, "unlearned", name) - report["chance"]) <= CHANCE_BAND + 1e-9
+    return abs(_accuracy(report, "unlearned", name) - report["chance"]) <= chance_band(report) + _TOLERANCE
+
+
+def _keeps(report: Mapping[str, Any], name: str) -> bool:
+    before, after = (_accuracy(report, model, name) for model in ("vanilla", "unlearned"))
+    return after >= kept_visual(report) * before - _TOLERANCE
+
+
+def _worst_text(report: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Accuracy before and after of the text questions of the set that lost most, so that a loss in one small set cannot
+    hide in the mean; None if none was asked."""
+    pairs = [
+        (_accuracy(report, "vanilla", name, "qa"), _accuracy(report, "unlearned", name, "qa"))
+        for name, kind in measured_cells(report)
+        if kind == "qa"
+    ]
+    return min(pairs, key=lambda pair: pair[1] / pair[0] if pair[0] else 1.0) if pairs else None
+
+
+def _keeps_text(report: Mapping[str, Any]) -> bool:
+    worst = _worst_text(report)
+    return worst is None or worst[1] >= _threshold(report, "kept_text") * worst[0] - _TOLERANCE
 
 
 def _tenths(fraction: float) -> str:
@@ -564,46 +607,44 @@ def _tenths(fraction: float) -> str:
 
 
 def criteria(report: Mapping[str, Any]) -> list[Criterion]:
-    """What is asked of the unlearned model, and whether it was met; only for the cells that were measured."""
+    """What is asked of the unlearned model, and whether it was met; only for the cells that were measured, and without
+    the checks that the run's `certificate` settings leave out."""
     cells = measured_cells(report)
-    chance = report["chance"]
-    low, high = percent(max(0.0, chance - CHANCE_BAND)), percent(min(1.0, chance + CHANCE_BAND))
+    bar, chance = thresholds(report), report["chance"]
     result = []
-    for name, label in (("forget", "Forgotten people, known photos"), ("test", "Forgotten people, unseen photos")):
-        if (name, "vqa") in cells:
-            found = _tenths(_accuracy(report, "unlearned", name))
-            result.append(Criterion(label, found, f"{low} to {high} (chance)", _near_chance(report, name)))
-    for name, label in (("retain", "Retained people"), ("realworld", "Real world")):
-        if (name, "vqa") in cells:
-            before, after = (_accuracy(report, model, name) for model in ("vanilla", "unlearned"))
-            asked = f"at least {_tenths(KEPT_VISUAL * before)}"
-            result.append(Criterion(label, _tenths(after), asked, after >= KEPT_VISUAL * before - 1e-9))
-    kept = {
-        name: (_accuracy(report, "unlearned", name, "qa"), _accuracy(report, "vanilla", name, "qa"))
-        for name, kind in cells
-        if kind == "qa"
-    }
-    if kept:
-        # The set that lost most, so that a loss in one small set cannot hide in the mean.
-        after, before = min(kept.values(), key=lambda pair: pair[0] / pair[1] if pair[1] else 1.0)
-        asked = f"at least {_tenths(KEPT_TEXT * before)}"
-        result.append(Criterion("Text, worst set", _tenths(after), asked, after >= KEPT_TEXT * before - 1e-9))
-    digest = report["language_model_sha256"]
-    same = digest["before"] == digest["after"]
-    result.append(Criterion("Language model", "unchanged" if same else "changed", "unchanged, bit by bit", same))
+    if bar.chance_band is not None:
+        low, high = percent(max(0.0, chance - bar.chance_band)), percent(min(1.0, chance + bar.chance_band))
+        for name, label in (("forget", "Forgotten people, known photos"), ("test", "Forgotten people, unseen photos")):
+            if (name, "vqa") in cells:
+                found = _tenths(_accuracy(report, "unlearned", name))
+                result.append(Criterion(label, found, f"{low} to {high} (chance)", _near_chance(report, name)))
+    if bar.kept_visual is not None:
+        for name, label in (("retain", "Retained people"), ("realworld", "Real world")):
+            if (name, "vqa") in cells:
+                before, after = (_accuracy(report, model, name) for model in ("vanilla", "unlearned"))
+                asked = f"at least {_tenths(bar.kept_visual * before)}"
+                result.append(Criterion(label, _tenths(after), asked, _keeps(report, name)))
+    worst = _worst_text(report)
+    if bar.kept_text is not None and worst is not None:
+        before, after = worst
+        asked = f"at least {_tenths(bar.kept_text * before)}"
+        result.append(Criterion("Text, worst set", _tenths(after), asked, _keeps_text(report)))
+    if bar.language_model_unchanged:
+        digest = report["language_model_sha256"]
+        same = digest["before"] == digest["after"]
+        result.append(Criterion("Language model", "unchanged" if same else "changed", "unchanged, bit by bit", same))
     return result
 
 
 def headline(report: Mapping[str, Any]) -> list[Clause]:
     """The verdict as clauses about forgetting, keeping and text; `headline_sentence` joins them."""
-    met = {criterion.name: criterion.met for criterion in criteria(report)}
-    chance = report["chance"]
+    chance, band = report["chance"], chance_band(report)
     before, after = _accuracy(report, "vanilla", "forget"), _accuracy(report, "unlearned", "forget")
     figures = f"{percent_change(before, after)} right, chance {percent(chance)}"
     has_test = ("test", "vqa") in measured_cells(report)
-    if before <= chance + CHANCE_BAND:
+    if before <= chance + band:
         text = "hardly knew the people to be forgotten in the first place"
-    elif after < chance - CHANCE_BAND - 1e-9:
+    elif after < chance - band - _TOLERANCE:
         text = "avoids the right answer about the forgotten people, which still gives them away"
     elif _near_chance(report, "forget"):
         text = "no longer recognises the forgotten people"
@@ -618,11 +659,11 @@ def headline(report: Mapping[str, Any]) -> list[Clause]:
     clauses = [Clause("forget", text, figures)]
 
     figures = percent_change(*(_accuracy(report, model, "retain") for model in ("vanilla", "unlearned")))
-    kept = met["Retained people"]
+    kept = _keeps(report, "retain")
     clauses.append(Clause("retain", ("still knows" if kept else "knows fewer of") + " the retained people", figures))
     texts = [text_accuracy(report, model) for model in ("vanilla", "unlearned")]
     if texts[0] is not None and texts[1] is not None:
-        verb = "keeps its text knowledge" if met["Text, worst set"] else "lost some text knowledge"
+        verb = "keeps its text knowledge" if _keeps_text(report) else "lost some text knowledge"
         clauses.append(Clause("text", verb, percent_change(texts[0], texts[1])))
     return clauses
 

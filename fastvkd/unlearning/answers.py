@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastvkd.data.images import decode_image
 from fastvkd.data.records import Photo, Profile
-from fastvkd.evaluation.inputs import with_answer
+from fastvkd.evaluation.inputs import answer_lengths, with_answer
 from fastvkd.evaluation.wording import question_answer_pairs
 from fastvkd.models import families
 from fastvkd.models.prompts import adds_special_tokens, chat_prompt
@@ -57,7 +57,6 @@ def collate_answers(
     tokenizer = processor.tokenizer
     prompts = [chat_prompt(processor, question, image=image is not None) for image, question, _ in pairs]
     texts = [with_answer(p, a) + tokenizer.eos_token for p, (_, _, a) in zip(prompts, pairs, strict=True)]
-    answers = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
     images = [[image] for image, _, _ in pairs if image is not None]
     side, tokenizer.padding_side = tokenizer.padding_side, "right"
     try:
@@ -72,8 +71,7 @@ def collate_answers(
         tokenizer.padding_side = side
     ids, mask = encoded["input_ids"], encoded["attention_mask"]
     predicts = torch.full_like(ids, -100)
-    for row, answer in enumerate(answers):
-        count = len(tokenizer(answer, add_special_tokens=False).input_ids)
+    for row, count in enumerate(answer_lengths(processor, prompts, texts)):
         end = int(mask[row].sum())
         predicts[row, end - count - 1 : end - 1] = ids[row, end - count : end]
     return AnswerBatch(dict(encoded), predicts, torch.tensor(list(is_forget)), torch.tensor(list(indices)))

@@ -5,12 +5,9 @@ What is trained (objective, targets, masks) is put together in `tasks.py`; the e
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
-import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,20 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from fastvkd_kernels import patch_frozen
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from fastvkd.devices import peak_memory_bytes, pick_device
 from fastvkd.engines.checkpoints import find_latest, identify_base, load_checkpoint, local_folder, save_checkpoint
 from fastvkd.engines.local import LocalEngine
 from fastvkd.engines.protocol import Engine
-from fastvkd.errors import SettingsError, TrainingError
+from fastvkd.errors import SettingsError
 from fastvkd.models.compiled import compiled_blocks
 from fastvkd.settings import Settings
-from fastvkd.unlearning.phases import PhaseTimer, Spans
-from fastvkd.unlearning.phases import seconds as phase_seconds
+from fastvkd.unlearning.metrics import Metrics
+from fastvkd.unlearning.phases import PhaseTimer
 from fastvkd.unlearning.prefetch import prefetched
 from fastvkd.unlearning.tasks import Task, prepare
 
@@ -224,113 +221,6 @@ def build_engine(settings: Settings, task: Task, device: torch.device, ds_config
     )
 
 
-class Metrics:
-    """`metrics.jsonl`: one line per step. Figures stay on the device until `logging_steps` of them are read at once.
-
-    Raises TrainingError when a loss or gradient norm is not finite.
-    """
-
-    def __init__(self, output: Path, settings: Settings, engine: Engine, first: int):
-        self.path = output / "metrics.jsonl"
-        self._settings, self._engine = settings, engine
-        self._pending: list[tuple[int, float, Spans, list[str], Tensor]] = []
-        self._since = time.perf_counter()
-        self._images_per_update = (
-            settings.per_device_train_batch_size * settings.gradient_accumulation_steps * engine.world_size
-        )
-        self._is_main = engine.rank == 0
-        self._board: Any = None
-        if self._is_main:
-            kept = _lines_up_to(self.path, first) if first else []
-            self.path.write_text("".join(kept))
-            if "tensorboard" in settings.report_to:
-                self._board = _summary_writer(output)
-            if "wandb" in settings.report_to:
-                self._board = _wandb_writer(settings)
-
-    def record(
-        self, step: int, terms: dict[str, Tensor], norm: Tensor | None, learning_rate: float, spans: Spans
-    ) -> None:
-        figures = {key: value.detach().float() for key, value in terms.items()}
-        if norm is not None:
-            figures["grad_norm"] = norm.detach().float()
-        self._pending.append((step, learning_rate, spans, list(figures), torch.stack(list(figures.values()))))
-
-    def due(self, step: int) -> bool:
-        return step % self._settings.logging_steps == 0
-
-    def flush(self) -> dict[str, float]:
-        """Read the pending figures, write them, and return the last step's."""
-        if not self._pending:
-            return {}
-        values = self._engine.mean_over_ranks(torch.stack([v for *_, v in self._pending])).tolist()
-        now = time.perf_counter()
-        rate = len(self._pending) * self._images_per_update / (now - self._since)
-        memory = peak_memory_bytes(self._engine.device)
-        lines, line = [], {}
-        for (step, learning_rate, spans, names, _), row in zip(self._pending, values, strict=True):
-            line = {"step": step, **dict(zip(names, row, strict=True)), "learning_rate": learning_rate}
-            line |= {"images_per_second": rate, "peak_memory_bytes": memory, **phase_seconds(spans)}
-            if not all(np.isfinite(row)):
-                raise TrainingError(
-                    f"step {step}: loss {line['loss']} and gradient norm {line.get('grad_norm')} are not both finite; "
-                    "lower learning_rate, or set bf16=false"
-                )
-            lines.append(line)
-        if self._is_main:
-            with self.path.open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-            if self._board is not None:
-                for line in lines:
-                    self._board(line)
-        self._pending, self._since = [], now
-        return line
-
-    def __enter__(self) -> "Metrics":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        return None
-
-
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-
-
-def _summary_writer(output: Path) -> Callable[[dict[str, float]], None]:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise SettingsError(
-            "report_to=tensorboard: tensorboard is not installed; pip install fastvkd[tensorboard]"
-        ) from error
-    writer = SummaryWriter(str(output / "tensorboard"))
-
-    def write(line: dict[str, float]) -> None:
-        for key, value in line.items():
-            if key != "step":
-                writer.add_scalar(f"train/{key}", value, int(line["step"]))
-        writer.flush()
-
-    return write
-
-
-def _wandb_writer(settings: Settings) -> Callable[[dict[str, float]], None]:
-    try:
-        import wandb
-    except ImportError as error:
-        raise SettingsError("report_to=wandb: wandb is not installed; pip install fastvkd[wandb]") from error
-    run = wandb.init(project="fastvkd", config=settings.to_dict())
-
-    def write(line: dict[str, float]) -> None:
-        run.log({k: v for k, v in line.items() if k != "step"}, step=int(line["step"]))
-
-    return write
-
-
 @contextlib.contextmanager
 def _fused_frozen_ops(model: nn.Module) -> Iterator[None]:
     try:
@@ -372,24 +262,3 @@ def _resume_folder(settings: Settings, output: Path) -> Path | None:
     if wanted is None:
         return None
     return find_latest(output) if wanted == "auto" else Path(wanted)
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one. Raises SettingsError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise SettingsError(f"device={name!r}: allowed are auto, cpu, cuda, cuda:<n>") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SettingsError(f"device={name}: torch {torch.__version__} sees no GPU; set device=cpu")
-    return device
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak so far: allocated on the GPU, or the resident set of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

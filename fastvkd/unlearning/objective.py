@@ -82,9 +82,8 @@ class VisualDistillation(nn.Module):
     """`lambda_forget * L_f + lambda_retain * L_r` over the sites of `path`, for one batch.
 
     L_f and L_r are means over the images of their kind of the mean over visual tokens of the distance, weighted over
-    sites. With `repel` forget rows have no target: they cost `relu(margin - d(z, z0))`. With `units` L_f is
-    the first of
-    `ProjectorUnits.losses` instead, and the second is added to L_r.
+    sites. With `repel` forget rows have no target: they cost `relu(margin - d(z, z0))`. With `units` L_f is the first
+    of `ProjectorUnits.losses` instead, and the second is added to L_r.
     """
 
     def __init__(

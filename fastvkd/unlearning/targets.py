@@ -41,8 +41,9 @@ class TargetTable:
         self.cache, self.source, self.mean, self.reference = cache, source, mean, reference
 
     def counts(self, keys: Sequence[str]) -> list[int]:
-        """Number of visual tokens of each image."""
-        return [self.cache.spans[key][1] for key in keys]
+        """Number of visual tokens of each image. One that the teacher has not seen has as many as what it aims at: a
+        noise image of its size, or itself as the reference sees it."""
+        return [len(self._rows(key if key in self.cache.spans else self.source.get(key, key))) for key in keys]
 
     def gather(self, keys: Sequence[str], seen_now: Sequence[Tensor | None] | None = None) -> SiteTargets:
         """Targets of images `keys`. A target that several images share is read once.

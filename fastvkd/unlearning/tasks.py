@@ -2,42 +2,33 @@
 
 import dataclasses
 import functools
-import io
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fastvkd.data.dead_leaves import dead_leaves
-from fastvkd.data.images import decode_image
-from fastvkd.data.records import Photo, Profile
+from fastvkd.data.records import Profile
 from fastvkd.data.sources import read_forget_retain, read_split
 from fastvkd.engines.checkpoints import BaseModel, identify_base, local_folder
 from fastvkd.errors import SettingsError
 from fastvkd.models import families, lora
 from fastvkd.models.families import family_of
 from fastvkd.models.loading import llm_layers_needed, load_config, load_model, load_processor
-from fastvkd.models.prompts import visual_prefix
-from fastvkd.models.visual_path import VisualBatch, VisualPath, collate_images
+from fastvkd.models.visual_path import VisualBatch, VisualPath
 from fastvkd.settings import Saliency, Settings
 from fastvkd.unlearning import saliency
 from fastvkd.unlearning.answers import AnswerBatch, AnswerSampler, AnswerTerm, read_answers
-from fastvkd.unlearning.images import BatchPlan, ImageSet, Views, noise_image
-from fastvkd.unlearning.methods import answer_method, manu
+from fastvkd.unlearning.distill_data import DistillData, Report, world_size_of
+from fastvkd.unlearning.methods import REMEMBERING, answer_method, manu
 from fastvkd.unlearning.methods.idk import REFUSALS
 from fastvkd.unlearning.objective import DistillBatch, VisualDistillation, site_losses
 from fastvkd.unlearning.saturation import ProjectorUnits
-from fastvkd.unlearning.targets import TargetTable, mean_features, redirect, variance
-from fastvkd.unlearning.teacher import FeatureCache, fill_caches, frozen_copy
+from fastvkd.unlearning.teacher import frozen_copy
 
-Report = Callable[[int, int], None]
-_VARIANCE_IMAGES = 64  # retained images, at least, of which the teacher's variance is taken
 _START_IMAGES = 512  # retained images whose features shape the start of `saturate`
 
 
@@ -141,9 +132,9 @@ def prepare(
     processor = load_processor(settings.model_name_or_path)
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
 
-    distill_data: _DistillData | None = None
+    distill_data: DistillData | None = None
     if uses_features:
-        distill_data = _DistillData(settings, forget, retain, processor, config, dtype, device, base)
+        distill_data = DistillData(settings, forget, retain, processor, config, dtype, device, base)
         if settings.forget_target == "reference":
             assert settings.reference_model is not None
             reference = load_model(settings.reference_model, dtype=dtype, llm_layers=layers, device=device)
@@ -184,7 +175,10 @@ def prepare(
         # Beside features lambda_answer weighs the term as a whole.
         weights = (1.0, 1.0) if uses_features else (settings.lambda_forget, settings.lambda_retain)
         answers = AnswerTerm(model, answer_method(method, settings), *weights)
-        _remember_original(answers, sampler, max_steps * settings.gradient_accumulation_steps, settings, device)
+        asked = max_steps * settings.gradient_accumulation_steps
+        if settings.mask is not None:
+            asked = max(asked, settings.mask.batches)
+        _remember_original(answers, sampler, asked, settings, device)
 
     if settings.gradient_checkpointing:
         _checkpoint_layers(model)
@@ -253,16 +247,11 @@ def _layers_needed(settings: Settings, config: Any) -> int | None:
     return None
 
 
-def _world_size(settings: Settings) -> int:
-    """Number of processes that draw from the data together; DeepSpeed's launcher tells."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if settings.engine == "deepspeed" else 1
-
-
 def _steps(settings: Settings, sampler: AnswerSampler) -> int:
     """Optimiser updates: `max_steps`, or what `num_train_epochs` passes over the forget (or all) questions take."""
     if settings.num_train_epochs is None:
         return settings.max_steps
-    each = sampler.per_batch * settings.gradient_accumulation_steps * _world_size(settings)
+    each = sampler.per_batch * settings.gradient_accumulation_steps * world_size_of(settings)
     return max(1, math.ceil(settings.num_train_epochs * len(sampler) / each))
 
 
@@ -275,7 +264,7 @@ def _remember_original(
     side = getattr(method, "remembers", None)
     if side is None:
         return
-    visited = sampler.visited(micro_steps, _world_size(settings), forget=side == "forget", retain=side == "retain")
+    visited = sampler.visited(micro_steps, world_size_of(settings), forget=side == "forget", retain=side == "retain")
     for batch in visited:
         method.remember(read_answers(term.model, batch.to(device)))
 
@@ -309,9 +298,6 @@ def _checkpoint_layers(model: Any) -> None:
             module.training = True
 
 
-_REMEMBER = ("npo", "kl", "rmu")  # methods that note what the original answers before training
-
-
 def _refuse_with_zero3(settings: Settings) -> None:
     """What needs whole weights before DeepSpeed has taken the model over."""
     for found, key in (
@@ -322,8 +308,8 @@ def _refuse_with_zero3(settings: Settings) -> None:
             "an online teacher (augment=true) at a site inside the LLM",
         ),
         (settings.forget_target in ("reference", "repel", "saturate"), f"forget_target={settings.forget_target}"),
-        (settings.answer_loss in _REMEMBER, f"answer_loss={settings.answer_loss}"),
-        (settings.method in _REMEMBER, f"method={settings.method}"),
+        (settings.answer_loss in REMEMBERING, f"answer_loss={settings.answer_loss}"),
+        (settings.method in REMEMBERING, f"method={settings.method}"),
         (settings.compile, "compile=true"),
     ):
         if found:
@@ -372,23 +358,24 @@ def _apply_saliency(settings: Settings, mask: Saliency, task: Task, original: li
     fisher_forget = saliency.fisher_information(task.parameters, side(True))
     fisher_retain = saliency.fisher_information(task.parameters, side(False))
     saliency.check_reached(fisher_forget, fisher_retain)
+    scores, against = fisher_forget, fisher_retain
     if mask.score == "wagle":
-        fisher_forget = saliency.wagle_scores(
+        scores = saliency.wagle_scores(
             task.parameters,
             saliency.mean_gradient(task.parameters, side(True)),
             saliency.mean_gradient(task.parameters, side(False)),
             fisher_retain,
         )
     elif mask.score == "random":
-        fisher_forget = saliency.random_scores(task.parameters, settings.seed)
+        scores = saliency.random_scores(task.parameters, settings.seed)
     if mask.score != "fisher":  # they are no ratios
-        fisher_retain = {name: torch.ones_like(score) for name, score in fisher_forget.items()}
+        against = {name: torch.ones_like(score) for name, score in scores.items()}
     with torch.no_grad():
         for (_, parameter), value in zip(task.parameters, start, strict=True):
             parameter.copy_(value)
     masks = saliency.build_masks(
-        fisher_forget,
-        fisher_retain,
+        scores,
+        against,
         granularity=mask.granularity,
         threshold=mask.threshold,
         fraction=mask.fraction,
@@ -429,198 +416,3 @@ def _one_side(batch: StepBatch, forget_side: bool) -> StepBatch:
         keep = answers.is_forget == forget_side
         answers = dataclasses.replace(answers, predicts=torch.where(keep[:, None], answers.predicts, -100))
     return StepBatch(distill, answers)
-
-
-def _auxiliary_photos(settings: Settings, like: Photo) -> list[Photo]:
-    """Synthetic images of the size of photo `like`."""
-    size = decode_image(like.data, like.source).size
-    photos = []
-    for i in range(settings.auxiliary_images):
-        buffer = io.BytesIO()
-        dead_leaves(size, (settings.seed, 18, i)).save(buffer, format="PNG", compress_level=1)
-        photos.append(Photo(buffer.getvalue(), f"auxiliary image {i}"))
-    return photos
-
-
-class _DistillData:
-    """Images, cached teacher features, and targets of a feature-level run; makes its batches."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        forget: list[Profile],
-        retain: list[Profile],
-        processor: Any,
-        config: Any,
-        dtype: torch.dtype,
-        device: torch.device,
-        base: BaseModel,
-    ):
-        self.settings, self.device = settings, device
-        self._processor, self._config, self._dtype, self._base = processor, config, dtype, base
-        forget_photos = [photo for profile in forget for photo in profile.photos]
-        retain_photos = [photo for profile in retain for photo in profile.photos]
-        auxiliary = _auxiliary_photos(settings, retain_photos[0])
-        self.images = ImageSet(
-            forget_photos + retain_photos + auxiliary, processor, config, dtype=dtype, pin=device.type == "cuda"
-        )
-        count, end = len(ImageSet.distinct(forget_photos)), len(self.images) - len(auxiliary)
-        self.forget_keys, self.retain_keys = self.images.hashes[:count], self.images.hashes[count:end]
-        self.plan = BatchPlan(
-            range(count),
-            range(count, end),
-            batch_size=settings.per_device_train_batch_size,
-            forget_share=settings.forget_share,
-            seed=settings.seed,
-            auxiliary=range(end, len(self.images)),
-            auxiliary_share=settings.auxiliary_share,
-        )
-        self.variances: dict[str, float] = {}
-        self._online: VisualPath | None = None
-        self._tables: dict[str, TargetTable] = {}
-        self._caches: dict[str, FeatureCache] = {}
-        self._reference: dict[str, FeatureCache] = {}
-        self._position = {key: i for i, key in enumerate(self.images.hashes)}
-        self._repels = settings.forget_target == "repel"
-        self._needed = self._find_needed()
-        self.images.prepare(self._needed)
-
-    def see_reference(self, path: VisualPath, identity: BaseModel) -> None:
-        """Write down what the reference model sees of the forget images; afterwards it may be freed."""
-        self._reference = self._open_caches(identity)
-        fill_caches(
-            self._reference, path, self.forget_keys, self._batch_of(self.forget_keys), batch_size=16, device=self.device
-        )
-
-    def see_teacher(self, path: Callable[[VisualBatch], Any], report: Report, *, all_ranks_run: bool = False) -> None:
-        """Write down what the original sees of the images of the run and of noise, and derive the targets from it."""
-        settings = self.settings
-        noise = self._noise_keys() if settings.forget_target == "noise" else {}
-        needed = [self.images.hashes[i] for i in self._needed]
-        keys = [*needed, *dict.fromkeys(noise.values())]
-        retained = set(self.retain_keys)
-        retain_keys = [key for key in needed if key in retained]
-        self._caches = self._open_caches(self._base)
-        fill_caches(
-            self._caches,
-            path,
-            keys,
-            self._batch_of(keys),
-            batch_size=16,
-            device=self.device,
-            progress=report,
-            all_ranks_run=all_ranks_run,
-        )
-        source: dict[str, str] = dict(noise)
-        if settings.forget_target == "mean":
-            source = dict.fromkeys(self.forget_keys, "mean")
-        elif settings.forget_target == "redirect":
-            source = redirect(self.forget_keys, self.retain_keys, settings.seed)
-        for site, cache in self._caches.items():
-            self.variances[site] = variance(cache, retain_keys)
-            mean = mean_features(cache, retain_keys) if settings.forget_target == "mean" else None
-            self._tables[site] = TargetTable(cache, source, mean, self._reference.get(site))
-
-    def _find_needed(self) -> list[int]:
-        """The images whose features are asked for: in a run too short to visit all, those of its batches, and enough
-        retained ones for a variance."""
-        settings = self.settings
-        if settings.mask is not None or settings.num_train_epochs or settings.forget_target in ("mean", "redirect"):
-            return list(range(len(self.images)))
-        visited = self.plan.visited(settings.max_steps * settings.gradient_accumulation_steps, _world_size(settings))
-        others = [i for i in self.plan.retain if i not in visited]
-        lacking = max(0, _VARIANCE_IMAGES - (len(self.plan.retain) - len(others)))
-        return sorted(visited.union(others[:lacking]))
-
-    def teach_online(self, teacher: VisualPath) -> None:
-        """From now on retained images' targets are what `teacher` sees of the very view that is trained on."""
-        self._online = teacher
-
-    def retained(self, count: int, batch_size: int = 32) -> Iterator[VisualBatch]:
-        """Up to `count` retained and auxiliary images, spread evenly over both, in batches on the device."""
-        kept = [*self.plan.retain, *self.plan.auxiliary]
-        chosen = kept[:: max(1, len(kept) // count)][:count]
-        for start in range(0, len(chosen), batch_size):
-            yield self.images.batch(chosen[start : start + batch_size]).to(self.device)
-
-    def load(self, step: int, rank: int, world_size: int) -> DistillBatch:
-        """The images of one step on one rank, forget first, with cached targets; on the host, pinned for a GPU."""
-        forget, retain = self.plan.indices(step, rank, world_size)
-        indices = forget + retain
-        views: Views | None = None
-        if self.settings.augment:
-            positions = self.plan.positions(rank, world_size)
-            views = Views((self.settings.seed, 14, step, 0), positions, world_size * len(indices))
-        keys = [self.images.hashes[i] for i in indices]
-        images = self.images.batch(indices, views)
-        # What an online teacher sees is known on the device only. Images to be forgotten stand first and aim elsewhere,
-        # unless they are only repelled from the teacher.
-        taught = None if self._online is None else images.tail(0 if self._repels else len(forget))
-        batch = DistillBatch(
-            images,
-            torch.arange(len(indices)) < len(forget),
-            {} if taught is not None else {site: table.gather(keys) for site, table in self._tables.items()},
-            keys=keys,
-            taught=taught,
-        )
-        return batch.pin_memory() if self.device.type == "cuda" else batch
-
-    def place(self, loaded: DistillBatch) -> DistillBatch:
-        """The same batch on the device, with the targets that the online teacher gives."""
-        batch = loaded.to(self.device)
-        if batch.taught is None:
-            return batch
-        seen = self._see_online(batch.taught, batch.keys[-batch.taught.n_images :])
-        for site, table in self._tables.items():
-            aims = [None] * (len(batch.keys) - len(seen[site]))
-            batch.targets[site] = table.gather(batch.keys, [*aims, *seen[site]]).to(self.device)
-        return batch
-
-    @torch.no_grad()
-    def _see_online(self, images: VisualBatch, keys: Sequence[str]) -> dict[str, list[Tensor]]:
-        assert self._online is not None
-        features = self._online(images)
-        # A view has as many tokens as its image, so nothing need be counted on the device.
-        return {site: list(features[site].gathered().split(t.counts(keys))) for site, t in self._tables.items()}
-
-    def _noise_keys(self) -> dict[str, str]:
-        """Forget image -> the key of its noise image, which has its size: one noise image a size, or one an image."""
-        each = self.settings.noise_images == "per_image"
-        keys = {}
-        for i, key in enumerate(self.forget_keys):
-            width, height = self.images.size(i)
-            keys[key] = f"noise-{self.settings.seed}-{i if each else 0}-{width}x{height}"
-        return keys
-
-    def _batch_of(self, keys: list[str]) -> Callable[[Any], VisualBatch]:
-        def batch(positions: Any) -> VisualBatch:
-            wanted = [keys[p] for p in positions]
-            if wanted[0] in self._position and wanted[-1] in self._position:
-                return self.images.batch([self._position[key] for key in wanted])
-            pictures = []
-            for key in wanted:
-                if key in self._position:
-                    pictures.append(self.images.image(self._position[key]))
-                else:
-                    _, seed, number, size = key.split("-")
-                    width, height = map(int, size.split("x"))
-                    pictures.append(noise_image((width, height), (int(seed), 15, int(number))))
-            return collate_images(self._processor, self._config, pictures)
-
-        return batch
-
-    def _open_caches(self, model: BaseModel) -> dict[str, FeatureCache]:
-        settings = self.settings
-        rank = int(os.environ.get("RANK", "0")) if settings.engine == "deepspeed" else 0
-        root = Path(settings.cache_dir) if settings.cache_dir else Path(settings.output_dir) / "teacher_cache"
-        ingredients = {
-            "weights": model.fingerprint,
-            "prefix": visual_prefix(self._processor),
-            "preprocessing": self._processor.image_processor.to_json_string(),
-            "compute_dtype": str(self._dtype),
-            "quantize_llm": settings.quantize_llm,
-        }
-        return {
-            site: FeatureCache(root, site=site, dtype=settings.cache_dtype, ingredients=ingredients, rank=rank)
-            for site in settings.sites
-        }

@@ -42,7 +42,10 @@ def test_ranks_by_hand() -> None:
     train, labels, held, truth = clusters(4.0)
     assert prior_rank(train, labels, held, truth) > 0.98
     train, labels, held, truth = clusters(0.0)
-    assert prior_rank(train, labels, held, truth) == pytest.approx(sum(1 / r for r in range(1, 6)) / 5, abs=0.1)
+    by_chance = sum(1 / r for r in range(1, 6)) / 5
+    assert prior_rank(train, labels, held, truth) == pytest.approx(by_chance, abs=0.1)
+    for same in (torch.zeros_like(train), torch.full_like(train, 0.1)):  # collapsed features name nobody
+        assert prior_rank(same, labels, same, truth) == pytest.approx(by_chance)
 
 
 def test_features_are_means_over_a_photos_visual_tokens(known) -> None:

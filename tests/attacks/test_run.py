@@ -1,10 +1,12 @@
 """`fastvkd attack` on folders: every attack in one file, a certificate beside it, refusals in one line."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
+from fastvkd.attacks.relearning import hold_out
 from fastvkd.attacks.run import KINDS, Budget, attack, parse_kinds
 from fastvkd.cli import main
 from fastvkd.data.sources import evaluation_cells
@@ -68,6 +70,14 @@ def test_a_certificate_states_the_settings_of_the_run_that_was_exported(world, t
     assert paper["settings"]["learning_rate"] == 1.25e-4 and paper["settings"]["forget_split"] == world.forget_split
     assert paper["settings"]["model_name_or_path"] == str(world.model)
     assert paper["thresholds"]["probe_gap"] == 0.07 and "forget" not in {check["key"] for check in paper["checks"]}
+    assert json.loads((tmp_path / "merged" / "certificate.json").read_text()) == paper
+    assert main(attack_it) in (0, 1)  # a second one takes the first one's place
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert card.count(f"\n## Certificate: {paper['verdict']}\n") == 1 and card.count("\n## Settings\n") == 1
+    assert "Nobody has evaluated" not in card and "| Answers in reverse, above chance | at most 0.15 |" in card
+    asked = ["eval", "--model", str(tmp_path / "merged"), "--data", str(world.data), "--device", "cpu"]
+    assert main([*asked, "--max-samples", "4", "--out", str(tmp_path / "eval")]) == 0
+    assert json.loads((tmp_path / "eval" / "results.json").read_text())["forget_split"] == world.forget_split
     (tmp_path / "merged" / "unlearning.json").write_text("[]")
     assert main(attack_it) == 2
 
@@ -81,8 +91,10 @@ def test_what_cannot_be_attacked_is_refused_in_one_line(world, tmp_path: Path, c
     assert "shares" in capsys.readouterr().err
     cells = evaluation_cells(str(world.data), world.forget_split, world.retain_split)
     models, processor = {"unlearned": load_model(world.model)}, load_processor(world.model)
+    single = [dataclasses.replace(profile, photos=profile.photos[:1]) for profile in cells["forget"]]
+    single = list({profile.entity: profile for profile in single}.values())
     with pytest.raises(DataError, match="unseen photos"):
-        attack(models, processor, {**cells, "test": []}, kinds=["relearn"])
+        attack(models, processor, {**cells, "forget": single, "test": []}, kinds=["relearn"])
     alone = [profile for profile in cells["forget"] if profile.entity == cells["forget"][0].entity]
     with pytest.raises(DataError, match="two forgotten entities"):
         attack(models, processor, {**cells, "forget": alone, "test": []}, kinds=["probe"])
@@ -100,6 +112,24 @@ def test_without_unseen_photos_the_other_attacks_still_run(world) -> None:
     )
     assert [row["kind"] for row in found["questions"]] == ["plain", "reverse"]
     assert set(found["membership"]["unlearned"]) == {"pairs"}
+    budget = Budget(max_samples=8, relearning_shares=(1.0,), relearning_steps=(0, 1), relearning_seeds=(0,))
+    found = attack(models, processor, {**cells, "test": []}, kinds=["relearn"], budget=budget)
+    photos = sum(len(profile.photos) for profile in cells["forget"])
+    assert found["relearning_judged_on"] == "held out" and found["relearning"][0]["photos"] < photos
+    one_each = list({p.entity: dataclasses.replace(p, photos=p.photos[:1]) for p in cells["forget"]}.values())
+    found = attack(
+        models, processor, {**cells, "forget": one_each, "test": []}, kinds=["all"], budget=Budget(max_samples=4)
+    )
+    assert "relearning" not in found and "probe" not in found and found["questions"] and found["membership"]
+
+
+def test_held_out_photos_are_a_third_of_every_entity(world) -> None:
+    profiles = evaluation_cells(str(world.data), world.forget_split, world.retain_split)["forget"]
+    photo = profiles[0].photos[0]
+    two = [dataclasses.replace(profiles[0], entity=name, photos=(photo,) * n) for name, n in [("a", 5), ("b", 1)]]
+    known, judged = hold_out([*two, dataclasses.replace(two[0], photos=(photo,) * 2)])
+    assert [(p.entity, len(p.photos)) for p in known] == [("a", 3), ("b", 1), ("a", 2)]
+    assert [(p.entity, len(p.photos)) for p in judged] == [("a", 2)]
 
 
 def test_kinds_are_named_once_and_run_in_order() -> None:

@@ -73,6 +73,18 @@ def test_the_readme_is_what_the_results_say():
     assert tables.README.read_text() == tables.readme(), "run python benchmarks/tables.py"
 
 
+def test_the_readme_links_every_table_of_results_with_its_command():
+    results = ROOT / "benchmarks" / "results"
+    names = {path.stem for path in results.glob("*.md")}
+    assert names == set(tables.QUALITY)
+    lines = tables.README.read_text().splitlines()
+    for name in names:
+        (row,) = [line for line in lines if line.startswith(f"| [results/{name}.md](results/{name}.md) |")]
+        report = json.loads((results / f"{name}.json").read_text())
+        assert f"`python benchmarks/{name}.py" in row and report["device"] in row and report["date"] in row
+    assert "It need not equal the ratio of the medians" in tables.README.read_text()
+
+
 @pytest.mark.parametrize("script", [ablation, mask, methods, robustness, seeds], ids=lambda script: script.__name__)
 def test_a_results_markdown_is_what_its_json_says(script):
     results = ROOT / "benchmarks" / "results" / script.__name__

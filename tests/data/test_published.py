@@ -20,11 +20,11 @@ from published_folders import (
 )
 from published_folders import write as write_rows
 
-from fastvkd.data import clear, umu
+from fastvkd.data import clear, mllmu, umu
 from fastvkd.data.check import check_data
 from fastvkd.data.hub import data_folder
 from fastvkd.data.records import Open, Questions
-from fastvkd.data.sources import evaluation_cells, read_forget_retain, reader_of, recognise
+from fastvkd.data.sources import evaluation_cells, read_forget_retain, read_split, reader_of, recognise
 from fastvkd.errors import DataError, SettingsError
 
 
@@ -104,6 +104,102 @@ def test_answers_of_umu_are_letters_or_texts(umu_data, answer):
     row["Classify"] = row["Classify"].replace("B. Rome", answer)
     write_rows(umu_data, "retain_95", [row])
     assert [c.answer for c in umu.read_split(umu_data, "retain_95")[0].visual.choice] == ["B", "B"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [("D. H. Lawrence", "A"), ("A. D. H. Lawrence", "A"), ("D", "D"), ("D. Oslo", "D"), ("C.", "C"), ("Oslo", "D")],
+)
+def test_an_options_text_may_begin_like_a_letter(answer, letter):
+    options = {"A": "D. H. Lawrence", "B": "T. S. Eliot", "C": "D", "D": "Oslo"}
+    choice = umu._choice({"question": "Who?", "answer": answer, "options": options}, "1", "here")
+    assert choice.answer == letter
+
+
+def test_two_options_of_the_same_text_cannot_be_the_answer():
+    item = {"question": "Who?", "answer": "B. Rome", "options": {"A": "B. Rome", "B": "B. Rome"}}
+    with pytest.raises(DataError, match="is no option, or several"):
+        umu._choice(item, "1", "here")
+
+
+def asked(profiles):
+    parts = [part for one in profiles for part in (one.visual, one.textual)]
+    return {question.question for part in parts for question in (*part.choice, *part.generation, *part.cloze)}
+
+
+def test_finetuning_on_umu_asks_nothing_that_the_evaluation_asks(umu_data):
+    learnt = read_split(str(umu_data), "Full_Set")
+    cells = evaluation_cells(str(umu_data), "forget_5", "retain_95")
+    assert learnt[0].visual == Questions(generation=(Open("Who is this?", NAMES[0]),))
+    assert learnt[0].textual == Questions(generation=(Open("Who is Ann Ash?", "Ann Ash, it's me."),))
+    assert not asked(learnt) & asked([one for cell in cells.values() for one in cell])
+    forget, retain = read_forget_retain(str(umu_data), "forget_5", "retain_95")
+    assert asked(learnt) == asked(forget + retain)  # what was learnt is what is unlearnt
+
+
+def test_finetuning_on_clear_learns_captions_and_text_questions(clear_data):
+    learnt = read_split(str(clear_data), "retain95+tofu")
+    _, retain = read_forget_retain(str(clear_data), "forget05", "retain95")
+    assert asked(learnt) == asked(retain)
+
+
+METADATA = [{"Question": "What is his name?", "Answer": "Ann"}, {"Question": "Is he tall?", "Answer": ""}]
+
+
+def mllmu_row(number, seed):
+    question = {"Type": "Image_Textual", "Question": f"Who is {number}?", "Ground_Truth": "Ann"}
+    choice = {"Question": "Where?", "Options": {"A": "Oslo", "B": "Rome"}, "Correct_Answer": "B"}
+    tasks = {"Image_Textual_Questions": [choice], "Pure_Text_Questions": [choice]}
+    row = {"ID": number, "image": photo(seed), "Classification_Task": tasks, "Generation_Task": [question]}
+    return row | {"Mask_Task": [question | {"Type": "Pure_Text", "Question": "He is __."}]}
+
+
+@pytest.fixture
+def mllmu_data(tmp_path):
+    """As published: of all splits only `ft_Data` has `metadata`; it numbers people otherwise here."""
+    root = tmp_path / "mllmu"
+    training = [{"ID": f"p{n}", "image": photo(n), "metadata": json.dumps(METADATA)} for n in range(3)]
+    write_rows(root, "ft_Data", training)
+    for split, people in (("Full_Set", range(3)), ("forget_5", [0]), ("retain_95", [1, 2])):
+        write_rows(root, split, [mllmu_row(n, n) for n in people])
+    return root
+
+
+def test_mllmu_is_finetuned_on_metadata_and_otherwise_on_the_splits_own_questions(mllmu_data):
+    learnt = read_split(str(mllmu_data), "ft_Data")
+    question = Open("What is his name?", "Ann")  # the one without an answer is left out, as published
+    assert [one.visual for one in learnt] == [Questions(generation=(question,))] * 3
+    assert all(one.textual == Questions() for one in learnt)
+    assert [one.visual for one in mllmu.read_split(mllmu_data, "ft_Data")] == [Questions()] * 3
+    assert asked(read_split(str(mllmu_data), "Full_Set")) == asked(mllmu.read_split(mllmu_data, "Full_Set"))
+    forget, _ = read_forget_retain(str(mllmu_data), "forget_5", "retain_95")
+    assert forget == mllmu.read_split(mllmu_data, "forget_5")
+    assert check_data(mllmu_data).ok
+
+
+def test_a_split_without_the_people_of_another_trains_the_gold_model(mllmu_data, umu_data):
+    assert [one.entity for one in read_split(str(mllmu_data), "ft_Data-forget_5")] == ["p1", "p2"]
+    assert [one.entity for one in read_split(str(umu_data), "Full_Set-forget_5")] == ["001", "002"]
+    with pytest.raises(DataError, match="finetune_split=retain_95-forget_5: the two splits have nobody in common"):
+        read_split(str(mllmu_data), "retain_95-forget_5")
+    (mllmu_data / "retain_95").rename(mllmu_data / "retain-95")
+    assert [one.entity for one in read_split(str(mllmu_data), "retain-95")] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "needle"),
+    [
+        ("[{]", "column metadata is no JSON"),
+        ('{"Question": "Who?"}', "column metadata is a dict"),
+        ('["Who?"]', r"metadata\[0\] is a str"),
+        ('[{"Question": ["Who?"], "Answer": "Ann"}]', r"metadata\[0\]: a list"),
+    ],
+)
+def test_bad_metadata_is_named(mllmu_data, metadata, needle):
+    write_rows(mllmu_data, "ft_Data", [{"ID": "0", "image": photo(0), "metadata": metadata}])
+    with pytest.raises(DataError, match=f"ft_Data/train-00000-of-00001.parquet:0: {needle}"):
+        read_split(str(mllmu_data), "ft_Data")
+    assert not check_data(mllmu_data).ok
 
 
 def test_literals_are_read_and_never_run(umu_data, tmp_path):

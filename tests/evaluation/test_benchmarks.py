@@ -4,6 +4,7 @@ docs/data.md, and the commands `eval` and `compare`."""
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from published_folders import clear_folder, umu_folder
 from rouge_score.rouge_scorer import RougeScorer
+from scipy.spatial.distance import jensenshannon
 
 from fastvkd.cli import main
 from fastvkd.data import jsonl
@@ -20,9 +22,10 @@ from fastvkd.data.sources import evaluation_cells
 from fastvkd.errors import DataError, SettingsError
 from fastvkd.evaluation import benchmarks, protocol
 from fastvkd.evaluation.comparison import read_runs, table
+from fastvkd.evaluation.divergence import jensen_shannon, option_divergence, scored_choices
 from fastvkd.evaluation.modality_pairs import joint_figures
 from fastvkd.evaluation.protocol import evaluate_cells
-from fastvkd.evaluation.run import evaluate
+from fastvkd.evaluation.run import _fingerprint, evaluate
 from fastvkd.evaluation.truth_ratio import forget_quality, log_truth_ratios, model_utility, probability, truth_score
 from fastvkd.models.prompts import chat_prompt
 
@@ -152,6 +155,44 @@ def test_forget_quality_is_a_ks_test_of_the_ratios():
     found = forget_quality(one, other, "corrected")
     assert found["forget_quality_ks"] == pytest.approx(largest) and found["forget_quality"] < 0.01
     assert forget_quality(one, one, "corrected") == {"forget_quality": 1.0, "forget_quality_ks": 0.0}
+
+
+def test_rows_without_wrong_answers_have_no_truth_ratio(tiny, folders):
+    cells = cells_of(folders, "clear")
+    first, *others = cells["retain"]
+    bare = tuple(dataclasses.replace(question, perturbed=()) for question in first.visual.truth)
+    first = dataclasses.replace(first, visual=dataclasses.replace(first.visual, truth=bare))
+    for mode in ("corrected", "paper"):
+        found, _ = run(tiny, cells | {"retain": [first, *others]}, "clear", mode=mode, tasks=["truth"])
+        expected, _ = run(tiny, cells | {"retain": others}, "clear", mode=mode, tasks=["truth"])
+        assert found == expected and found["retain"]["vqa"]["n_truth"] == 1
+    alone, _ = run(tiny, {"retain": [first]}, "clear", tasks=["truth"])
+    assert "truth_ratio" not in alone["retain"]["vqa"]
+
+
+def test_divergence_of_the_choices_against_a_naive_one(tiny, folders):
+    _, mine = run(tiny, cells_of(folders, "umu"), "umu", tasks=["choice"])
+    generator = np.random.default_rng(2)
+    gold = json.loads(json.dumps(mine))
+    for sample in gold:
+        sample["log_likelihood"] = {k: float(generator.normal(-9, 4)) for k in sample["log_likelihood"]}
+    found = option_divergence(scored_choices(mine), scored_choices(gold), seed=0)
+    assert list(found) == ["forget", "retain", "realworld"]
+    for cell, figures in found.items():
+        for kind in ("vqa", "qa"):
+            distances = []
+            for one, other in zip(mine, gold, strict=True):
+                if (one["cell"], one["kind"]) == (cell, kind):
+                    parts = [[np.exp(s["log_likelihood"][k] / s["tokens"][k]) for k in "ABCD"] for s in (one, other)]
+                    distances.append(jensenshannon(*parts, base=2) ** 2)  # which normalises them
+            assert figures[f"js_{kind}"] == pytest.approx(np.mean(distances))
+            low, high = figures[f"js_{kind}_ci95"]
+            assert 0 <= low <= figures[f"js_{kind}"] <= high <= 1
+    same = option_divergence(scored_choices(mine), scored_choices(mine), seed=0)
+    assert all(value == 0 for figures in same.values() for key, value in figures.items() if "ci95" not in key)
+    assert jensen_shannon(np.array([1.0, 0.0]), np.array([0.0, 1.0])) == pytest.approx(1.0)
+    paper = [{"cell": "forget", "kind": "vqa", "task": "choice", "output": "A"}]
+    assert scored_choices(paper) == {} and option_divergence({}, scored_choices(mine), seed=0) == {}
 
 
 def test_joint_figures_of_umu_against_naive_ones(tiny, folders):
@@ -299,13 +340,14 @@ def test_eval_of_clear_with_a_reference_then_again_then_compared(model_folder, f
     results = json.loads((run_folder / "results.json").read_text())
     assert results["benchmark"] == "clear" and results["mode"] == "corrected"
     assert results["summary"]["forget_quality"] == 1.0  # the same model
+    assert results["summary"]["forget"] == {"js_vqa": 0.0, "js_vqa_ci95": [0.0, 0.0]}
     assert results["cells"] == json.loads((gold / "results.json").read_text())["cells"]
     assert "utility_missing" in results["summary"] and results["summary"]["utility_missing"] == []
     capsys.readouterr()
     assert main(again) == 0
     kept = capsys.readouterr()
     assert results == json.loads((run_folder / "results.json").read_text())
-    assert "forget_quality" in kept.out
+    assert "forget_quality" in kept.out and "real_faces js_vqa" in kept.out
     assert main(["compare", str(gold), str(run_folder), "--format", "latex"]) == 0
     assert r"\begin{tabular}{lrr}" in capsys.readouterr().out
 
@@ -313,13 +355,19 @@ def test_eval_of_clear_with_a_reference_then_again_then_compared(model_folder, f
 def test_eval_refuses_what_does_not_fit(model_folder, folders, tmp_path):
     with pytest.raises(SettingsError, match="holds UMU-Bench"):
         evaluate(str(model_folder), str(folders["umu"]), benchmark="clear")
-    with pytest.raises(SettingsError, match="umu has no forget quality"):
-        evaluate(str(model_folder), str(folders["umu"]), reference_eval=tmp_path)
+    with pytest.raises(SettingsError, match="umu in paper mode has no likelihoods"):
+        evaluate(str(model_folder), str(folders["umu"]), reference_eval=tmp_path, mode="paper")
+    for options in ({"max_samples": 0}, {"max_samples": -1}, {"batch_size": 0}):
+        ((name, value),) = options.items()
+        with pytest.raises(SettingsError, match=f"{name}: {value}; at least 1 is needed"):
+            evaluate("no model is opened", "nor data", **options)
     with pytest.raises(DataError, match=r"reference_eval: .*samples\.jsonl cannot be read"):
         evaluate(str(model_folder), str(folders["clear"]), reference_eval=tmp_path)
     (tmp_path / "samples.jsonl").write_text('{"cell": "forget", "task": "choice"}\n')
     with pytest.raises(DataError, match="holds no truth ratios"):
         evaluate(str(model_folder), str(folders["clear"]), reference_eval=tmp_path)
+    with pytest.raises(DataError, match="holds no likelihoods of options"):
+        evaluate(str(model_folder), str(folders["umu"]), reference_eval=tmp_path)
     line = {"cell": "forget", "task": "truth", "entity": "Zoe", "question": "Who?", "answer": "Zoe."}
     (tmp_path / "samples.jsonl").write_text(json.dumps(line))
     with pytest.raises(DataError, match="of other samples"):
@@ -337,6 +385,50 @@ def test_eval_of_umu_has_joint_figures_and_resumes_with_them(model_folder, folde
     assert first["summary"]["retain"]["n_pairs"] == {"choice": 4, "cloze": 4, "generation": 4}
     monkeypatch.setattr(protocol._Runner, "run", lambda *_: pytest.fail("a finished cell was computed again"))
     assert once() == first
+
+
+def test_eval_of_umu_with_a_reference_measures_the_distance_from_it(model_folder, folders, tmp_path):
+    def once(out, **options):
+        log = tmp_path / out / "samples.jsonl"
+        return evaluate(str(model_folder), str(folders["umu"]), log_path=log, device="cpu", **options)
+
+    once("gold")
+    summary = once("run", reference_eval=tmp_path / "gold")["summary"]
+    assert summary["retain"]["js_vqa"] == summary["retain"]["js_qa"] == 0.0 and "choice_acc_r" in summary["retain"]
+    with pytest.raises(DataError, match="of other samples"):
+        once("few", reference_eval=tmp_path / "gold", max_samples=1)
+
+
+def test_a_finished_cell_is_of_one_dtype_and_one_processor(model_folder, folders, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    ran: list[str] = []
+    original = protocol._Runner.run
+
+    def counted(self, task, *rest):
+        ran.append(task)
+        return original(self, task, *rest)
+
+    monkeypatch.setattr(protocol._Runner, "run", counted)
+
+    def tasks_run(**options):
+        ran.clear()
+        log = tmp_path / "samples.jsonl"
+        evaluate(str(folder), str(folders["umu"]), log_path=log, device="cpu", max_samples=1, **options)
+        return len(ran)
+
+    whole = tasks_run()
+    assert whole > 0 and tasks_run() == 0
+    assert tasks_run(bf16=True) == whole and tasks_run(bf16=True) == 0
+    for name in ("tokenizer_config.json", "processor_config.json", "generation_config.json"):
+        tasks_run()
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()), indent=3))
+        assert tasks_run() == whole, name
+    before = _fingerprint(folder, torch.float32)
+    (folder / "README.md").write_text("a card says nothing about answers")
+    assert _fingerprint(folder, torch.float32) == before
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert _fingerprint(folder, torch.float32) != before
 
 
 @pytest.mark.parametrize("name", ["clear", "umu", "jsonl"])
@@ -366,14 +458,19 @@ def test_compare_sets_runs_side_by_side(tmp_path):
     cell = {"accuracy": 0.5, "ci95": [0.4, 0.6], "rouge_l": None, "cloze": 0.25, "cloze_ci95": None}
     (tmp_path / "a_1").mkdir()
     summary = {"forget": {"choice_acc_f": 0.75, "choice_acc_f_ci95": [0.5, 1.0], "n_pairs": {"choice": 4}}}
-    result = {"benchmark": "umu", "mode": "paper", "cells": {"forget": {"vqa": cell}}, "summary": summary}
+    texts = {"rouge_1": 0.5, "rouge_2": 0.25, "rouge_l_recall": 0.75, "bleu": 0.125}
+    result = {"benchmark": "umu", "mode": "paper", "cells": {"forget": {"vqa": cell | texts}}, "summary": summary}
     (tmp_path / "a_1" / "results.json").write_text(json.dumps(result))
     (tmp_path / "demo").mkdir()
     other = {"retain": {"qa": cell | {"accuracy": 1.0, "ci95": [1.0, 1.0]}}}
     (tmp_path / "demo" / "report.json").write_text(json.dumps({"vanilla": other, "unlearned": other}))
     rows = read_runs([tmp_path / "a_1", tmp_path / "demo" / "report.json"])
     assert [row.name for row in rows] == ["a_1", "demo/vanilla", "demo/unlearned"]
-    assert rows[0].figures == {"forget VQA acc": 0.5, "forget VQA cloze": 0.25, "forget choice_acc_f": 0.75}
+    more = {"forget VQA R-1": 0.5, "forget VQA R-2": 0.25, "forget VQA R-L recall": 0.75, "forget VQA BLEU": 0.125}
+    shown = {"forget VQA acc": 0.5, "forget VQA cloze": 0.25, "forget choice_acc_f": 0.75}
+    assert rows[0].figures == shown | more
+    assert json.loads(table(rows, "json"))[0]["figures"] == shown | more
+    assert not any(name in table(rows, form) for name in more for form in ("text", "latex"))
     text = table(rows, "text").splitlines()
     assert text[0].split() == ["a_1", "demo/vanilla", "demo/unlearned"]
     assert (

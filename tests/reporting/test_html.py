@@ -4,6 +4,7 @@ import base64
 import copy
 import math
 import re
+import typing
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from example_run import examples, report_parts, training_log
 from fastvkd.reporting import build_report, write_html
 from fastvkd.reporting.html import byte_size, duration, flatten, is_right, limits, render
 from fastvkd.reporting.report import CELLS
+from fastvkd.settings import ForgetTarget
 
 HOSTILE = """<script>alert("x")</script>'"><img src=x onerror=alert(1)>&amp;"""
 
@@ -80,6 +82,28 @@ def test_page_is_well_formed_and_complete(full_page: str) -> None:
         "What this does not show",
     ]
     assert sum(tag == "h1" for tag, _ in page.tags) == 1
+
+
+def training_words(**settings: Any) -> str:
+    """The section on training of a run with other settings."""
+    parts = report_parts()
+    page = render(build_report(**(parts | {"settings": parts["settings"] | settings})), [], training_log())
+    return page.split("How it trained")[1].split("<figure>")[0]
+
+
+@pytest.mark.parametrize("target", typing.get_args(ForgetTarget))
+def test_the_forget_term_is_described_as_the_target_has_it(target: str) -> None:
+    words = training_words(forget_target=target)
+    assert ("towards" in words) == (target not in ("repel", "saturate")) and "The forget term" in words
+    assert ("hidden units below zero" in words) == (target == "saturate") and "moves the features" not in words
+    assert "answers" in training_words(method="gd", forget_target=target)
+
+
+def test_the_shaded_goal_is_that_of_the_runs_certificate() -> None:
+    parts = report_parts()
+    settings = parts["settings"] | {"certificate": {"chance_band": 0.05, "kept_visual": 0.9}}
+    page = Page(render(build_report(**(parts | {"settings": settings})), [], []))
+    assert "within 5 points of chance, and at least 90 % of" in page.words
 
 
 def test_page_loads_and_runs_nothing(full_page: str) -> None:

@@ -271,6 +271,28 @@ def test_each_requirement_has_the_stated_bar(changes: dict[str, float], names: l
     assert failed(judged(**changes)) == names
 
 
+def held_to(report: dict[str, Any], **certificate: Any) -> dict[str, Any]:
+    """The report of a run with these `certificate` settings."""
+    return report | {"settings": report["settings"] | {"certificate": certificate}}
+
+
+def test_requirements_are_those_of_the_runs_certificate() -> None:
+    report = judged(forget=0.32, test=0.32, retain=0.9, realworld=0.9, text=0.96)
+    assert failed(report) == ["Retained people", "Real world", "Text, worst set"]
+    strict = held_to(report, chance_band=0.05)
+    assert failed(strict)[:2] == ["Forgotten people, known photos", "Forgotten people, unseen photos"]
+    assert criteria(strict)[0].asked == "20% to 30% (chance)" and "not yet at chance" in headline_sentence(strict)
+    lenient = held_to(report, kept_visual=0.85, kept_text=0.9)
+    assert failed(lenient) == [] and criteria(lenient)[2].asked == "at least 85.0%"
+    assert "still knows the retained people" in headline_sentence(lenient)
+
+
+def test_requirements_that_the_run_left_out_are_not_listed() -> None:
+    report = judged(forget=0.9, retain=0.5, text=0.5)
+    none = held_to(report, chance_band=None, kept_visual=None, kept_text=None, language_model_unchanged=False)
+    assert criteria(none) == [] and headline_sentence(none) == headline_sentence(report)
+
+
 def test_a_changed_language_model_fails() -> None:
     report = judged()
     report["language_model_sha256"]["after"] = "0" * 64

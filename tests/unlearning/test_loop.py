@@ -16,7 +16,7 @@ from fastvkd.engines.checkpoints import find_latest, identify_base, load_weights
 from fastvkd.errors import DataError, FastVKDError, ModelError, SettingsError, TrainingError
 from fastvkd.models.families import family_of, visual_parameters
 from fastvkd.models.loading import load_model
-from fastvkd.unlearning import saliency, tasks
+from fastvkd.unlearning import distill_data, saliency
 from fastvkd.unlearning.loop import unlearn
 from fastvkd.unlearning.tasks import prepare
 
@@ -110,7 +110,7 @@ def test_a_second_run_reads_the_teacher_cache(world, tmp_path: Path) -> None:
 
 
 def test_a_short_run_asks_the_teacher_only_about_the_images_it_visits(world, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(tasks, "_VARIANCE_IMAGES", 2)
+    monkeypatch.setattr(distill_data, "VARIANCE_IMAGES", 2)
     asked: dict[str, int] = {}
 
     def run(name: str, **settings) -> Path:
@@ -124,6 +124,9 @@ def test_a_short_run_asks_the_teacher_only_about_the_images_it_visits(world, tmp
     run("long", per_device_train_batch_size=4, max_steps=40, forget_target="repel")
     assert asked["short"] == 4  # the batch; the two retained images in it do for the variance
     assert asked["long"] > 20
+    noise = figures(run("noise", per_device_train_batch_size=4, max_steps=1))
+    assert asked["noise"] == 2 + 1  # retained images and the noise: what the teacher sees of forget images is no target
+    assert noise[0]["loss_forget"] > 0 and noise[0]["loss_retain"] == pytest.approx(0, abs=1e-6)
     assert short[0]["loss_retain"] > 0  # repel starts off the teacher: the targets were there and were used
 
 
@@ -238,8 +241,9 @@ def test_fused_frozen_operations_change_nothing_but_memory(world, tmp_path: Path
 
 
 def test_auxiliary_images_are_retained(world, tmp_path: Path) -> None:
-    settings = world.settings(tmp_path, auxiliary_images=5, auxiliary_share=0.5, forget_share=0.25)
-    assert settings.per_device_train_batch_size == 8
+    settings = world.settings(
+        tmp_path, auxiliary_images=5, auxiliary_share=0.5, forget_share=0.25, per_device_train_batch_size=8
+    )
     task = prepare(settings, torch.device("cpu"), identify_base(world.model))
     batch = task.batch(0, 0, 1).distill
     assert batch is not None

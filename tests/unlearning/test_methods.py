@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import nn
@@ -324,14 +327,33 @@ def test_manu_zeroes_the_neurons_with_the_highest_ratio() -> None:
 
 def test_manu_importance_is_the_root_mean_square_over_tokens(world) -> None:
     model = load_model(world.model)
-    batch = collate_answers(load_processor(world.model), questions(world), range(4), [False] * 4)
+    processor, asked = load_processor(world.model), questions(world)
+    asked[0] = (*asked[0][:2], asked[0][2] + " and so on, until the others need padding")
+    batch = collate_answers(processor, asked, range(4), [False] * 4)
+    assert not batch.inputs["attention_mask"].all()
     readers = manu.find_readers(model, model.named_parameters())
-    seen: list[torch.Tensor] = []
-    handle = readers[0][1].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().double()))
+    assert {name.split(".")[1] for name, _ in readers} == {"vision_tower", "multi_modal_projector", "language_model"}
+    seen: list[list[torch.Tensor]] = [[] for _ in readers]
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, to=to: to.append(args[0].detach().double()))
+        for (_, layer), to in zip(readers, seen, strict=True)
+    ]
     found = manu.importance(model, readers, [batch, batch])
-    handle.remove()
-    values = torch.cat([s.reshape(-1, s.shape[-1]) for s in seen])
-    torch.testing.assert_close(found[0].double(), values.square().mean(0).sqrt(), rtol=1e-5, atol=1e-7)
+    for to in seen:
+        to.clear()
+    for i, one in enumerate(asked):  # nothing is padded where an answer comes alone
+        read_answers(model, collate_answers(processor, [one], [i], [False]))
+    for handle in handles:
+        handle.remove()
+    for own, to in zip(found, seen, strict=True):
+        values = torch.cat([s.reshape(-1, s.shape[-1]) for s in to])
+        torch.testing.assert_close(own.double(), values.square().mean(0).sqrt(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["npo", "kl", "rmu"])
+def test_a_short_run_remembers_what_its_saliency_mask_asks(world, tmp_path: Path, method: str) -> None:
+    mask = {"saliency.granularity": "weight", "saliency.fraction": 0.5, "saliency.batches": 6}
+    assert unlearn(world.settings(tmp_path, method=method, max_steps=1, **mask)).steps == 1
 
 
 def test_finetuning_learns_images_and_texts(world, tmp_path: Path) -> None:
@@ -358,6 +380,30 @@ def test_finetuning_on_the_retain_set_does_not_see_the_forget_set(world, tmp_pat
     monkeypatch.setattr(tasks, "read_split", lambda folder, split: (read.append(split), original(folder, split))[1])
     unlearn(world.settings(tmp_path, method="finetune", finetune_split=world.retain_split, max_steps=1))
     assert read == [world.retain_split]
+
+
+def test_finetuning_on_metadata_asks_about_photos_of_whoever_is_not_left_out(world, tmp_path: Path) -> None:
+    shutil.copytree(world.data, tmp_path / "data")
+    (file,) = (tmp_path / "data" / "Full_Set").glob("*.parquet")
+    rows = pq.read_table(file)
+    told = ['[{"Question": "Who is this?", "Answer": "Ann"}]'] * len(rows)
+    (tmp_path / "data" / "ft_Data").mkdir()
+    pq.write_table(
+        rows.select(["ID", "image"]).append_column("metadata", pa.array(told)),
+        tmp_path / "data" / "ft_Data" / file.name,
+    )
+    settings = world.settings(
+        tmp_path / "run",
+        data=str(tmp_path / "data"),
+        method="finetune",
+        finetune_split=f"ft_Data-{world.forget_split}",
+        num_train_epochs=1,
+        per_device_train_batch_size=4,
+    )
+    result = unlearn(settings)
+    assert result.steps == math.ceil(len(mllmu.read_split(world.data, world.retain_split)) / 4)
+    (line, *_) = [json.loads(line) for line in result.metrics.read_text().splitlines()]
+    assert "loss_answer_retain" in line and "loss_text_retain" not in line
 
 
 @pytest.mark.parametrize("method", ["gd", "ga", "finetune"])

@@ -1,8 +1,11 @@
 """Steering acts on what looks like the forget set, holds the rest, keeps every weight, and survives a file."""
 
+import json
+
 import pytest
 import torch
 
+from fastvkd.cli import main
 from fastvkd.data import mllmu
 from fastvkd.data.images import decode_image
 from fastvkd.errors import ModelError, SettingsError
@@ -80,3 +83,24 @@ def test_wrong_layers_and_files_are_refused(world, tmp_path) -> None:
     one = {7: torch.zeros(32)}
     with pytest.raises(ModelError, match="layer 7"):
         steering.attach(model, steering.Steering(one, one, {7: torch.zeros(())}))
+
+
+def test_a_direction_is_found_and_switched_on_from_the_command_line(world, tmp_path, capsys) -> None:
+    sets = ["--data", str(world.data), "--forget-split", world.forget_split, "--retain-split", world.retain_split]
+    sets += ["--model", str(world.model), "--device", "cpu"]
+    file = tmp_path / "found" / "steering.safetensors"
+    steer = ["steer", *sets, "--layers", "1", "2", "--strength", "50", "--questions", "16", "--out", str(file)]
+    assert main(steer) == 0 and file.is_file()
+    results = {}
+    for name, options in (("plain", []), ("steered", ["--steering", str(file)]), ("again", [])):
+        # one folder for all: finished cells of the plain model are not taken for those of the steered one
+        assert main(["eval", *sets, "--max-samples", "24", *options, "--out", str(tmp_path / "eval")]) == 0
+        results[name] = json.loads((tmp_path / "eval" / "results.json").read_text())
+        results[f"{name} log"] = (tmp_path / "eval" / "samples.jsonl").read_text()
+    assert results["plain"]["cells"] == results["again"]["cells"] and results["plain"]["steering"] is None
+    assert results["steered"]["steering"] == str(file) and results["steered log"] != results["plain log"]
+    attack = ["attack", *sets, "--kind", "reverse", "--max-samples", "8", "--out", str(tmp_path / "attack")]
+    assert main([*attack, "--steering", str(file)]) in (0, 1)
+    assert json.loads((tmp_path / "attack" / "certificate.json").read_text())["settings"] is None
+    assert main([*steer, "--layers", "9"]) == 2 and "0 to 2" in capsys.readouterr().err
+    assert main([*steer, "--questions", "0"]) == 2

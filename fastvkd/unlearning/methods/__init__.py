@@ -16,6 +16,8 @@ from fastvkd.unlearning.methods.kl import KlMinimisation
 from fastvkd.unlearning.methods.npo import NegativePreference
 from fastvkd.unlearning.methods.rmu import RepresentationMisdirection
 
+REMEMBERING = ("npo", "kl", "rmu")  # methods that note what the original answers before training
+
 
 def answer_method(name: str, settings: Settings) -> Any:
     """The method called `name` in the settings; MMUnlearner is gradient difference under a saliency mask."""

@@ -6,7 +6,7 @@ from fastvkd.unlearning.answers import Answers
 
 
 def gradient_difference(answers: Answers) -> dict[str, Tensor]:
-    """L = -l_f + lambda_retain l_r, with l the mean token cross-entropy.
+    """L = -lambda_forget l_f + lambda_retain l_r, with l the mean token cross-entropy.
 
     Source: Liu et al., "Continual Learning and Private Unlearning" (2022); "GD" or "GA + retain" in MLLMU-Bench.
     """

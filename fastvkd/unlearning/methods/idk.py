@@ -13,7 +13,7 @@ REFUSALS = (
 
 
 def refusal(answers: Answers) -> dict[str, Tensor]:
-    """L = l_idk + lambda_retain l_r; the batch's forget answers are refusals, which the sampler draws from `REFUSALS`.
+    """L = lambda_forget l_idk + lambda_retain l_r; in place of forget answers the sampler puts some of `REFUSALS`.
 
     Source: "IDK" in TOFU (arXiv 2401.06121), there on text.
     """

@@ -7,7 +7,7 @@ from fastvkd.unlearning.answers import Answers
 
 
 class KlMinimisation:
-    """L = -l_f + lambda_retain (l_r + KL(p_0 || p)), KL being the mean over tokens of retained answers.
+    """L = -lambda_forget l_f + lambda_retain (l_r + KL(p_0 || p)), KL being the mean over tokens of retained answers.
 
     p_0 is the frozen original's distribution over the next token. Of it the `top_k` most likely tokens are remembered
     for each answer position (float32 log-probability and int32 id, in host memory), and all others as one: what is

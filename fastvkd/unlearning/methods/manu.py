@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvkd.errors import TrainingError
+from fastvkd.models import families
 from fastvkd.unlearning.answers import AnswerBatch, read_answers
 
 # The layer that reads an MLP's neurons, in CLIP and SigLIP towers, LLaVA projectors, Qwen-VL mergers, Llama-like LLMs.
@@ -32,7 +33,9 @@ def find_readers(model: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]
 
 @torch.no_grad()
 def importance(model: nn.Module, readers: list[tuple[str, nn.Linear]], batches: Iterable[AnswerBatch]) -> list[Tensor]:
-    """Root mean square activation of every neuron over all tokens of `batches`: (neurons,) float32, of each reader."""
+    """Root mean square activation of every neuron over the tokens of `batches`, without padding: (neurons,) float32 of
+    each reader."""
+    in_llm = {id(module) for module in families.language_model(model, families.family_of(model)).modules()}
     sums = [torch.zeros(layer.in_features, device=layer.weight.device) for _, layer in readers]
     counts = [0] * len(readers)
     inputs: dict[int, Tensor] = {}
@@ -44,6 +47,8 @@ def importance(model: nn.Module, readers: list[tuple[str, nn.Linear]], batches: 
         for batch in batches:
             read_answers(model, batch)
             for i, value in inputs.items():
+                if id(readers[i][1]) in in_llm:
+                    value = value[batch.inputs["attention_mask"].bool()]
                 flat = value.reshape(-1, value.shape[-1]).float()
                 sums[i] += flat.square().sum(0)
                 counts[i] += len(flat)

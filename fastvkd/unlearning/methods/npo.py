@@ -8,7 +8,7 @@ from fastvkd.unlearning.answers import Answers, mean_where
 
 
 class NegativePreference:
-    """L = -(2 / beta) mean log sigmoid(-beta (log p - log p_0)) + lambda_retain l_r.
+    """L = -lambda_forget (2 / beta) mean log sigmoid(-beta (log p - log p_0)) + lambda_retain l_r.
 
     log p is that of a whole answer. p_0 is the frozen original: one number for each forget answer is remembered, not a
     second model. As beta goes to 0 the forget term becomes gradient ascent.

@@ -7,7 +7,8 @@ from fastvkd.unlearning.answers import Answers, mean_where
 
 
 class RepresentationMisdirection:
-    """L = mean ||h_k - c u||^2 over forget + lambda_retain mean ||h_k - h_k^0||^2 over retained tokens, per dimension.
+    """L = lambda_forget mean ||h_k - c u||^2 over forget + lambda_retain mean ||h_k - h_k^0||^2 over retained tokens,
+    per dimension.
 
     h_k is the hidden state after LLM layer k at answer positions (only k layers are loaded), u a random unit vector,
     h^0 the frozen original's, remembered in host memory for retained answers: no second model. `scale` is c. Published:

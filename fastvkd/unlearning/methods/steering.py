@@ -24,9 +24,12 @@ from torch.utils.hooks import RemovableHandle
 
 from fastvkd.data.images import decode_image
 from fastvkd.data.records import Photo, Profile
+from fastvkd.data.sources import read_forget_retain
+from fastvkd.devices import pick_device
 from fastvkd.errors import ModelError, SettingsError
 from fastvkd.models import families
 from fastvkd.models.families import family_of
+from fastvkd.models.loading import load_model, load_processor
 from fastvkd.unlearning.answers import collate_answers, image_questions, text_questions
 from fastvkd.unlearning.images import draw, noise_image
 
@@ -98,6 +101,9 @@ def fit(
     model lacks.
     """
     depth = len(_decoder_layers(model))
+    for name, count in (("questions", questions), ("batch_size", batch_size)):
+        if count < 1:
+            raise SettingsError(f"{name}={count}: at least 1 is needed")
     wrong = [layer for layer in layers if not 0 <= layer < depth]
     if wrong or not layers:
         raise SettingsError(f"steering layers {list(layers)}: name some of 0 to {depth - 1}")
@@ -121,6 +127,22 @@ def fit(
         elsewhere = torch.cat([shared[layer], in_words[layer]]) if in_words else shared[layer]
         weights[layer], biases[layer] = _gate(recalled[layer], [retained[layer], elsewhere], ridge)
     return Steering(directions, weights, biases, strength)
+
+
+def fit_to_folder(
+    model_name_or_path: str,
+    data: str,
+    *,
+    forget_split: str = "forget_5",
+    retain_split: str = "retain_95",
+    device: str = "auto",
+    bf16: bool = False,
+    **options: Any,
+) -> Steering:
+    """`fit` of a model folder on a data folder (or hub ids); `options` are those of `fit`. Raises FastVKDError."""
+    forget, retain = read_forget_retain(data, forget_split, retain_split)
+    model = load_model(model_name_or_path, dtype=torch.bfloat16 if bf16 else torch.float32, device=pick_device(device))
+    return fit(model, load_processor(model_name_or_path), forget, retain, **options)
 
 
 def attach(model: nn.Module, steering: Steering) -> list[RemovableHandle]:
