@@ -1,4 +1,4 @@
-"""What training, the kernels and the GPU suite need: torch, triton and transformers. The rest is loaded where it is used."""
+"""Training, the kernels and the GPU suite need torch, Triton and transformers; the rest is loaded where it is used."""
 
 import subprocess
 import sys
