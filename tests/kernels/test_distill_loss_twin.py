@@ -5,7 +5,7 @@ import torch
 from fastvkd_kernels import backend, visual_distill_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_gate import DISTANCES, HIDDEN_SIZES, check_distill_loss, make_case
+from kernel_gate import DISTANCES, HIDDEN_SIZES, check_distill_loss, make_case, moved_to
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -52,6 +52,22 @@ def test_the_backward_pass_allocates_nothing_of_the_gradients_size():
     events = profiler.profiler.kineto_results.events()
     allocated = [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
     assert gradient.any() and sum(allocated) < 1024, allocated
+
+
+@pytest.mark.parametrize("layout", ["dense", "sliced", "transposed", "unfoldable"])
+@pytest.mark.parametrize("target_dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
+def test_a_case_keeps_values_and_strides_when_it_is_moved_to_a_device(layout, target_dtype):
+    case = make_case(9, torch.bfloat16, "mse", layout=layout, target_dtype=target_dtype)
+    for device in ("cpu", "meta"):
+        moved = moved_to(case, device)
+        for key, value in case.items():
+            if not isinstance(value, torch.Tensor):
+                assert moved[key] == value
+                continue
+            assert moved[key].stride() == value.stride() and moved[key].storage_offset() == value.storage_offset()
+            assert moved[key].device.type == device and moved[key].dtype == value.dtype
+            if device == "cpu":
+                assert torch.equal(moved[key].float(), value.float()) and moved[key].data_ptr() != value.data_ptr()
 
 
 def test_many_rows_are_taken_in_chunks():
