@@ -774,10 +774,11 @@ def take_steps(
 
 @dataclass(frozen=True)
 class Reference:
-    """What the first variant computes of `images`, with the scale of the loss: the others are held to it."""
+    """What the first variant computes of `images` at `weights`, with the scale of the loss: others are held to it."""
 
     images: Images
     scale: float
+    weights: list[Tensor]
     loss: float
     gradients: list[Tensor]
     tolerance: tuple[float, float]
@@ -786,8 +787,9 @@ class Reference:
 def make_reference(rig: Rig, images: Images) -> Reference:
     scale = teacher_scale(rig.preset, images, rig)
     rig.load(images, scale)
+    weights = [parameter.detach().cpu().clone() for _, parameter in rig.parameters]
     dtype = next(rig.student.parameters()).dtype
-    return Reference(images, scale, *gradients(rig), TOLERANCE[dtype])
+    return Reference(images, scale, weights, *gradients(rig), TOLERANCE[dtype])
 
 
 def compare(rigs: dict[str, Rig], reference: Reference | None) -> dict[str, dict[str, Any] | str]:
@@ -796,6 +798,9 @@ def compare(rigs: dict[str, Rig], reference: Reference | None) -> dict[str, dict
     for letter, rig in rigs.items():
         assert reference is not None  # it is there as soon as one rig is
         rig.load(reference.images, reference.scale)
+        with torch.no_grad():  # steps of a variant that trains the same weights have moved them
+            for (_, parameter), value in zip(rig.parameters, reference.weights, strict=True):
+                parameter.copy_(value)
         try:
             loss, found = gradients(rig)
         except torch.OutOfMemoryError:

@@ -87,6 +87,18 @@ def test_variants_that_train_the_same_weights_share_an_engine(tmp_path):
     assert [weights.index(w) for w in weights] == [engines.index(e) for e in engines]
 
 
+@pytest.mark.slow
+def test_compiled_variants_come_last_and_are_compared_at_the_same_weights():
+    kept = []
+    report = step.measure(
+        small(4), torch.device("cpu"), letters="aefg", repetitions=2, say=lambda _: None,
+        keep=lambda report: kept.append("".join(row["variant"] for row in report["rows"])),
+    )  # fmt: skip
+    assert [row["variant"] for row in report["rows"]] == list("aefg"), report["left_out"]
+    assert list(dict.fromkeys(kept)) == ["", "ae", "aefg"]
+    assert all(row["speedup"] > 0 and row["counted_flops_per_image"] > 0 for row in report["rows"])
+
+
 def test_what_was_measured_is_kept_when_the_run_is_stopped(monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
