@@ -156,8 +156,9 @@ def _step_without_waiting(optimizer: Any) -> None:
     """
     if optimizer.is_paged:
         return
-    from bitsandbytes.optim import optimizer as implementation
+    import bitsandbytes.optim.optimizer
 
+    implementation: Any = bitsandbytes.optim.optimizer
     step = optimizer.step
 
     def step_without_waiting(closure: Any = None) -> Any:
