@@ -23,6 +23,7 @@ import copy
 import gc
 import importlib.util
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -694,12 +695,12 @@ def side_by_side(
                 continue
             while reference is None and group:
                 first = next(iter(group))
-                try:
+                with contextlib.suppress(torch.OutOfMemoryError):
                     _, reference = halving(start, lambda images, rig=rigs[first]: make_reference(rig, images), make)
-                except torch.OutOfMemoryError:
-                    report["left_out"][first] = "out of memory with one image of each set"
-                    group.pop(first).close()
-                    free_memory()
+                    break
+                report["left_out"][first] = "out of memory with one image of each set"
+                group.pop(first).close()
+                free_memory()
             for letter, error in compare(group, reference).items():
                 if isinstance(error, str):
                     report["left_out"][letter] = error
@@ -715,9 +716,6 @@ def side_by_side(
             for _ in range(repetitions):
                 take_steps(group, found, report, device, make)
                 publish()
-        for letter in [letter for letter, own in found.items() if not own.steps]:
-            report["left_out"][letter] = "out of memory beside the other variants"
-            del found[letter]
         for letter, own in found.items():
             if own.variant.compiled:  # the counter sees nothing inside compiled code
                 own.counted = found["e"].counted if "e" in found else None
@@ -758,18 +756,23 @@ def take_steps(
     reference: float | None = None
     for letter, rig in list(group.items()):
         own = found[letter]
-        try:
-            if device.type == "cuda":
-                rig.step()  # in which the allocator takes back what the variant before has left in pieces
-            seconds = seconds_of(rig.step, device) / own.batch
-        except torch.OutOfMemoryError:
+        while letter in group:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                if device.type == "cuda":
+                    rig.step()  # in which the allocator takes back what the variant before has left in pieces
+                seconds = seconds_of(rig.step, device) / own.batch
+                if letter == "a":
+                    reference = seconds
+                own.steps.append((seconds, reference))
+                break
+            free_memory()  # here, where the error no longer holds what ran out of it
             own.steps.clear()
-            free_memory()
-            warm_up(letter, group, found, report, make(max(2, 2 * (rig.images.forget // 2))), make)
-            continue
-        if letter == "a":
-            reference = seconds
-        own.steps.append((seconds, reference))
+            if rig.images.forget > 1:
+                warm_up(letter, group, found, report, make(2 * (rig.images.forget // 2)), make)
+            else:
+                report["left_out"][letter] = "out of memory beside the other variants"
+                found.pop(letter)
+                group.pop(letter).close()
 
 
 @dataclass(frozen=True)
@@ -801,10 +804,11 @@ def compare(rigs: dict[str, Rig], reference: Reference | None) -> dict[str, dict
         with torch.no_grad():  # steps of a variant that trains the same weights have moved them
             for (_, parameter), value in zip(rig.parameters, reference.weights, strict=True):
                 parameter.copy_(value)
-        try:
+        loss, found = math.nan, []
+        with contextlib.suppress(torch.OutOfMemoryError):
             loss, found = gradients(rig)
-        except torch.OutOfMemoryError:
-            result[letter] = "out of memory beside the reference"
+        if not found:
+            result[letter] = "out of memory with as many images as the reference"
             free_memory()
             continue
         error = {

@@ -87,6 +87,21 @@ def test_variants_that_train_the_same_weights_share_an_engine(tmp_path):
     assert [weights.index(w) for w in weights] == [engines.index(e) for e in engines]
 
 
+def test_a_reference_that_needs_too_much_memory_is_compared_with_fewer_images(monkeypatch):
+    whole = step.gradients
+
+    def scarce(rig):
+        if (rig.variant.letter == "a" and rig.images.forget > 1) or rig.variant.letter == "d":
+            raise torch.OutOfMemoryError("no room")
+        return whole(rig)
+
+    monkeypatch.setattr(step, "gradients", scarce)
+    monkeypatch.setattr(step, "run_alone", lambda *_: None)
+    report = step.measure(small(4), torch.device("cpu"), letters="ade", repetitions=1, say=lambda _: None)
+    found = {row["variant"]: (row["compared_batch"], row["batch"]) for row in report["rows"]}
+    assert found == {"a": (2, 4), "e": (2, 4)} and list(report["left_out"]) == ["d"]
+
+
 @pytest.mark.slow
 def test_compiled_variants_come_last_and_are_compared_at_the_same_weights():
     kept = []
@@ -134,7 +149,7 @@ def test_memory_that_runs_short_in_the_timing_costs_images_and_no_row(monkeypatc
 
     monkeypatch.setattr(step.Rig, "step", scarce)
     monkeypatch.setattr(step, "run_alone", lambda *_: None)
-    report = step.measure(small(4), torch.device("cpu"), letters="acd", repetitions=3, say=lambda _: None)
+    report = step.measure(small(4), torch.device("cpu"), letters="acd", repetitions=2, say=lambda _: None)
     assert {row["variant"]: row["batch"] for row in report["rows"]} == {"a": 2, "d": 4}
     assert all(row["speedup"] is not None for row in report["rows"])
     assert report["left_out"] == {"c": "out of memory with one image of each set"}
