@@ -18,10 +18,8 @@ if __name__ == "__main__":
     ]
 
 import argparse
-import datetime
 import importlib.util
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +32,8 @@ from typing import Any
 import torch
 from fastvkd_kernels import frozen_rms_norm, frozen_swiglu, visual_distill_loss
 from torch import Tensor
+
+from fastvkd.environment import measured_on
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,20 @@ class Work:
     gate: Callable[[], None]
 
 
-def load_gate() -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "tests" / "kernels" / "kernel_gate.py"
-    spec = importlib.util.spec_from_file_location("kernel_gate", path)
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # torch.compile looks functions' modules up there
     spec.loader.exec_module(module)
     return module
+
+
+def load_gate() -> ModuleType:
+    return load(Path(__file__).resolve().parents[1] / "tests" / "kernels" / "kernel_gate.py")
+
+
+gpu_clock = load(Path(__file__).resolve().with_name("gpu_clock.py"))
 
 
 def loss_work(gate: ModuleType, distance: str, shape: Shape, batch: int, dtype: torch.dtype, device: str) -> Work:
@@ -138,20 +144,16 @@ def frozen_work(gate: ModuleType, operation: str, shape: Shape, batch: int, dtyp
 
 
 def milliseconds(function: Callable[[], Any], device: str, seconds: float) -> float:
-    """Median time of a call; on a GPU by events, with the cache overwritten before each call."""
+    """Median time of a call; on a GPU that of its kernels alone, with the cache overwritten before each call."""
     function()
     times: list[float] = []
-    flush = torch.empty(2**28, dtype=torch.int8, device=device) if device == "cuda" else None
+    if device == "cuda":
+        launch = gpu_clock.launch_seconds(function)
+        flush = torch.empty(2**28, dtype=torch.int8, device=device)
     end = time.perf_counter() + seconds
     while len(times) < 5 or (time.perf_counter() < end and len(times) < 200):
-        if flush is not None:
-            flush.zero_()
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            function()
-            stop.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(stop))
+        if device == "cuda":
+            times.append(gpu_clock.gpu_milliseconds(function, launch, before=flush.zero_))
         else:
             begin = time.perf_counter()
             function()
@@ -179,14 +181,6 @@ def extra_memory(function: Callable[[], Any], device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {torch.get_num_threads()} thread(s)"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -207,19 +201,22 @@ def main() -> None:
     ours_label = "ours" if args.device == "cuda" else "ours (torch twin)"
     report: dict[str, Any] = {
         "benchmark": "kernels",
-        "device": device_name(args.device),
+        **measured_on(args.device),
+        "command": " ".join(["python benchmarks/kernels.py", *sys.argv[1:]]),
         "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
         "copy_gb_per_s": round(ceiling, 2),
         "gate": "passed for every row listed: error against float64 <= eager's + 1e-5",
         "rows": [],
         "gate_failed": [],
     }
-    if args.device == "cuda":
-        import triton
 
-        report["triton"] = triton.__version__
-    else:
+    def keep() -> None:
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+    keep()
+    if args.device == "cpu":
         print("CPU: 'ours' is the plain-torch twin; nothing here tells how fast the Triton kernels are on a GPU.")
     print(f"{report['device']}, torch {torch.__version__}; copy ceiling {ceiling:.1f} GB/s")
     print(
@@ -268,8 +265,8 @@ def main() -> None:
                             f"{rate:>8.1f} {rate / ceiling:>8.1%} {memory:>9}",
                             flush=True,
                         )
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+                        keep()
+    keep()
     sys.exit(1 if report["gate_failed"] else 0)
 
 

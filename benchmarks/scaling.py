@@ -27,6 +27,7 @@ from step import (  # takes this folder out of the import path, where `kernels.p
 )
 
 import argparse
+import contextlib
 import copy
 import json
 import socket
@@ -108,6 +109,7 @@ def one_rank(rank: int, world_size: int, port: int, repetitions: int, out: str) 
         times[1].append(time.perf_counter() - middle)
         rig.engine.step()
         times[0].append(time.perf_counter() - start)
+    rig.close()
     if rank == 0:
         Path(out).write_text(json.dumps([1e3 * statistics.median(t) for t in times]))
     dist.destroy_process_group()
@@ -132,7 +134,8 @@ def measure(repetitions: int, ranks: tuple[int, ...]) -> dict[str, Any]:
             measured = {}
             for value in values:
                 rig = ready(variation(axis, value), Path(folder) / f"{axis}-{value}")
-                measured[value] = milliseconds(rig, repetitions)
+                with contextlib.closing(rig):
+                    measured[value] = milliseconds(rig, repetitions)
             rate = flops(variation(axis, MIDDLE[axis])) / measured[MIDDLE[axis]]
             for value, ms in measured.items():
                 count = flops(variation(axis, value))

@@ -23,12 +23,12 @@ import copy
 import gc
 import importlib.util
 import json
+import math
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from operator import truediv
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,14 @@ from fastvkd.models.loading import truncated_config
 from fastvkd.models.visual_path import VisualBatch, VisualPath
 from fastvkd.planning import ARCHITECTURES, Architecture, Cost, Recipe, architecture_of, peak_flops
 from fastvkd.unlearning.objective import DistillBatch, SiteLoss, VisualDistillation
+from fastvkd.unlearning.prefetch import prefetched
 from fastvkd.unlearning.targets import TargetTable
 from fastvkd.unlearning.teacher import FeatureCache, fill_caches, frozen_copy
+
+_spec = importlib.util.spec_from_file_location("gpu_clock", Path(__file__).with_name("gpu_clock.py"))
+assert _spec is not None and _spec.loader is not None
+gpu_clock = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(gpu_clock)
 
 TINY = {
     "model_type": "llava",
@@ -170,16 +176,18 @@ def disturb(parameters: list[tuple[str, nn.Parameter]]) -> None:
 class Images:
     """Random images as model inputs on the host: `batch` images of each set, and the noise images forget images aim at.
 
-    `inputs[set]` are whole prompts, `cut[set]` end with the image, `both` has the two sets in one batch.
+    `whole[set]` are whole prompts, `cut[set]` end with the image, `both` has the two sets in one batch; page-locked for
+    a GPU, whichever variant takes them.
     """
 
-    def __init__(self, preset: Preset, config: Any, forget: int, retain: int):
+    def __init__(self, preset: Preset, config: Any, forget: int, retain: int, pin: bool = False):
         dtype = torch.bfloat16 if preset.bf16 else torch.float32
         generator = torch.Generator().manual_seed(1)
         self.forget, self.retain = forget, retain
 
         def prompts(count: int, suffix: int, pixels: dict[str, Tensor]) -> VisualBatch:
-            return make_batch(config, count, preset.prefix, suffix, pixels)
+            batch = make_batch(config, count, preset.prefix, suffix, pixels)
+            return batch.pin_memory() if pin else batch
 
         pixels = {
             name: random_pixels(config, count, dtype, generator)
@@ -227,29 +235,35 @@ def make_batch(config: Any, count: int, prefix: int, suffix: int, pixels: dict[s
 
 
 class Rig:
-    """Everything that a variant's step needs; `step` is one training step, data transfer and update included."""
+    """Everything that a variant's step needs; `step` is one training step, data transfer and update included.
+
+    `engines` holds one engine for each set of weights and optimiser, made when it is first asked for; rigs that share
+    weights must share it, since an engine takes the gradients of its weights away.
+    """
 
     def __init__(
-        self, variant: Variant, preset: Preset, device: torch.device, folder: Path, student: Any, teacher: Any
-    ):
+        self, variant: Variant, preset: Preset, device: torch.device, folder: Path, student: Any, teacher: Any,
+        engines: dict[Any, LocalEngine] | None = None,
+    ):  # fmt: skip
         self.variant, self.preset, self.device = variant, preset, device
         self.layer = parse_site(preset.site)[1]
         self.student, self.teacher = student, teacher
         self.parameters = visual_parameters(student, preset)
         self._folder = folder
-        self._engine: LocalEngine | None = None
+        self._engines = {} if engines is None else engines
+        self._loading = contextlib.ExitStack()
         self.path = VisualPath(student, [preset.site])
 
     def load(self, images: Images, scale: float) -> None:
         """Take up `images`; a cached teacher writes its features down here, once, outside the step."""
+        self.close()
         self.images, self.scale = images, scale
         if self.variant.cached:
             dtype = "bfloat16" if self.preset.bf16 else "float32"
             identity = {"images": len(images.keys)}
             self.cache = FeatureCache(self._folder, site=self.preset.site, dtype=dtype, ingredients=identity)
-            for name, keys in (("noise", images.keys[: images.forget]), ("retain", images.keys[images.forget :])):
-                path = VisualPath(self.teacher, [self.preset.site])
-                batch = images.cut[name]
+            for name in ("noise", "retain"):
+                path, batch, keys = VisualPath(self.teacher, [self.preset.site]), images.cut[name], self._keys(name)
                 fill_caches(
                     {self.preset.site: self.cache}, path, keys, lambda _, b=batch: b, batch_size=len(keys),
                     device=self.device,
@@ -260,44 +274,59 @@ class Rig:
                 self.path, distance="mse", lambda_forget=LAMBDA_FORGET, lambda_retain=LAMBDA_RETAIN
             )
             self.objective.losses = {self.preset.site: SiteLoss(1.0, scale=scale)}
+        # as in training: a thread keeps two batches ready
+        self._batches = self._loading.enter_context(prefetched(lambda _: self._load(), range(sys.maxsize), 2))
+
+    def close(self) -> None:
+        """End the thread that makes batches."""
+        self._loading.close()
+
+    def _keys(self, name: str) -> list[str]:
+        return self.images.keys[: self.images.forget] if name == "noise" else self.images.keys[self.images.forget :]
+
+    def _load(self) -> Any:
+        """What a step takes from the host: a whole batch, or the cached targets of each set; page-locked for a GPU."""
+        images, pin = self.images, self.device.type == "cuda"
+        if self.variant.fused:
+            is_forget = torch.arange(images.forget + images.retain) < images.forget
+            batch = DistillBatch(images.both, is_forget, {self.preset.site: self.table.gather(images.keys)})
+            return batch.pin_memory() if pin else batch
+        if not self.variant.cached:
+            return None
+        targets = {
+            name: torch.cat([self.cache.features(key) for key in self._keys(name)]) for name in ("noise", "retain")
+        }
+        return {name: target.pin_memory() for name, target in targets.items()} if pin else targets
 
     @property
     def engine(self) -> LocalEngine:
-        if self._engine is None:
-            self._engine = LocalEngine(
+        key = (self.variant.optim, *(id(parameter) for _, parameter in self.parameters))
+        if key not in self._engines:
+            self._engines[key] = LocalEngine(
                 self.parameters, module=self.student, optim=self.variant.optim, learning_rate=1e-6, weight_decay=0.0,
                 max_grad_norm=1.0, gradient_accumulation_steps=1, warmup_steps=0, max_steps=10_000,
                 lr_scheduler_type="constant", device=self.device,
             )  # fmt: skip
-        return self._engine
+        return self._engines[key]
 
     def step(self) -> None:
         self.engine.backward(self.loss())
         self.engine.step()
 
     def loss(self) -> Tensor:
+        batch = next(self._batches)
         with compiled_blocks(self.student) if self.variant.compiled else contextlib.nullcontext():
-            return self._fused_loss() if self.variant.fused else self._reference_loss()
+            if self.variant.fused:
+                return self.objective(batch.to(self.device))["loss"]
+            return self._reference_loss(batch)
 
-    def _fused_loss(self) -> Tensor:
-        images = self.images
-        is_forget = torch.arange(images.forget + images.retain, device=self.device) < images.forget
-        targets = self.table.gather(images.keys).to(self.device)
-        batch = DistillBatch(images.both.to(self.device, non_blocking=True), is_forget, {self.preset.site: targets})
-        return self.objective(batch)["loss"]
-
-    def _reference_loss(self) -> Tensor:
+    def _reference_loss(self, targets: dict[str, Tensor] | None) -> Tensor:
         """One pass for each set, as public loops do."""
         prompts = self.images.cut if self.variant.suffix_dropped else self.images.whole
         total = torch.zeros((), device=self.device)
         for name, aim, weight in (("forget", "noise", LAMBDA_FORGET), ("retain", "retain", LAMBDA_RETAIN)):
-            if self.variant.cached:
-                keys = (
-                    self.images.keys[: self.images.forget]
-                    if name == "forget"
-                    else self.images.keys[self.images.forget :]
-                )
-                target = torch.cat([self.cache.features(key) for key in keys]).to(self.device, non_blocking=True)
+            if targets is not None:
+                target = targets[aim].to(self.device, non_blocking=True)
             else:
                 with torch.no_grad():
                     target = self._visual_hidden(self.teacher, prompts[aim].to(self.device, non_blocking=True))
@@ -339,7 +368,9 @@ def build_rigs(letters: str, preset: Preset, device: torch.device, folder: Path)
     """The variants side by side for timing, over as few copies of the frozen weights as equal work allows.
 
     (a) to (d) share the student's weights and (a) to (c) run the teacher's LLM on the student's frozen layers, which
-    costs the same time as a copy; memory is measured elsewhere. Returns the rigs and what closes them.
+    costs the same time as a copy; memory is measured elsewhere. (a) to (d) share an engine too, and so do (e) and (f).
+    At 13B, site llm:8, weights and engines come to 44 GB (34 and 10), to which (a) adds 34 GB of activations in its LLM
+    for 8 images. Returns the rigs and what closes them.
     """
     whole = build_model(preset, device)
     visual_parameters(whole, preset)
@@ -349,6 +380,7 @@ def build_rigs(letters: str, preset: Preset, device: torch.device, folder: Path)
     short, short_teacher = truncated_view(whole, layers), truncated_view(teacher, layers)
     resources = contextlib.ExitStack()
     product: Any = None
+    engines: dict[Any, LocalEngine] = {}
     rigs = {}
     for variant in (v for v in VARIANTS if v.letter in letters):
         student = short if variant.truncated else whole
@@ -358,9 +390,9 @@ def build_rigs(letters: str, preset: Preset, device: torch.device, folder: Path)
                 visual_parameters(product, preset)
                 resources.enter_context(patch_frozen(product))
             student = product if variant.optim == "adamw_torch" else frozen_copy(product)
-        rigs[variant.letter] = Rig(
-            variant, preset, device, folder, student, short_teacher if variant.truncated else teacher
-        )
+        own = short_teacher if variant.truncated else teacher
+        rigs[variant.letter] = Rig(variant, preset, device, folder, student, own, engines)
+        resources.callback(rigs[variant.letter].close)
     return rigs, resources
 
 
@@ -464,12 +496,22 @@ def loss_seconds(preset: Preset, architecture: Architecture, device: torch.devic
     image = torch.arange(preset.batch, device=device)
     rows = (image[:, None] * hidden.shape[1] + preset.prefix + torch.arange(tokens, device=device)).flatten()
     target = torch.randn(len(rows), width, device=device, dtype=dtype)
-    times = []
-    for _ in range(20):
-        start = clock(device)
-        torch.autograd.grad(visual_distill_loss(hidden, rows, target), hidden)
-        times.append(clock(device) - start)
+
+    def forward_backward() -> Any:
+        return torch.autograd.grad(visual_distill_loss(hidden, rows, target), hidden)
+
+    if device.type == "cuda":
+        launch = gpu_clock.launch_seconds(forward_backward)
+        times = [gpu_clock.gpu_milliseconds(forward_backward, launch) / 1e3 for _ in range(20)]
+    else:
+        times = [seconds_of(forward_backward, device) for _ in range(20)]
     return statistics.median(times) / preset.batch
+
+
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
+    start = clock(device)
+    run()
+    return clock(device) - start
 
 
 def clock(device: torch.device) -> float:
@@ -507,7 +549,7 @@ def run_alone(variant: Variant, preset: Preset, device: torch.device, images: Im
     student = build_model(preset, device, layers=layers)
     teacher = student if variant.cached else build_model(preset, device, layers=layers).requires_grad_(False)
     rig = Rig(variant, preset, device, folder, student, teacher)
-    with patch_frozen(student) if variant.fused else contextlib.nullcontext():
+    with contextlib.closing(rig), patch_frozen(student) if variant.fused else contextlib.nullcontext():
         rig.load(images, 1.0)
         for _ in range(2):
             rig.step()
@@ -521,9 +563,56 @@ def halving(images: Images, attempt: Callable[[Images], Any], make: Callable[[in
         except torch.OutOfMemoryError:
             if images.forget == 1:
                 raise
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory()
         images = make(2 * (images.forget // 2))
+
+
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@dataclass
+class Measured:
+    """What is known of a variant so far. `steps`: seconds an image of its steps, each with (a)'s just before."""
+
+    variant: Variant
+    errors: dict[str, Any]
+    batch: int = 0
+    steps: list[tuple[float, float | None]] = field(default_factory=list)
+    counted: float | None = None
+    peak: int | None = None
+    peak_batch: int | None = None
+
+
+def row_of(found: Measured, preset: Preset, architecture: Architecture, report: dict[str, Any]) -> dict[str, Any]:
+    """What is not measured yet, or had no memory to be measured in, is None."""
+    seconds = sorted(own for own, _ in found.steps)
+    median = statistics.median(seconds)
+    # of steps that were taken one after the other, so that a busy spell counts in both
+    ratios = [reference / own for own, reference in found.steps if reference is not None]
+    flops = analytic_flops(found.variant, preset, architecture)
+    moved = least_bytes(found.variant, preset, architecture, found.batch)
+    datasheet = report["datasheet_flops_per_s"]
+    return {
+        "variant": found.variant.letter,
+        "name": found.variant.name,
+        "ms_per_image": 1e3 * median,
+        "ms_per_image_quartiles": [1e3 * seconds[len(seconds) // 4], 1e3 * seconds[-1 - len(seconds) // 4]],
+        "images_per_s": 1 / median,
+        "speedup": statistics.median(ratios) if ratios else None,
+        "batch": found.batch,
+        "flops_per_image": flops,
+        "counted_flops_per_image": found.counted,
+        "least_bytes_per_image": moved,
+        "roofline_ms_per_image": 1e3 * max(flops / report["matmul_flops_per_s"], moved / report["copy_bytes_per_s"]),
+        "mfu_of_matmul": flops / median / report["matmul_flops_per_s"],
+        "mfu": flops / median / datasheet if datasheet else None,
+        "peak_bytes": found.peak,
+        "peak_batch": found.peak_batch,
+        **found.errors,
+    }
 
 
 def measure(
@@ -532,7 +621,8 @@ def measure(
 ) -> dict[str, Any]:  # fmt: skip
     """The benchmark's JSON: `device`, `versions`, `rows`, and `left_out` with the reason for every missing row.
 
-    `keep` is given the report after each row.
+    `keep` is given the report whenever something was added to it, so that what stops the run loses no more than what
+    was not measured yet.
     """
     config = configuration(preset)
     architecture = architecture_of(config.to_dict(), name=preset.facts.get("name_or_path", "tiny"))
@@ -541,7 +631,7 @@ def measure(
 
     def make(count: int) -> Images:
         if count not in made:
-            made[count] = Images(preset, config, count // 2, count - count // 2)
+            made[count] = Images(preset, config, count // 2, count - count // 2, pin=device.type == "cuda")
         return made[count]
 
     report: dict[str, Any] = {
@@ -561,113 +651,176 @@ def measure(
     if importlib.util.find_spec("bitsandbytes") is None and "g" in letters:
         letters = letters.replace("g", "")
         report["left_out"]["g"] = "bitsandbytes is not installed"
+    found: dict[str, Measured] = {}
+
+    def publish() -> None:
+        report["rows"] = [row_of(f, preset, architecture, report) for f in found.values() if f.steps]
+        keep(report)
+
+    publish()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        times, sizes, counted, errors = side_by_side(
-            report, preset, device, folder, make, letters, repetitions, batch, say
-        )
-        for variant in (v for v in VARIANTS if v.letter in times):
-            try:
-                images, peak = halving(
-                    make(sizes[variant.letter]),
-                    lambda images, v=variant: peak_bytes(lambda: run_alone(v, preset, device, images, folder), device),
+        side_by_side(found, report, preset, device, folder, make, letters, repetitions, batch, say, publish)
+        for letter, own in found.items():
+            with contextlib.suppress(torch.OutOfMemoryError):  # the row stands, without a peak
+                images, own.peak = halving(
+                    make(own.batch),
+                    lambda images, v=own.variant: peak_bytes(
+                        lambda: run_alone(v, preset, device, images, folder), device
+                    ),
                     make,
                 )
-            except torch.OutOfMemoryError:
-                report["left_out"][variant.letter] = "out of memory, models of its own and one image of each set"
-                continue
-            seconds = sorted(times[variant.letter])
-            median = statistics.median(seconds)
-            flops = analytic_flops(variant, preset, architecture)
-            moved = least_bytes(variant, preset, architecture, sizes[variant.letter])
-            datasheet = report["datasheet_flops_per_s"]
-            row = {
-                "variant": variant.letter,
-                "name": variant.name,
-                "ms_per_image": 1e3 * median,
-                "ms_per_image_quartiles": [1e3 * seconds[len(seconds) // 4], 1e3 * seconds[-1 - len(seconds) // 4]],
-                "images_per_s": 1 / median,
-                # of steps that were taken one after the other, so that a busy spell counts in both
-                "speedup": statistics.median(map(truediv, times["a"], times[variant.letter])) if "a" in times else None,
-                "batch": sizes[variant.letter],
-                "flops_per_image": flops,
-                "counted_flops_per_image": counted.get(variant.letter, counted.get("e")),
-                "least_bytes_per_image": moved,
-                "roofline_ms_per_image": 1e3
-                * max(flops / report["matmul_flops_per_s"], moved / report["copy_bytes_per_s"]),
-                "mfu_of_matmul": flops / median / report["matmul_flops_per_s"],
-                "mfu": flops / median / datasheet if datasheet else None,
-                "peak_bytes": peak,
-                "peak_batch": images.forget + images.retain,
-                **errors[variant.letter],
-            }
-            report["rows"].append(row)
-            say(line(row))
-            keep(report)
+                own.peak_batch = images.forget + images.retain
+            publish()
+            say(line(next(row for row in report["rows"] if row["variant"] == letter)))
     return report
 
 
 def side_by_side(
-    report: dict[str, Any], preset: Preset, device: torch.device, folder: Path, make: Callable[[int], Images],
-    letters: str, repetitions: int, batch: int | None, say: Callable[[str], None],
-) -> tuple[dict[str, list[float]], dict[str, int], dict[str, float], dict[str, Any]]:  # fmt: skip
-    """Seconds per image of every step, images a step, counted FLOPs per image, and errors, by variant."""
+    found: dict[str, Measured], report: dict[str, Any], preset: Preset, device: torch.device, folder: Path,
+    make: Callable[[int], Images], letters: str, repetitions: int, batch: int | None, say: Callable[[str], None],
+    publish: Callable[[], None],
+) -> None:  # fmt: skip
+    """Compare the variants with (a), time their steps in turn and count their FLOPs; fills `found`.
+
+    The compiled ones come after the others, beside (a) again: what they take to compile then holds nothing up.
+    """
     rigs, resources = build_rigs(letters, preset, device, folder)
+    start = make(batch or preset.batch)
     with resources:
-        errors = compare(rigs, make(2), report, say)
-        sizes: dict[str, int] = {}
-        for letter, rig in list(rigs.items()):
+        reference: Reference | None = None
+        for compiled in (False, True):
+            group = {letter: rig for letter, rig in rigs.items() if rig.variant.compiled == compiled}
+            if not group:
+                continue
+            while reference is None and group:
+                first = next(iter(group))
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    _, reference = halving(start, lambda images, rig=rigs[first]: make_reference(rig, images), make)
+                    break
+                report["left_out"][first] = "out of memory with one image of each set"
+                group.pop(first).close()
+                free_memory()
+            for letter, error in compare(group, reference).items():
+                if isinstance(error, str):
+                    report["left_out"][letter] = error
+                    say(f"({letter}) {error}")
+                    group.pop(letter).close()
+                else:
+                    found[letter] = Measured(rigs[letter].variant, error)
+            # Lightest first: what engines and caches hold is there when the heaviest, (a), finds out how much fits.
+            for letter in reversed(list(group)):
+                warm_up(letter, group, found, report, start, make)
+            if compiled and "a" in found:
+                group = {"a": rigs["a"], **group}
+            for _ in range(repetitions):
+                take_steps(group, found, report, device, make)
+                publish()
+        for letter, own in found.items():
+            if own.variant.compiled:  # the counter sees nothing inside compiled code
+                own.counted = found["e"].counted if "e" in found else None
+            else:
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    own.counted = counted_flops(rigs[letter], own.batch)
+            free_memory()
+        publish()
 
-            def warm_up(images: Images, rig: Rig = rig) -> None:
-                rig.load(images, rig.scale)
-                rig.step()
-                rig.step()
 
-            try:
-                images, _ = halving(make(batch or preset.batch), warm_up, make)
-                sizes[letter] = images.forget + images.retain
-            except torch.OutOfMemoryError:
-                report["left_out"][letter] = "out of memory with one image of each set"
-                del rigs[letter]
-        times: dict[str, list[float]] = {letter: [] for letter in rigs}
-        for _ in range(repetitions):
-            for letter, rig in rigs.items():
-                start = clock(device)
-                rig.step()
-                times[letter].append((clock(device) - start) / sizes[letter])
-        counted = {x: counted_flops(r, sizes[x]) for x, r in rigs.items() if not r.variant.compiled}
-    return times, sizes, counted, errors
+def warm_up(
+    letter: str, group: dict[str, Rig], found: dict[str, Measured], report: dict[str, Any], images: Images,
+    make: Callable[[int], Images],
+) -> None:  # fmt: skip
+    """Two steps with as many images as fit, at most `images`; a variant that has no memory for any is dropped."""
+    rig = group[letter]
+
+    def attempt(images: Images) -> None:
+        rig.load(images, rig.scale)
+        rig.step()
+        rig.step()
+
+    try:
+        images, _ = halving(images, attempt, make)
+        found[letter].batch = images.forget + images.retain
+    except torch.OutOfMemoryError:
+        report["left_out"][letter] = "out of memory with one image of each set"
+        found.pop(letter)
+        group.pop(letter).close()
+    free_memory()
 
 
-def compare(rigs: dict[str, Rig], images: Images, report: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    """Loss and gradients of every rig beside those of (a); a rig that differs is dropped, with its reason."""
-    rig = next(iter(rigs.values()))
+def take_steps(
+    group: dict[str, Rig], found: dict[str, Measured], report: dict[str, Any], device: torch.device,
+    make: Callable[[int], Images],
+) -> None:  # fmt: skip
+    """One timed step of every variant. Where memory has run short since the warm-up, fewer images, timed anew."""
+    reference: float | None = None
+    for letter, rig in list(group.items()):
+        own = found[letter]
+        while letter in group:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                if device.type == "cuda":
+                    rig.step()  # in which the allocator takes back what the variant before has left in pieces
+                seconds = seconds_of(rig.step, device) / own.batch
+                if letter == "a":
+                    reference = seconds
+                own.steps.append((seconds, reference))
+                break
+            free_memory()  # here, where the error no longer holds what ran out of it
+            own.steps.clear()
+            if rig.images.forget > 1:
+                warm_up(letter, group, found, report, make(2 * (rig.images.forget // 2)), make)
+            else:
+                report["left_out"][letter] = "out of memory beside the other variants"
+                found.pop(letter)
+                group.pop(letter).close()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the first variant computes of `images` at `weights`, with the scale of the loss: others are held to it."""
+
+    images: Images
+    scale: float
+    weights: list[Tensor]
+    loss: float
+    gradients: list[Tensor]
+    tolerance: tuple[float, float]
+
+
+def make_reference(rig: Rig, images: Images) -> Reference:
     scale = teacher_scale(rig.preset, images, rig)
+    rig.load(images, scale)
+    weights = [parameter.detach().cpu().clone() for _, parameter in rig.parameters]
     dtype = next(rig.student.parameters()).dtype
-    errors: dict[str, Any] = {}
-    expected: tuple[float, list[Tensor]] | None = None
-    for letter, rig in list(rigs.items()):
-        rig.load(images, scale)
-        try:
+    return Reference(images, scale, weights, *gradients(rig), TOLERANCE[dtype])
+
+
+def compare(rigs: dict[str, Rig], reference: Reference | None) -> dict[str, dict[str, Any] | str]:
+    """The errors of every rig's loss and gradients beside `reference`; or why a rig has no row."""
+    result: dict[str, dict[str, Any] | str] = {}
+    for letter, rig in rigs.items():
+        assert reference is not None  # it is there as soon as one rig is
+        rig.load(reference.images, reference.scale)
+        with torch.no_grad():  # steps of a variant that trains the same weights have moved them
+            for (_, parameter), value in zip(rig.parameters, reference.weights, strict=True):
+                parameter.copy_(value)
+        loss, found = math.nan, []
+        with contextlib.suppress(torch.OutOfMemoryError):
             loss, found = gradients(rig)
-        except torch.OutOfMemoryError:
-            report["left_out"][letter] = "out of memory with one image of each set"
-            del rigs[letter]
+        if not found:
+            result[letter] = "out of memory with as many images as the reference"
+            free_memory()
             continue
-        if expected is None:
-            expected = (loss, found)
         error = {
-            "max_loss_error": abs(loss - expected[0]) / abs(expected[0]),
-            "max_grad_error": gradient_error(found, expected[1], dtype),
+            "max_loss_error": abs(loss - reference.loss) / abs(reference.loss),
+            "max_grad_error": gradient_error(found, reference.gradients, next(rig.student.parameters()).dtype),
+            "compared_batch": reference.images.forget + reference.images.retain,
         }
-        errors[letter] = error
-        if not (error["max_loss_error"] <= report["tolerance"]["loss"]) or not (
-            error["max_grad_error"] <= report["tolerance"]["gradient"]
-        ):
-            report["left_out"][letter] = f"differs from the reference: {error}"
-            say(f"({letter}) differs from the reference: {error}")
-            del rigs[letter]
-    return errors
+        allowed_loss, allowed_gradient = reference.tolerance
+        # written so that NaN fails
+        agrees = error["max_loss_error"] <= allowed_loss and error["max_grad_error"] <= allowed_gradient
+        result[letter] = error if agrees else f"differs from the reference: {error}"
+    return result
 
 
 HEAD = (
@@ -681,10 +834,11 @@ def line(row: dict[str, Any]) -> str:
     speedup = "-" if row["speedup"] is None else f"{row['speedup']:.2f}x"
     counted = "-" if row["counted_flops_per_image"] is None else f"{row['counted_flops_per_image'] / 1e12:.4f}"
     quartiles = f"{low:.2f} ... {high:.2f}"
+    peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.3f}"
     return (
         f"({row['variant']}) {row['ms_per_image']:>10.2f} {quartiles:>17} {row['images_per_s']:>9.2f} "
         f"{speedup:>9} {row['flops_per_image'] / 1e12:>8.4f} {counted:>8} {row['mfu'] or row['mfu_of_matmul']:>6.1%} "
-        f"{row['peak_bytes'] / 1e9:>8.3f} {row['max_loss_error']:>9.1e} {row['max_grad_error']:>9.1e}  {row['name']}"
+        f"{peak:>8} {row['max_loss_error']:>9.1e} {row['max_grad_error']:>9.1e}  {row['name']}"
     )
 
 

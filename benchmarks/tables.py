@@ -72,7 +72,8 @@ def step_table(report: dict[str, Any]) -> list[str]:
         cells += ["" if row["counted_flops_per_image"] is None else f"{row['counted_flops_per_image'] / 1e9:.2f}"]
         cells += [f"{row['least_bytes_per_image'] / 1e6:.1f}", f"{row['roofline_ms_per_image']:.2f}"]
         cells += [f"{row['mfu_of_matmul']:.0%}", *([f"{row['mfu']:.1%}"] if on_gpu else [])]
-        cells += [f"{row['peak_bytes'] / 1e6:.0f}", f"{row['max_loss_error']:.0e}", f"{row['max_grad_error']:.0e}"]
+        cells += ["" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"]
+        cells += [f"{row['max_loss_error']:.0e}", f"{row['max_grad_error']:.0e}"]
         rows.append(cells)
     lines += ["", *table(head, rows, left=2), ""]
     lines.append(

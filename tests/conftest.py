@@ -1,5 +1,6 @@
-"""A small world that many tests share: twelve people, a random LLaVA that has never seen them, both on disk."""
+"""Small worlds that many tests share: twelve people, a random LLaVA that has never seen them, both on disk."""
 
+import json
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: spinning threads stall each other on a busy machine
@@ -82,3 +83,26 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     build_model(processor, shape, seed=0).save_pretrained(root / "model")
     processor.save_pretrained(root / "model")
     return World(root / "model", root / "data")
+
+
+@pytest.fixture(scope="session")
+def leaves_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A world without faces, for tests on a GPU machine: the demo's renderers need not be installed there."""
+    from fastvkd.data.dead_leaves import dead_leaves
+    from fastvkd.data.sources import read_forget_retain
+    from fastvkd.demo.model import Shape, build_model, build_processor
+
+    root = tmp_path_factory.mktemp("leaves")
+    for split, count in (("forget", 4), ("retain", 20)):
+        lines = []
+        for i in range(count):
+            name = f"{split}-{i}"
+            dead_leaves((32, 32), (count, i)).save(root / f"{name}.png")
+            lines.append(dict(image=f"{name}.png", entity=name, question="Who is this?", answer=f"Person {i}"))
+        (root / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    forget, retain = read_forget_retain(str(root), "forget", "retain")
+    shape = Shape(image_size=24, patch_size=8, vision_width=32, vision_layers=2, llm_width=32, llm_layers=3, heads=2)
+    processor = build_processor(forget + retain, shape)
+    build_model(processor, shape, seed=0).save_pretrained(root / "model")
+    processor.save_pretrained(root / "model")
+    return World(root / "model", root, "forget", "retain")

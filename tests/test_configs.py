@@ -21,6 +21,13 @@ def test_every_recipe_loads(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_recipe_fuses_frozen_operations_where_its_site_is_in_the_llm(path: Path) -> None:
+    settings = load_settings(path, {"model_name_or_path": "m", "data": "d"})
+    in_llm = settings.method == "vkd" and any(site.startswith("llm:") for site in settings.sites)
+    assert settings.fused_frozen_ops == in_llm
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_command_in_the_comments_is_one(path: Path) -> None:
     commands = re.findall(r"^#.*?(fastvkd (?:train|export|plan|eval|compare) .*)$", path.read_text(), re.MULTILINE)
     for command in commands:

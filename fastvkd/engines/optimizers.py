@@ -91,6 +91,7 @@ def build_optimizer(
         optimizer = bnb.optim.AdamW8bit(groups, lr=learning_rate, weight_decay=weight_decay)
     _keep_vectors_32bit(optimizer)
     _keep_zero_moments_zero(optimizer, device)
+    _step_without_waiting(optimizer)
     return optimizer
 
 
@@ -145,3 +146,29 @@ def _keep_zero_moments_zero(optimizer: Any, device: torch.device) -> None:
                 moment.masked_fill_(moment == rounded_zero, zero_code)
 
     optimizer.register_step_post_hook(snap_to_zero)
+
+
+def _step_without_waiting(optimizer: Any) -> None:
+    """bitsandbytes waits for the whole GPU after every parameter: hundreds of times a step.
+
+    Paged moments need it, which live in memory that the host may touch. Others do not where the step is on the default
+    stream, to which its kernels always go: everything before and after them is in order there by itself.
+    """
+    if optimizer.is_paged:
+        return
+    import bitsandbytes.optim.optimizer
+
+    implementation: Any = bitsandbytes.optim.optimizer
+    step = optimizer.step
+
+    def step_without_waiting(closure: Any = None) -> Any:
+        if torch.cuda.is_available() and torch.cuda.current_stream() != torch.cuda.default_stream():
+            return step(closure)
+        wait = implementation.sync_gpu
+        implementation.sync_gpu = lambda tensor: None
+        try:
+            return step(closure)
+        finally:
+            implementation.sync_gpu = wait
+
+    optimizer.step = step_without_waiting

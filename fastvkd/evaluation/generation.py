@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-from rouge_score.rouge_scorer import RougeScorer
 from torch import nn
 from transformers import DynamicCache
 
@@ -162,7 +160,9 @@ def _batches(order: Sequence[int], batch_size: int, groups: Sequence[bool]) -> l
 
 
 @cache
-def _rouge() -> RougeScorer:
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # late: training imports this file and scores nothing
+
     return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
 
 
@@ -179,6 +179,8 @@ def rouge(reference: str, answer: str) -> dict[str, float]:
 
 def bleu(reference: str, answer: str) -> float:
     """Sentence BLEU-4 on words split at white space, smoothing method 1 (Chen and Cherry 2014), in [0, 1]."""
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu  # late, as rouge_score
+
     if not answer.split():
         return 0.0
     smoothing = SmoothingFunction().method1

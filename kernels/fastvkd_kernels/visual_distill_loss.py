@@ -604,6 +604,7 @@ def _scale_gradient_(gradient: Tensor, factor: Tensor, backend: str) -> None:
 def _setup_context(ctx, inputs, output):
     _, distances, gradient = output
     ctx.mark_non_differentiable(distances, gradient)
+    ctx.set_materialize_grads(False)  # else backward is handed zeros of the gradient's size, which nobody reads
     ctx.save_for_backward(gradient)
     ctx.dtype = inputs[0].dtype
     ctx.backend = inputs[-1]
@@ -615,6 +616,8 @@ def _backward(ctx, grad_loss, grad_distances, grad_gradient):
             "visual_distill_loss has no second derivative, its gradient being computed in the forward pass: "
             "call backward without create_graph=True"
         )
+    if grad_loss is None:
+        return (None,) * 12
     (gradient,) = ctx.saved_tensors
     # In place, unless retain_graph=True lets a second backward come for the saved gradient, or torch.compile traces
     # this with a subclass of Tensor: mutation is then for the compiler to arrange.

@@ -63,6 +63,51 @@ def test_parts_beyond_the_time_are_skipped(tmp_path):
     assert report["parts"]["late"]["reason"].startswith("no time left")
 
 
+def test_the_parts_fit_the_time_and_each_may_take_what_others_leave(tmp_path):
+    assert sum(part.seconds for part in suite.PARTS) <= 60 * suite.MINUTES
+    given = []
+
+    def run(folder, seconds):
+        given.append(round(seconds))
+        return {"loss": 0.0}
+
+    parts = [part("a", run), part("absent", run, missing=lambda: "not here"), part("b", run), part("c", run)]
+    suite.run_parts(parts, tmp_path, seconds=100, about=ABOUT)
+    assert given == [40, 70, 100]  # 30 each: the absent one's, then all that those before did not use
+    given.clear()
+    suite.run_parts(parts, tmp_path, seconds=50, about=ABOUT)
+    assert given == [30, 30, 50]
+
+
+def test_a_benchmark_that_is_stopped_leaves_its_rows_and_says_so(tmp_path):
+    script = tmp_path / "benchmark.py"
+    script.write_text(
+        "import json, sys, time\n"
+        "open(sys.argv[-1], 'w').write(json.dumps({'rows': json.loads(sys.argv[1])}))\n"
+        "time.sleep(60)\n"
+    )
+    result = suite.measured([str(script), "[1]"], 2, tmp_path / "some.json")
+    assert result["rows"] == [1] and result["incomplete"].startswith("ran past 2 s")
+    with pytest.raises(suite.PartFailedError, match="ran past 2 s"):  # stopped before its first row
+        suite.measured([str(script), "[]"], 2, tmp_path / "some.json")
+
+
+def test_a_kernel_that_is_less_accurate_than_eager_code_fails_its_part(tmp_path, monkeypatch):
+    red = {"rows": [1], "gate_failed": [["mse", "LLaVA-7B", "bf16", "loss: error 1"]], "incomplete": "exit code 1"}
+    monkeypatch.setattr(suite, "measured", lambda *_: red)
+    with pytest.raises(suite.PartFailedError, match="loss: error 1"):
+        suite.kernels(tmp_path, 1)
+
+
+def test_a_step_report_without_all_its_figures_still_makes_a_table():
+    report = json.loads((ROOT / "benchmarks" / "results" / "step-tiny-cpu.json").read_text())
+    report["rows"][0] |= {"peak_bytes": None, "counted_flops_per_image": None, "speedup": None}
+    about = {**ABOUT, "benchmark": "gpu_suite"}
+    entry = {"status": "passed", "seconds": 1.0, "result": {**report, "incomplete": "ran past 140 s"}}
+    text = suite.markdown({**about, "parts": {"step llava-1.5-13b": entry}})
+    assert "incomplete: ran past 140 s" in text and "| (a) |" in text
+
+
 @pytest.mark.slow
 def test_the_suites_own_unlearning_run_works_on_a_cpu(tmp_path):
     result = suite.tiny_run(tmp_path, 120, "local", [sys.executable], "device=cpu")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastvkd.engines.local import LocalEngine
-from fastvkd.engines.optimizers import MOMENT_BYTES, MOMENT_BYTES_32BIT
+from fastvkd.engines.optimizers import MOMENT_BYTES, MOMENT_BYTES_32BIT, _step_without_waiting
 from fastvkd.engines.schedule import Schedule
 from fastvkd.errors import SettingsError, TrainingError
 
@@ -167,6 +167,42 @@ def test_an_engine_forgets_the_overrides_of_an_earlier_one():
     engine_for(tiny(), optim="adamw_8bit")
     shared = GlobalOptimManager.get_instance()
     assert not shared.pid2config and not shared.index2config
+
+
+@pytest.mark.parametrize("optim", [name for name in OPTIMS if name.endswith("8bit")])
+def test_an_8_bit_step_waits_for_no_parameter(optim, monkeypatch):
+    """`sync_gpu` is where bitsandbytes waits for the GPU, once a parameter; only paged moments (on a GPU) need that."""
+    from bitsandbytes.optim import optimizer as implementation
+
+    waits = []
+    monkeypatch.setattr(implementation, "sync_gpu", waits.append)
+    engine = engine_for(tiny(), optim=optim)
+    train(engine, 2)
+    assert engine.updates == 2 and not waits
+    implementation.sync_gpu("as before")
+    assert waits == ["as before"]
+
+
+def test_a_step_that_needs_to_wait_still_does(monkeypatch):
+    import bitsandbytes
+    from bitsandbytes.optim import optimizer as implementation
+
+    waits = []
+    monkeypatch.setattr(implementation, "sync_gpu", waits.append)
+    parameter = nn.Parameter(torch.ones(64, 64))
+    optimizers = [kind([parameter]) for kind in (bitsandbytes.optim.PagedAdamW8bit, bitsandbytes.optim.AdamW8bit)]
+    for optimizer in optimizers:
+        _step_without_waiting(optimizer)
+        parameter.grad = torch.ones_like(parameter)
+    optimizers[0].step()
+    assert len(waits) == 2  # once for the parameter, once at the end
+    side, default = object(), object()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: default)
+    for stream, expected in ((side, 3), (default, 3)):  # the kernels go to the default stream whatever the current one
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda stream=stream: stream)
+        optimizers[1].step()
+        assert len(waits) == expected
 
 
 def test_schedule_warms_up_then_decays():

@@ -96,6 +96,18 @@ def make_case(
     return case
 
 
+def moved_to(case: dict[str, Any], device: str) -> dict[str, Any]:
+    """`case` on `device` with its strides; `Tensor.to` would make a slice of a larger tensor contiguous."""
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
+        return whole.to(device, copy=True).as_strided(value.shape, value.stride(), value.storage_offset())
+
+    return {key: move(value) for key, value in case.items()}
+
+
 def _run(loss_rows: Callable[..., tuple[Tensor, ...]], case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     hidden = case["hidden"].detach().requires_grad_()
     loss, distances, *_ = loss_rows(**{**case, "hidden": hidden})

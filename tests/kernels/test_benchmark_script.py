@@ -1,12 +1,15 @@
 """The kernel benchmark runs on a CPU, says that it measures the twin, and prints no row where the gate is red."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--device", "cpu", "--shapes", "CLIP-L/14-336", "--batches", "1", "--seconds", "0.01"]
@@ -29,7 +32,58 @@ def test_rows_on_a_cpu(tmp_path):
     found = {(row["operation"], row["implementation"]) for row in report["rows"]}
     names = ("eager", "ours (torch twin)", "torch.compile")
     assert found == {(operation, name) for operation in ("mse", "swiglu") for name in names}
+    assert report["versions"]["torch"] and report["date"] and "--operations mse swiglu" in report["command"]
     assert report["copy_gb_per_s"] > 0 and all(row["ms"] > 0 and row["gb_per_s"] > 0 for row in report["rows"])
+
+
+@pytest.mark.slow
+def test_rows_are_on_disk_before_the_run_is_over(tmp_path):
+    report_file = tmp_path / "kernels.json"
+    stopped = (
+        "import runpy, torch; torch.compile = lambda *_, **__: 1 / 0;"
+        "runpy.run_path('benchmarks/kernels.py', run_name='__main__')"
+    )
+    done = run(stopped, *SMALL, "--operations", "mse", "rms_norm", "--json", str(report_file))
+    assert "ZeroDivisionError" in done.stderr
+    assert json.loads(report_file.read_text())["copy_gb_per_s"] > 0
+    stopped = stopped.replace("lambda *_, **__: 1 / 0", "lambda function, **_: lambda *_: 1 / 0")
+    done = run(stopped, *SMALL, "--operations", "mse", "rms_norm", "--json", str(report_file))
+    assert "ZeroDivisionError" in done.stderr
+    rows = json.loads(report_file.read_text())["rows"]
+    assert [row["implementation"] for row in rows] == ["eager", "ours (torch twin)"]
+
+
+def test_a_gpus_time_is_taken_with_all_launches_queued_behind_a_wait(monkeypatch):
+    spec = importlib.util.spec_from_file_location("gpu_clock", ROOT / "benchmarks" / "gpu_clock.py")
+    clock = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(clock)
+    did = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            did.append("event")
+
+        def elapsed_time(self, stop):
+            return 0.05
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: did.append("wait for the GPU"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: did.append(cycles))
+
+    def work():
+        time.sleep(2e-3)  # what the host takes to launch it
+        did.append("work")
+
+    launch = clock.launch_seconds(work)
+    assert launch >= 2e-3
+    did.clear()
+    assert clock.gpu_milliseconds(work, launch, before=lambda: did.append("flush")) == 0.05
+    flush, cycles, *rest = did
+    assert flush == "flush" and rest == ["event", "work", "event", "wait for the GPU"]
+    assert cycles >= 2 * 2e-3 * 2e9  # twice as long as launching takes, on a GPU of 2 GHz
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ import torch
 from fastvkd_kernels import backend, visual_distill_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_gate import DISTANCES, HIDDEN_SIZES, check_distill_loss, make_case
+from kernel_gate import DISTANCES, HIDDEN_SIZES, check_distill_loss, make_case, moved_to
+from torch.profiler import ProfilerActivity, profile
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -39,6 +40,34 @@ def test_gradcheck(distance, options):
     case = make_case(9, torch.float64, distance, options=options)
     hidden = case.pop("hidden").requires_grad_()
     assert torch.autograd.gradcheck(lambda x: visual_distill_loss(x * 1.0, **case), (hidden,))
+
+
+def test_the_backward_pass_allocates_nothing_of_the_gradients_size():
+    """The gradient is an output that cannot be differentiated: autograd would fill a tensor of its size with zeros."""
+    hidden = torch.randn(512, 1024, requires_grad=True)
+    rows, target = torch.arange(512), torch.randn(512, 1024)
+    loss = visual_distill_loss(hidden, rows, target)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        (gradient,) = torch.autograd.grad(loss, hidden)
+    events = profiler.profiler.kineto_results.events()
+    allocated = [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
+    assert gradient.any() and sum(allocated) < 1024, allocated
+
+
+@pytest.mark.parametrize("layout", ["dense", "sliced", "transposed", "unfoldable"])
+@pytest.mark.parametrize("target_dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
+def test_a_case_keeps_values_and_strides_when_it_is_moved_to_a_device(layout, target_dtype):
+    case = make_case(9, torch.bfloat16, "mse", layout=layout, target_dtype=target_dtype)
+    for device in ("cpu", "meta"):
+        moved = moved_to(case, device)
+        for key, value in case.items():
+            if not isinstance(value, torch.Tensor):
+                assert moved[key] == value
+                continue
+            assert moved[key].stride() == value.stride() and moved[key].storage_offset() == value.storage_offset()
+            assert moved[key].device.type == device and moved[key].dtype == value.dtype
+            if device == "cpu":
+                assert torch.equal(moved[key].float(), value.float()) and moved[key].data_ptr() != value.data_ptr()
 
 
 def test_many_rows_are_taken_in_chunks():

@@ -1,5 +1,8 @@
 """The frozen-LLM operations: accuracy, derivative, bytes saved for backward, and patching a transformers model."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from fastvkd_kernels import frozen_rms_norm, frozen_swiglu, patch_frozen
@@ -82,6 +85,55 @@ def tiny_model(kind: str):
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2)
     return model.requires_grad_(False)
+
+
+class KeepsQueriesKeysValuesAndOutput(torch.autograd.Function):
+    """What a fused attention kernel keeps, on a device without one."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "ours", "eager"),
+    [("llava-1.5-7b", 581, 54.4, 76.8), ("llava-1.5-13b", 581, 68.1, 96.1), ("qwen2.5-vl-7b", 261, 27.9, 41.6)],
+)
+def test_bytes_that_a_real_decoder_layer_keeps(monkeypatch, name, tokens, ours, eager):
+    """The table in docs/kernels.md: MB in bf16 for one image, on the meta device."""
+    from transformers import AutoConfig, AutoModel
+
+    facts = json.loads((Path(__file__).parents[2] / "configs" / "architectures" / f"{name}.json").read_text())
+    facts["text_config"]["num_hidden_layers"] = 1
+    config = AutoConfig.for_model(**{key: value for key, value in facts.items() if key != "name_or_path"})
+    with torch.device("meta"):
+        llm = AutoModel.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False).language_model
+        hidden = torch.randn(1, tokens, llm.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        positions = torch.arange(tokens)[None]
+    rotary = llm.rotary_emb(hidden, positions if "llava" in name else positions[None].expand(3, 1, tokens))
+    weights = {parameter.untyped_storage()._cdata for parameter in llm.parameters()}
+
+    def attention(query, key, value, **_):
+        return KeepsQueriesKeysValuesAndOutput.apply(query, key, value)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+
+    def kept() -> float:
+        storages = {}  # by address, and themselves, so that no address is used again
+
+        def note(tensor):
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            llm.layers[0](hidden, position_embeddings=rotary, attention_mask=None)
+        return sum(storage.nbytes() for key, storage in storages.items() if key not in weights) / 1e6
+
+    assert kept() == pytest.approx(eager, abs=0.05)
+    with patch_frozen(llm, backend="torch") as counts:
+        assert counts == {"rms_norm": 2, "swiglu": 1} and kept() == pytest.approx(ours, abs=0.05)
 
 
 @pytest.mark.parametrize(("kind", "norms"), [("Llama", 4), ("Mistral", 4), ("Qwen2", 4), ("Qwen3", 8)])

@@ -126,24 +126,3 @@ def test_memory_does_not_grow_from_step_to_step(world, tmp_path: Path) -> None:
     assert len(at_end_of_step) == 9
     # The same place in each of three logging periods; the figures kept for logging are a few bytes each.
     assert max(at_end_of_step[3:]) - min(at_end_of_step[3:]) < 10_000, at_end_of_step
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("overrides", [{"sites": "llm:2"}, {"augment": True}])
-def test_a_gpu_step_never_waits(world, tmp_path: Path, overrides: dict, monkeypatch) -> None:
-    from fastvkd.unlearning import loop
-
-    class Strict(loop.Metrics):
-        """Waiting is an error from the third step on, until the figures are read."""
-
-        def record(self, step, *rest):
-            super().record(step, *rest)
-            torch.cuda.set_sync_debug_mode("error" if 2 <= step < 6 else "default")
-
-    monkeypatch.setattr(loop, "Metrics", Strict)
-    try:
-        run = unlearn(world.settings(tmp_path, device="cuda", max_steps=8, logging_steps=8, prefetch=2, **overrides))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert run.steps == 8
