@@ -85,7 +85,7 @@ class Settings:
     rmu_scale: float = 6.5  # length of the vector that forget answers are steered to
     manu_fraction: float = 0.02  # share of MLP neurons that manu zeroes
     manu_batches: int = 16  # batches of each side that estimate the neurons' importance
-    finetune_split: str = "Full_Set"  # what method: finetune learns, image and text questions
+    finetune_split: str = "Full_Set"  # what method: finetune learns; A-B is A without the people of B; see docs/data.md
     augment: bool = False  # views (turn, zoom, shift, flip, light, grey) of every image; needs the online teacher
     auxiliary_images: int = 0  # synthetic "dead leaves" images that are retained too, to protect what no data set names
     auxiliary_share: float = 0.25  # their share of the retained part of a batch
