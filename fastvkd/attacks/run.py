@@ -91,9 +91,8 @@ def attack(
     attacker.
 
     Returns, for the kinds that ran: "questions", a list of {"kind", "variant", "chance", "figures": {model:
-    {"accuracy", "ci95", "n"}}}; "relearning", the rows of `relearn`, and "relearning_judged_on", `unseen` or
-    `held out`; "membership", {model: {set: {score: AUC}}}; "probe", {"sites": [...], "models": {model: {site: {group:
-    figures}}}}.
+    {"accuracy", "ci95", "n"}}}; "relearning", the rows of `relearn`, each with "judged_on", `unseen` or `held out`;
+    "membership", {model: {set: {score: AUC}}}; "probe", {"sites": [...], "models": {model: {site: {group: figures}}}}.
 
     Raises DataError, before anything runs, where the data cannot serve a kind that is named: no second photo of anybody
     for `relearn`, fewer than two forgotten entities for `probe`; `all` leaves those out. Also without any
@@ -123,8 +122,7 @@ def attack(
     if set(wanted) & set(QUESTION_KINDS):
         found["questions"] = _questions(models, processor, cells, wanted, budget, seed, prepared, progress)
     if "relearn" in wanted:
-        found["relearning_judged_on"] = "unseen" if unseen else "held out"
-        found["relearning"] = relearn(
+        rows = relearn(
             {name: model for name, model in models.items() if name != "vanilla"},
             processor,
             known,
@@ -138,6 +136,7 @@ def attack(
             prepared=prepared,
             progress=lambda done, total: progress(done, total, "relearn"),
         )
+        found["relearning"] = [{**row, "judged_on": "unseen" if unseen else "held out"} for row in rows]
     if "membership" in wanted:
         members = choices_of(cells["forget"], budget.max_samples, seed)
         sets = {"pairs": membership.pair_sets(members, seed)}

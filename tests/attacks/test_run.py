@@ -115,7 +115,7 @@ def test_without_unseen_photos_the_other_attacks_still_run(world) -> None:
     budget = Budget(max_samples=8, relearning_shares=(1.0,), relearning_steps=(0, 1), relearning_seeds=(0,))
     found = attack(models, processor, {**cells, "test": []}, kinds=["relearn"], budget=budget)
     photos = sum(len(profile.photos) for profile in cells["forget"])
-    assert found["relearning_judged_on"] == "held out" and found["relearning"][0]["photos"] < photos
+    assert found["relearning"][0]["judged_on"] == "held out" and found["relearning"][0]["photos"] < photos
     one_each = list({p.entity: dataclasses.replace(p, photos=p.photos[:1]) for p in cells["forget"]}.values())
     found = attack(
         models, processor, {**cells, "forget": one_each, "test": []}, kinds=["all"], budget=Budget(max_samples=4)
