@@ -108,8 +108,7 @@ def attack(
         (
             "relearn",
             bool(choices_of(judged, 1, seed)),
-            "unseen photos of the forgotten entities (Test_Set, or "
-            "test.jsonl), or several photos of one, which it is judged on",
+            "unseen photos of the forgotten entities (Test_Set, or test.jsonl), or several photos of one, to judge by",
         ),
         ("probe", data is not None and "forget" in data.groups, "at least two forgotten entities with two photos each"),
     ):
