@@ -257,7 +257,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 class TestNoSpace:
     def test_for_the_teacher_cache(self, world, tmp_path: Path, capsys) -> None:
-        with files_of_at_most(20_000):
+        with files_of_at_most(5_000):
             message = refused(capsys, *training(world, tmp_path / "out"))
         assert "no space left on disk for the teacher cache; free some or set cache_dir elsewhere" in message
         assert find_latest(tmp_path / "out") is None
