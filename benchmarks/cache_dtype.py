@@ -7,11 +7,10 @@ The recipe is the demo's without views, since views are not cached; all else is 
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from world import World, write
+from world import World, command, write
 
 from fastvkd.environment import measured_on
 from fastvkd.settings import Settings, parse_override
@@ -43,7 +42,7 @@ def main() -> None:
     report: dict[str, Any] = {
         "benchmark": "cache_dtype",
         **measured_on("cpu"),
-        "command": " ".join(["python benchmarks/cache_dtype.py", *sys.argv[1:]]),
+        "command": command(__file__),
         "size": arguments.size,
         "rows": [],
     }

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from world import World, write
+from world import World, command, write
 
 from fastvkd.data.demo_data import CHANCE
 from fastvkd.environment import measured_on
@@ -164,7 +164,7 @@ def main() -> None:
     report: dict[str, Any] = {
         "benchmark": "end_to_end",
         **measured_on("cpu"),
-        "command": " ".join(["python benchmarks/end_to_end.py", *sys.argv[1:]]),
+        "command": command(__file__),
         "seed": arguments.seed,
         "size": arguments.size,
         "repeats": arguments.repeats,

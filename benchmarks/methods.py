@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from world import World, command, write
 
-from fastvkd.attacks.relearning import Attacker, area_under_curve, relearning_curve
+from fastvkd.attacks.relearning import area_under_curve
 from fastvkd.data.demo_data import CHANCE
 from fastvkd.demo.run import SIZES
 from fastvkd.environment import measured_on
@@ -165,21 +165,7 @@ def measure(size: str, out: Path, seed: int, method: str) -> dict[str, Any]:
         tasks=("choice",),
         photos=world.prepared,
     )
-    attacker = Attacker(world.processor, world.cells["forget"], share=ATTACK_SHARE, seed=seed)
-    curves = {
-        weights: relearning_curve(
-            model,
-            world.processor,
-            attacker,
-            world.cells["test"],
-            weights=weights,
-            measure_at=world.spec.attacks.relearning_steps,
-            seed=seed,
-            max_samples=ATTACK_SAMPLES,
-            prepared=world.prepared,
-        )
-        for weights in ("visual", "all")
-    }
+    curves = world.relearn(model, ATTACK_SHARE, ATTACK_SAMPLES)
     return {
         "key": key(size, seed, method),
         "size": size,

@@ -32,7 +32,7 @@ from methods import ATTACK_SAMPLES, ATTACK_SHARE, SAMPLES
 from torch import Tensor, nn
 from world import World, command, write
 
-from fastvkd.attacks.relearning import Attacker, area_under_curve, relearning_curve
+from fastvkd.attacks.relearning import area_under_curve
 from fastvkd.demo.run import SIZES
 from fastvkd.engines.checkpoints import identify_base, local_folder
 from fastvkd.environment import measured_on
@@ -141,21 +141,7 @@ def measure(world: World, size: str, name: str) -> dict[str, Any]:
         overrides["sites"] = {"projector": 1.0, f"vision:{depth}": 0.5}
     with tempfile.TemporaryDirectory(dir=world.out) as folder:
         model, run = train(world.settings(Path(folder), overrides), variant, world.vanilla)
-    attacker = Attacker(world.processor, world.cells["forget"], share=ATTACK_SHARE, seed=world.seed)
-    curves = {
-        weights: relearning_curve(
-            model,
-            world.processor,
-            attacker,
-            world.cells["test"],
-            weights=weights,
-            measure_at=world.spec.attacks.relearning_steps,
-            seed=world.seed,
-            max_samples=ATTACK_SAMPLES,
-            prepared=world.prepared,
-        )
-        for weights in ("visual", "all")
-    }
+    curves = world.relearn(model, ATTACK_SHARE, ATTACK_SAMPLES)
     return {
         "key": key(size, world.seed, name),
         "size": size,

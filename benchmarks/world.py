@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastvkd.attacks.relearning import Attacker, Curve, Weights, relearning_curve
 from fastvkd.data.sources import evaluation_cells
 from fastvkd.demo.run import SIZES, build_data, trained_model
 from fastvkd.evaluation.inputs import PreparedPhotos
@@ -96,6 +97,25 @@ class World:
             photos=self.prepared,
         )
         return {name: kinds["vqa"]["accuracy"] for name, kinds in figures.items()}
+
+    def relearn(self, model: Any, share: float, max_samples: int) -> dict[Weights, Curve]:
+        """The relearning attack on `model` with `share` of the forget photos, by what the attacker trains."""
+        attacker = Attacker(self.processor, self.cells["forget"], share=share, seed=self.seed)
+        kinds: tuple[Weights, ...] = ("visual", "all")
+        return {
+            weights: relearning_curve(
+                model,
+                self.processor,
+                attacker,
+                self.cells["test"],
+                weights=weights,
+                measure_at=self.spec.attacks.relearning_steps,
+                seed=self.seed,
+                max_samples=max_samples,
+                prepared=self.prepared,
+            )
+            for weights in kinds
+        }
 
 
 def command(script: str) -> str:

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,11 +113,9 @@ def read_record(model_folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def splits_of(model_folder: Path, forget_split: str | None, retain_split: str | None) -> tuple[str, str]:
-    """The splits to judge a model by: those named, else those of the run it was exported from, else the defaults."""
-    record = read_record(model_folder)
-    made_by = Settings().to_dict() if record is None else record["settings"]
-    return forget_split or made_by["forget_split"], retain_split or made_by["retain_split"]
+def settings_of(record: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What to judge a model by (splits, thresholds): the settings of the run in its record, else the defaults."""
+    return Settings().to_dict() if record is None else record["settings"]
 
 
 def load_trained(model: nn.Module, checkpoint: Path) -> None:

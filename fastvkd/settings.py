@@ -223,33 +223,33 @@ class Settings:
     def _check_saliency(self) -> None:
         """Refuse a mask that cannot be made, or settings of one that is off."""
         given, mask = self.saliency, self.mask
-        if mask is None and given != Saliency(batches=given.batches):
+        if mask is None:
+            if given != Saliency(batches=given.batches):
+                raise SettingsError(
+                    "saliency.granularity=none, but other keys of saliency ask for a mask: set it to weight or neuron"
+                )
+            return
+        if mask.fraction is not None and not 0 < mask.fraction <= 1:
+            raise SettingsError(f"saliency.fraction={mask.fraction}: must lie above 0 and at most at 1")
+        if mask.threshold is not None and not mask.threshold > 0:
+            raise SettingsError(f"saliency.threshold={mask.threshold}: must be above 0")
+        if mask.batches < 1:
+            raise SettingsError(f"saliency.batches={mask.batches}: must be above 0")
+        if self.method in ("ga", "manu", "finetune"):
             raise SettingsError(
-                "saliency.granularity=none, but other keys of saliency ask for a mask: set it to weight or neuron"
+                f"saliency with method={self.method}: a mask weighs forget against retain; set "
+                "saliency.granularity=none, or choose a method with a retain term, such as gd"
             )
-        if mask is not None:
-            if mask.fraction is not None and not 0 < mask.fraction <= 1:
-                raise SettingsError(f"saliency.fraction={mask.fraction}: must lie above 0 and at most at 1")
-            if mask.threshold is not None and not mask.threshold > 0:
-                raise SettingsError(f"saliency.threshold={mask.threshold}: must be above 0")
-            if mask.batches < 1:
-                raise SettingsError(f"saliency.batches={mask.batches}: must be above 0")
-            if self.method in ("ga", "manu", "finetune"):
-                raise SettingsError(
-                    f"saliency with method={self.method}: a mask weighs forget against retain; set "
-                    "saliency.granularity=none, or choose a method with a retain term, such as gd"
-                )
-            if (mask.threshold is None) == (mask.fraction is None):
-                raise SettingsError("saliency needs exactly one of saliency.threshold and saliency.fraction")
-            if mask.score != "fisher" and mask.fraction is None:
-                raise SettingsError(
-                    f"saliency.score={mask.score} ranks weights: give saliency.fraction, not saliency.threshold"
-                )
-            if self.weight_decay:
-                raise SettingsError(
-                    f"weight_decay={self.weight_decay} would move weights that the saliency mask holds: "
-                    "set weight_decay=0"
-                )
+        if (mask.threshold is None) == (mask.fraction is None):
+            raise SettingsError("saliency needs exactly one of saliency.threshold and saliency.fraction")
+        if mask.score != "fisher" and mask.fraction is None:
+            raise SettingsError(
+                f"saliency.score={mask.score} ranks weights: give saliency.fraction, not saliency.threshold"
+            )
+        if self.weight_decay:
+            raise SettingsError(
+                f"weight_decay={self.weight_decay} would move weights that the saliency mask holds: set weight_decay=0"
+            )
 
     def _check_trainable(self) -> None:
         """Refuse what cannot be trained together."""

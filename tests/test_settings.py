@@ -1,11 +1,13 @@
 """Settings: what is accepted, what is refused, and that a refusal names the key and the mend."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from fastvkd.engines.optimizers import MOMENT_BYTES
 from fastvkd.errors import SettingsError
-from fastvkd.settings import Settings, load_settings
+from fastvkd.settings import Optim, Settings, load_settings
 
 BASE = {"model_name_or_path": "m", "data": "d"}
 
@@ -70,6 +72,10 @@ def test_refused_with_the_key_and_the_mend(override: str, names: str) -> None:
         load_settings(None, [*(f"{k}={v}" for k, v in BASE.items()), override])
     assert names in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_every_optimiser_that_there_is_may_be_asked_for() -> None:
+    assert set(get_args(Optim)) == set(MOMENT_BYTES)
 
 
 def test_a_cached_teacher_cannot_serve_augmented_views() -> None:

@@ -21,12 +21,12 @@ from fastvkd.engines.checkpoints import identify_base, local_folder
 from fastvkd.errors import DataError, SettingsError
 from fastvkd.evaluation.inputs import PreparedPhotos
 from fastvkd.evaluation.protocol import evaluate_cells
-from fastvkd.exporting import read_record, splits_of
+from fastvkd.exporting import read_record, settings_of
 from fastvkd.models.hashing import language_model_sha256
 from fastvkd.models.loading import load_model, load_processor
 from fastvkd.reporting.model_card import with_certificate
 from fastvkd.reporting.report import library_versions, write_atomically
-from fastvkd.settings import Certificate, Settings
+from fastvkd.settings import Certificate
 from fastvkd.unlearning.methods.steering import attach, load_steering
 
 log = logging.getLogger("fastvkd")
@@ -240,8 +240,8 @@ def attack_run(
     budget = (budget or Budget()).check()
     local = {name: local_folder(folder) for name, folder in folders.items()}
     record = read_record(local["unlearned"])
-    made_by = record["settings"] if record is not None else Settings().to_dict()
-    cells = evaluation_cells(data, *splits_of(local["unlearned"], forget_split, retain_split))
+    made_by = settings_of(record)
+    cells = evaluation_cells(data, forget_split or made_by["forget_split"], retain_split or made_by["retain_split"])
     processor = load_processor(folders["unlearned"])
     prepared = PreparedPhotos(processor)
     where, dtype = pick_device(device), torch.bfloat16 if bf16 else torch.float32

@@ -17,7 +17,7 @@ from fastvkd.evaluation.divergence import asked, option_divergence, scored_choic
 from fastvkd.evaluation.modality_pairs import joint_figures
 from fastvkd.evaluation.protocol import MODES, check_counts, evaluate_cells
 from fastvkd.evaluation.truth_ratio import forget_quality, model_utility
-from fastvkd.exporting import splits_of
+from fastvkd.exporting import read_record, settings_of
 from fastvkd.models.loading import load_model, load_processor
 from fastvkd.unlearning.methods.steering import attach, load_steering
 
@@ -71,12 +71,14 @@ def evaluate(
     folder = str(data_folder(data, local_files_only=local_files_only))
     benchmark = reader_of(folder, benchmark).NAME
     reference = None if reference_eval is None else _reference(benchmark, mode, reference_eval)
-    forget_split, retain_split = splits_of(local_folder(model_name_or_path), forget_split, retain_split)
+    local = local_folder(model_name_or_path)
+    made_by = settings_of(read_record(local))
+    forget_split, retain_split = forget_split or made_by["forget_split"], retain_split or made_by["retain_split"]
     cells = evaluation_cells(folder, forget_split, retain_split)
     processor = load_processor(model_name_or_path)
     dtype = torch.bfloat16 if bf16 else torch.float32
     model = load_model(model_name_or_path, dtype=dtype, device=pick_device(device))
-    fingerprint = _fingerprint(local_folder(model_name_or_path), dtype)
+    fingerprint = _fingerprint(local, dtype)
     if steering is not None:
         attach(model, load_steering(steering))
         fingerprint += hashlib.sha256(steering.read_bytes()).hexdigest()

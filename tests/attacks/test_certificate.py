@@ -126,6 +126,15 @@ def test_figures_are_the_worst_of_each_kind() -> None:
     }
 
 
+def test_every_set_that_is_not_forgotten_is_to_be_kept() -> None:
+    def cells(**accuracy: float) -> dict[str, dict[str, dict[str, float]]]:
+        return {name: {"vqa": {"accuracy": value}} for name, value in accuracy.items()}
+
+    before = cells(forget=1.0, test=1.0, forget_faces=1.0, retain=0.8, real_faces=0.8, real_world=1.0)
+    after = cells(forget=0.2, test=0.2, forget_faces=0.1, retain=0.8, real_faces=0.6, real_world=1.0)
+    assert figures_of({"vanilla": before, "unlearned": after}, {}, chance=0.25)["kept_visual"] == pytest.approx(0.75)
+
+
 def test_images_are_named_by_hash_and_nobody_by_name(known, tmp_path: Path) -> None:
     paper = certificate(
         forget=known.forget,

@@ -1,32 +1,15 @@
 """The end-to-end benchmark: its clock, its bar and its rows, on a small random model."""
 
-import sys
-from types import SimpleNamespace
-
-import pytest
-from benchmark_script import ROOT
-
-sys.path.append(str(ROOT / "benchmarks"))  # last: `kernels.py` there must not answer to transformers' probe
 import end_to_end
+import pytest
 import tables
-from world import World
-
-from fastvkd.data.sources import evaluation_cells
-from fastvkd.evaluation.inputs import PreparedPhotos
-from fastvkd.models.loading import load_processor
+from random_world import world_over
 
 
 @pytest.fixture(scope="module")
 def small(world, tmp_path_factory):
     """A benchmark world over the tests' random model instead of a trained one."""
-    made = World.__new__(World)
-    made.seed, made.out = 0, tmp_path_factory.mktemp("end-to-end")
-    made.vanilla, made.folder = world.model, world.data
-    made.data = SimpleNamespace(forget_split=world.forget_split, retain_split=world.retain_split)
-    made.processor = load_processor(world.model)
-    made.prepared = PreparedPhotos(made.processor)
-    made.cells = evaluation_cells(str(world.data), world.forget_split, world.retain_split)
-    return made
+    return world_over(world, tmp_path_factory.mktemp("end-to-end"))
 
 
 @pytest.mark.parametrize("method", ["vkd", "ga"])

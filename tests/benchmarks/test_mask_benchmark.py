@@ -1,29 +1,17 @@
 """The comparison of masks: which share each lets move, and where a run is compared with the others."""
 
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import mask
+import pytest
+from random_world import world_over
 from world import World
-
-from fastvkd.data.sources import evaluation_cells
-from fastvkd.evaluation.inputs import PreparedPhotos
-from fastvkd.models.loading import load_processor
 
 
 @pytest.fixture
 def random_world(world, tmp_path: Path, monkeypatch) -> World:
     """A `World` whose vanilla model is the shared random one, which is at chance from the start."""
-    small = World.__new__(World)
-    small.seed, small.out, small.vanilla, small.folder = 0, tmp_path, world.model, world.data
-    small.data = SimpleNamespace(forget_split=world.forget_split, retain_split=world.retain_split)
-    small.processor = load_processor(world.model)
-    small.prepared = PreparedPhotos(small.processor)
-    small.cells = evaluation_cells(str(world.data), world.forget_split, world.retain_split)
+    small = world_over(world, tmp_path)
     monkeypatch.setattr(mask, "world_of", lambda *_: small)
     monkeypatch.setattr(mask, "STEPS", 4)
     monkeypatch.setattr(mask, "EVERY", 2)

@@ -1,38 +1,21 @@
 """The comparison of methods: what a row holds for each kind of method, how it is chosen, kept and printed."""
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import methods
+import pytest
+from random_world import world_over
 from world import World
-
-from fastvkd.data.sources import evaluation_cells
-from fastvkd.demo.run import SIZES
-from fastvkd.evaluation.inputs import PreparedPhotos
-from fastvkd.models.loading import load_processor
 
 
 @pytest.fixture
 def random_world(world, tmp_path: Path, monkeypatch) -> World:
     """A `World` whose vanilla and gold model is the shared random one, so that nothing has to be trained."""
-    small = World.__new__(World)
-    small.seed, small.out, small.vanilla, small.folder = 0, tmp_path, world.model, world.data
-    small.spec = dataclasses.replace(
-        SIZES["tiny"],
-        overrides={"max_steps": 21, "auxiliary_images": 4},
-        max_samples=12,
-        attacks=dataclasses.replace(SIZES["tiny"].attacks, relearning_steps=(0, 1)),
-    )
-    small.data = SimpleNamespace(forget_split=world.forget_split, retain_split=world.retain_split)
-    small.processor = load_processor(world.model)
-    small.prepared = PreparedPhotos(small.processor)
-    small.cells = evaluation_cells(str(world.data), world.forget_split, world.retain_split)
+    spec: dict[str, Any] = {"overrides": {"max_steps": 21, "auxiliary_images": 4}, "max_samples": 12}
+    small = world_over(world, tmp_path, **spec)
     monkeypatch.setattr(small, "gold", lambda: world.model)
     monkeypatch.setattr(methods, "world_of", lambda *_: small)
     for name, value in {

@@ -1,25 +1,19 @@
 """The comparison of defences against relearning: the projection keeps what it says, the worst case is what it says."""
 
 import copy
-import dataclasses
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
-import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import robustness
+import torch
+from random_world import world_over
+from torch import nn
 from world import World
 
-from fastvkd.data.sources import evaluation_cells
-from fastvkd.demo.run import SIZES
 from fastvkd.engines.checkpoints import identify_base
-from fastvkd.evaluation.inputs import PreparedPhotos
-from fastvkd.models.loading import load_model, load_processor
+from fastvkd.models.loading import load_model
 from fastvkd.unlearning.tasks import prepare
 
 
@@ -88,18 +82,8 @@ def test_the_worst_case_gradient_is_that_of_a_copy_that_was_attacked() -> None:
 @pytest.fixture
 def random_world(world, tmp_path: Path, monkeypatch) -> World:
     """A `World` whose vanilla model is the shared random one, so that nothing has to be trained."""
-    small = World.__new__(World)
-    small.seed, small.out, small.vanilla, small.folder = 0, tmp_path, world.model, world.data
-    small.spec = dataclasses.replace(
-        SIZES["tiny"],
-        overrides={"auxiliary_images": 4},
-        max_samples=12,
-        attacks=dataclasses.replace(SIZES["tiny"].attacks, relearning_steps=(0, 2, 5)),
-    )
-    small.data = SimpleNamespace(forget_split=world.forget_split, retain_split=world.retain_split)
-    small.processor = load_processor(world.model)
-    small.prepared = PreparedPhotos(small.processor)
-    small.cells = evaluation_cells(str(world.data), world.forget_split, world.retain_split)
+    spec: dict[str, Any] = {"overrides": {"auxiliary_images": 4}, "max_samples": 12}
+    small = world_over(world, tmp_path, relearning_steps=(0, 2, 5), **spec)
     for name, value in {"STEPS": {"noise": 22, "saturate": 22}, "MOMENT_BATCHES": 2, "ATTACK_SAMPLES": 8}.items():
         monkeypatch.setattr(robustness, name, value)
     monkeypatch.setitem(robustness.COMMON, "per_device_train_batch_size", 6)

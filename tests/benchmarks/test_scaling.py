@@ -1,13 +1,9 @@
 """The scaling benchmark measures what it says, and the document's predictions are those of `plan`."""
 
-import sys
-
 import pytest
-from benchmark_script import ROOT
-
-sys.path.append(str(ROOT / "benchmarks"))  # last: `kernels.py` there must not answer to transformers' probe
 import scaling
 import tables
+from benchmark_script import ROOT
 
 
 def test_the_documents_predictions_are_what_the_plan_says():

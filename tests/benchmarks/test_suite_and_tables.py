@@ -4,17 +4,15 @@ import json
 import subprocess
 import sys
 
-import pytest
-import torch
-from benchmark_script import ROOT, load
-
-sys.path.append(str(ROOT / "benchmarks"))  # last: `kernels.py` there must not answer to transformers' probe
 import ablation
 import mask
 import methods
+import pytest
 import robustness
 import seeds
 import tables
+import torch
+from benchmark_script import ROOT, load
 
 suite = load("gpu_suite")
 ABOUT = {"device": "a test", "versions": {"torch": "0"}, "date": "2000-01-01", "command": "none"}
