@@ -3,7 +3,8 @@
 Needs no GPU. The entries are recorded from the host functions' own launches at the shapes of LLaVA-1.5 7B and 13B, so
 what is compiled here is what runs there.
 
-    python benchmarks/aot_kernels.py --json benchmarks/results/aot.json --table docs/kernels.md
+    python benchmarks/aot_kernels.py --json benchmarks/results/aot.json
+    python benchmarks/tables.py
 """
 
 import argparse
@@ -34,8 +35,6 @@ TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 HIDDEN_SIZES = {"7B": 4096, "13B": 5120}
 MLP_SIZES = {"7B": 11008, "13B": 13824}
-TABLE_BEGIN = "<!-- table written by benchmarks/aot_kernels.py -->"
-TABLE_END = "<!-- end of table -->"
 
 
 @dataclass(frozen=True)
@@ -216,31 +215,9 @@ def compile_all(targets: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def markdown_table(report: dict[str, Any]) -> str:
-    """Registers a thread by kernel and target, the worst of the kernel's variants, with all spills added up."""
-    targets = list(dict.fromkeys(row["target"] for row in report["entries"]))
-    groups: dict[tuple[str, Any, int], list[dict[str, Any]]] = {}
-    for row in report["entries"]:
-        groups.setdefault((row["kernel"], row["H"], row["warps"]), []).append(row)
-    lines = [
-        f"{len(report['entries'])} compiled entries; Triton {report['triton']}, torch {report['torch']}, "
-        f"{report['date']}. Registers a thread, the most of the kernel's variants:",
-        "",
-        "| kernel | H | warps | variants | " + " | ".join(targets) + " | shared bytes | spills |",
-        "|---|---|---|---|" + "---|" * (len(targets) + 2),
-    ]
-    for (kernel, H, warps), rows in groups.items():
-        most = [max(row["registers"] for row in rows if row["target"] == target) for target in targets]
-        cells = [f"`{kernel}`", H or "any", warps, len(rows) // len(targets), *most]
-        cells += [max(row["shared"] for row in rows), sum(row["spills"] for row in rows)]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, help="write all entries here")
-    parser.add_argument("--table", type=Path, help="replace the table between the markers in this Markdown file")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope():
@@ -255,16 +232,9 @@ def main() -> None:
         "entries": entries,
     }
     if args.json:
-        args.json.write_text(
-            json.dumps({**report, "entries": None}, indent=1).replace(
-                '"entries": null', '"entries": [\n' + ",\n".join("  " + json.dumps(row) for row in entries) + "\n ]"
-            )
-            + "\n"
-        )
-    if args.table:
-        before, _, rest = args.table.read_text().partition(TABLE_BEGIN)
-        _, _, after = rest.partition(TABLE_END)
-        args.table.write_text(f"{before}{TABLE_BEGIN}\n{markdown_table(report)}\n{TABLE_END}{after}")
+        lines = ",\n".join(f"  {json.dumps(row)}" for row in entries)  # one a line
+        head = json.dumps({**report, "entries": None}, indent=1)
+        args.json.write_text(head.replace('"entries": null', f'"entries": [\n{lines}\n ]') + "\n")
     spilled = [row for row in entries if row["spills"]]
     print(f"{len(entries)} entries compiled, {len(spilled)} with spills")
     for row in spilled:

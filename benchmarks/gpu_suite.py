@@ -121,7 +121,7 @@ def measured(arguments: Sequence[str], seconds: float, file: Path) -> dict[str, 
 
 def kernels(folder: Path, seconds: float) -> dict[str, Any]:
     options = ["--device", "cuda", "--batches", "8", "--seconds", "0.1", "--shapes", "LLaVA-13B", "LLaVA-7B"]
-    report = measured(["benchmarks/kernels.py", *options], seconds, folder / "kernels.json")
+    report = measured(["benchmarks/kernel_speed.py", *options], seconds, folder / "kernels.json")
     if report["gate_failed"]:
         raise PartFailedError(f"less accurate than eager code: {report['gate_failed']} (see kernels.log)")
     return report

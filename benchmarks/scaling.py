@@ -7,31 +7,13 @@ A prediction beside a measured row takes one constant from the measurement: the 
 several ranks also the time that an all-reduce of the gradients takes alone.
 """
 
-# ruff: noqa: I001
-import os
-import sys
-
-sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # a spawned rank inherits a path without it
-from step import (  # takes this folder out of the import path, where `kernels.py` would answer to transformers' probe
-    PRESETS,
-    VARIANTS,
-    Images,
-    Preset,
-    Rig,
-    analytic_flops,
-    build_model,
-    clock,
-    configuration,
-    disturb,
-    visual_parameters,
-)
-
 import argparse
 import contextlib
 import copy
 import json
 import socket
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -41,13 +23,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from gauges import seconds_of
+from rig import PRESETS, E, Images, Preset, Rig, analytic_flops, build_model, configuration, disturb, visual_parameters
+from tables import table
 
 from fastvkd.environment import measured_on
-from fastvkd.planning import ASSUMED, architecture_of, plan
+from fastvkd.planning.architecture import architecture_of
+from fastvkd.planning.cost import ASSUMED
+from fastvkd.planning.plan import plan
 from fastvkd.settings import Settings
 
 CPU = torch.device("cpu")
-FUSED = next(v for v in VARIANTS if v.letter == "e")
 AXES: dict[str, tuple[int, ...]] = {
     "LLM layers": (1, 2, 4, 8),
     "visual tokens": (16, 64, 144, 256),
@@ -71,7 +57,7 @@ def variation(axis: str, value: int) -> Preset:
 
 def ready(preset: Preset, folder: Path) -> Rig:
     student = build_model(preset, CPU, layers=int(preset.site.partition(":")[2]))
-    rig = Rig(FUSED, preset, CPU, folder, student, student)
+    rig = Rig(E, preset, CPU, folder, student, student)
     rig.load(Images(preset, configuration(preset), preset.batch // 2, preset.batch - preset.batch // 2), 1.0)
     disturb(visual_parameters(student, preset))
     rig.step()
@@ -80,16 +66,12 @@ def ready(preset: Preset, folder: Path) -> Rig:
 
 def milliseconds(rig: Rig, repetitions: int) -> float:
     """Median of a step, per image."""
-    times = []
-    for _ in range(repetitions):
-        start = clock(CPU)
-        rig.step()
-        times.append(clock(CPU) - start)
+    times = [seconds_of(rig.step, CPU) for _ in range(repetitions)]
     return 1e3 * statistics.median(times) / rig.preset.batch
 
 
 def flops(preset: Preset) -> int:
-    return analytic_flops(FUSED, preset, architecture_of(configuration(preset).to_dict(), name="tiny"))
+    return analytic_flops(E, preset, architecture_of(configuration(preset).to_dict(), name="tiny"))
 
 
 def one_rank(rank: int, world_size: int, port: int, repetitions: int, out: str) -> None:
@@ -126,42 +108,32 @@ def over_ranks(world_size: int, repetitions: int) -> tuple[float, float]:
     return step, reduce
 
 
+def along(axis: str, values: tuple[int, ...], folder: Path, repetitions: int) -> list[dict[str, Any]]:
+    """A row for each value of what grows; the middle one's rate is the constant of all."""
+    counts = {value: flops(variation(axis, value)) for value in values}
+    measured = {}
+    for value in values:
+        with contextlib.closing(ready(variation(axis, value), folder / f"{axis}-{value}")) as rig:
+            measured[value] = milliseconds(rig, repetitions)
+    rate = flops(variation(axis, MIDDLE[axis])) / measured[MIDDLE[axis]]
+    return [row(axis, value, ms, counts[value], counts[value] / rate / ms) for value, ms in measured.items()]
+
+
+def row(axis: str, value: int, ms: float, count: int, ratio: float) -> dict[str, Any]:
+    shares = {"ms_per_image": ms, "flops_per_image": count, "predicted_over_measured": ratio}
+    return {"axis": axis, "value": value, **shares}
+
+
 def measure(repetitions: int, ranks: tuple[int, ...]) -> dict[str, Any]:
     torch.set_num_threads(1)
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for axis, values in AXES.items():
-            measured = {}
-            for value in values:
-                rig = ready(variation(axis, value), Path(folder) / f"{axis}-{value}")
-                with contextlib.closing(rig):
-                    measured[value] = milliseconds(rig, repetitions)
-            rate = flops(variation(axis, MIDDLE[axis])) / measured[MIDDLE[axis]]
-            for value, ms in measured.items():
-                count = flops(variation(axis, value))
-                rows.append(
-                    {
-                        "axis": axis,
-                        "value": value,
-                        "ms_per_image": ms,
-                        "flops_per_image": count,
-                        "predicted_over_measured": count / rate / ms,
-                    }
-                )
-    batch = PRESETS["tiny"]().batch
+        rows = [row for axis, values in AXES.items() for row in along(axis, values, Path(folder), repetitions)]
+    tiny = PRESETS["tiny"]()
     alone: float | None = None
     for n in ranks:
         step, reduce = over_ranks(n, repetitions)
         alone = step - reduce if alone is None else alone
-        rows.append(
-            {
-                "axis": "ranks",
-                "value": n,
-                "ms_per_image": step / (batch * n),
-                "flops_per_image": flops(PRESETS["tiny"]()),
-                "predicted_over_measured": (alone + reduce) / step,
-            }
-        )
+        rows.append(row("ranks", n, step / (tiny.batch * n), flops(tiny), (alone + reduce) / step))
     note = (
         "Step (e) of the tiny preset, one thread a rank. Planned times scale the middle configuration (2 layers, 64 "
         "visual tokens, 8 images) by FLOPs; for ranks they are one rank's compute and the measured all-reduce."
@@ -172,31 +144,23 @@ def measure(repetitions: int, ranks: tuple[int, ...]) -> dict[str, Any]:
 def predictions() -> str:
     """Updates at llm:8, 8 images a GPU and micro-batch, for models of 7B to 72B on 1 to 64 H100s."""
     head = ["model", "preset", "GPUs", "compute ms", "gather ms", "PCIe ms", "images/s", "memory GiB"]
-    lines = ["| " + " | ".join(head) + " |", "|---|---|---:|---:|---:|---:|---:|---:|"]
+    rows = []
     for model in ("llava-1.5-7b", "llava-1.5-13b", "llava-v1.6-34b", "qwen2.5-vl-72b"):
         for preset in ("zero2", "zero3", "zero3_offload"):
-            for ranks in (1, 8, 64):
-                if preset != "zero3_offload" and ranks == 1 and preset == "zero3":
-                    continue  # nothing to spread over
+            for ranks in (1, 8, 64) if preset != "zero3" else (8, 64):  # on one card there is nothing to spread
+                optim = "adamw_torch" if preset == "zero3_offload" else "adamw_8bit"
                 settings = Settings(
-                    model_name_or_path=model,
-                    sites={"llm:8": 1.0},
-                    bf16=True,
-                    optim="adamw_torch" if preset == "zero3_offload" else "adamw_8bit",
-                    per_device_train_batch_size=8,
-                    engine="deepspeed",
-                    deepspeed=preset,
-                )
+                    model_name_or_path=model, sites={"llm:8": 1.0}, bf16=True, optim=optim,
+                    per_device_train_batch_size=8, engine="deepspeed", deepspeed=preset,
+                )  # fmt: skip
                 result = plan(settings, gpu="H100", world_size=ranks)
                 t = result.step_seconds
                 assert t is not None
                 low, high = t["images_per_second_serial"], t["images_per_second_overlapped"]
-                cells = [model, preset, str(ranks)]
-                cells += [f"{1e3 * t[term]:.1f}" for term in ("compute", "gather", "pcie")]
+                cells = [model, preset, ranks, *(f"{1e3 * t[term]:.1f}" for term in ("compute", "gather", "pcie"))]
                 cells += [f"{low:.0f}" if high < 1.005 * low else f"{low:.0f}-{high:.0f}"]
-                cells += [f"{result.memory_bytes['total'] / 2**30:.1f}"]
-                lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+                rows.append([*cells, f"{result.memory_bytes['total'] / 2**30:.1f}"])
+    return "\n".join(table(head, rows, left=2))
 
 
 def with_predictions(text: str) -> str:

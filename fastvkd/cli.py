@@ -1,5 +1,9 @@
-"""The command line: `fastvkd demo|train|eval|compare|attack|steer|plan|export|data|env`. What a user can mend is one
-line and exit code 2."""
+"""The command line: `fastvkd demo|train|eval|compare|attack|report|steer|plan|export|data|env`. What a user can mend
+is one line and exit code 2.
+
+What each command can be told is a dataclass of `fastvkd.options`. Heavy imports stand in the commands, so that help and
+a wrong option do not wait for torch.
+"""
 
 import argparse
 import dataclasses
@@ -7,12 +11,16 @@ import errno
 import json
 import logging
 import os
+import shlex
 import sys
+import typing
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal, NoReturn
 
 from fastvkd import __version__
-from fastvkd.errors import FastVKDError, disk_is_full
+from fastvkd import options as opt
+from fastvkd.errors import FastVKDError, SettingsError, disk_is_full
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,9 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # the machine: measured 24 times slower on two busy cores. libgomp reads this when torch is first imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     logging.basicConfig(level=logging.WARNING, format="fastvkd: %(message)s")
-    arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        given = vars(_parser().parse_args(argv))
+        run, kind = given.pop("command")
+        return run(kind(**given))
     except FastVKDError as error:
         print(f"fastvkd: error: {error}", file=sys.stderr)
         return 2
@@ -38,141 +47,80 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastvkd", description="Visual Knowledge Distillation: unlearning for multimodal LLMs"
-    )
+    parser = _Parser(prog="fastvkd", description="Visual Knowledge Distillation: unlearning for multimodal LLMs")
     parser.add_argument("--version", action="version", version=f"fastvkd {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    demo = commands.add_parser("demo", help="watch a small LLaVA forget faces, from drawing them to the report")
-    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the report (default: %(default)s)")
-    demo.add_argument("--size", default="default", help="default or tiny")
-    demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--gold", action="store_true", help="also train a model that never saw the forgotten people")
-    demo.add_argument("--cache", type=Path, help="folder of trained demo models (default: ~/.cache/fastvkd)")
-    demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the unlearning run")
-    demo.set_defaults(run=_demo)
-
-    train = commands.add_parser("train", help="make a model forget")
-    add_train_arguments(train)
-    train.set_defaults(run=run_train)
-
-    evaluate = commands.add_parser(
-        "eval", help="measure what a model knows of the forget, test, retain and real-world sets"
-    )
-    evaluate.add_argument("--model", required=True, metavar="FOLDER")
-    evaluate.add_argument("--data", required=True, metavar="DATA", help="folder, or hub id of a data set")
-    evaluate.add_argument("--benchmark", help="mllmu, clear, umu or jsonl (default: recognised)")
-    evaluate.add_argument("--forget-split", help="default: the one that an exported model forgot, or forget_5")
-    evaluate.add_argument("--retain-split", help="default: the one that it kept, or retain_95")
-    evaluate.add_argument("--mode", default="corrected", help="corrected (default) or paper")
-    evaluate.add_argument("--batch-size", type=int, default=32)
-    evaluate.add_argument("--max-samples", type=int, help="at most so many questions a cell and task")
-    evaluate.add_argument("--seed", type=int, default=0)
-    evaluate.add_argument(
-        "--reference-eval",
-        type=Path,
-        metavar="FOLDER",
-        help="--out of a model that never saw the forget set, to measure the distance from it",
-    )
-    evaluate.add_argument("--steering", type=Path, metavar="FILE", help="what `fastvkd steer` wrote, switched on")
-    evaluate.add_argument("--local-files-only", action="store_true", help="take a hub id from the cache only")
-    evaluate.add_argument("--device", default="auto")
-    evaluate.add_argument("--bf16", action="store_true")
-    evaluate.add_argument("--out", type=Path, default=Path("out/eval"), help="folder of results.json and samples.jsonl")
-    evaluate.set_defaults(run=_eval)
-
-    compare = commands.add_parser("compare", help="one table over several runs of eval and demo")
-    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--out folder of a run")
-    compare.add_argument("--format", default="text", help="text (default), json or latex")
-    compare.set_defaults(run=_compare)
-
-    attack = commands.add_parser("attack", help="try to bring the knowledge back, and certify the result")
-    attack.add_argument("--model", required=True, metavar="FOLDER", help="the unlearned model")
-    attack.add_argument("--before", metavar="FOLDER", help="the model before unlearning, to compare with")
-    attack.add_argument("--gold", metavar="FOLDER", help="a model that never saw the forget set, the yardstick")
-    attack.add_argument("--steering", type=Path, metavar="FILE", help="of `fastvkd steer`, switched on in --model")
-    attack.add_argument("--data", required=True, metavar="DATA", help="folder, or hub id of a data set")
-    attack.add_argument("--forget-split", help="default: the one that the exported model forgot, or forget_5")
-    attack.add_argument("--retain-split", help="default: the one that it kept, or retain_95")
-    attack.add_argument(
-        "--kind",
-        nargs="+",
-        default=["all"],
-        help="relearn, paraphrase, fewshot, reverse, quantize, images, membership, probe (default: all)",
-    )
-    attack.add_argument("--config", type=Path, metavar="YAML", help="other `certificate` thresholds than the run's")
-    attack.add_argument("--max-samples", type=int, default=400, help="questions a variant (default: %(default)s)")
-    attack.add_argument("--batch-size", type=int, default=64, help="questions at once (default: %(default)s)")
-    attack.add_argument("--shares", type=float, nargs="+", help="relearning: shares of the forget photos")
-    attack.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="relearning: seeds")
-    attack.add_argument("--steps", type=int, nargs="+", help="relearning: after which steps to measure")
-    attack.add_argument("--learning-rate", type=float, default=1e-3, help="relearning (default: %(default)s)")
-    attack.add_argument("--seed", type=int, default=0)
-    attack.add_argument("--device", default="auto")
-    attack.add_argument("--bf16", action="store_true")
-    attack.add_argument("--out", type=Path, default=Path("out/attack"), help="folder of attacks.json, certificate.json")
-    attack.set_defaults(run=_attack)
-
-    steer = commands.add_parser("steer", help="find a direction that suppresses at test time, without training")
-    steer.add_argument("--model", required=True, metavar="FOLDER")
-    steer.add_argument("--data", required=True, metavar="DATA", help="folder, or hub id of a data set")
-    steer.add_argument("--forget-split", default="forget_5")
-    steer.add_argument("--retain-split", default="retain_95")
-    steer.add_argument("--layers", type=int, nargs="+", required=True, help="LLM layers to steer, the first being 0")
-    steer.add_argument("--strength", type=float, default=1.0, help="multiple of the direction (default: %(default)s)")
-    steer.add_argument("--questions", type=int, default=256, help="of each side (default: %(default)s)")
-    steer.add_argument("--batch-size", type=int, default=16, help="questions at once (default: %(default)s)")
-    steer.add_argument("--seed", type=int, default=0)
-    steer.add_argument("--device", default="auto")
-    steer.add_argument("--bf16", action="store_true")
-    steer.add_argument("--out", type=Path, default=Path("out/steering.safetensors"), help="file (default: %(default)s)")
-    steer.set_defaults(run=_steer)
-
-    plan = commands.add_parser("plan", help="FLOPs and memory of a run before anything is loaded")
-    plan.add_argument("--config", type=Path, metavar="YAML")
-    plan.add_argument("--gpu", help='a card, for example "RTX 4090"')
-    plan.add_argument("--memory", help="or its memory, for example 24GiB")
-    plan.add_argument("--world-size", type=int, default=1, metavar="N", help="number of GPUs")
-    plan.add_argument("--json", action="store_true")
-    plan.add_argument("overrides", nargs="*", metavar="key=value")
-    plan.set_defaults(run=_plan)
-
-    export = commands.add_parser("export", help="write the trained model as an ordinary model folder")
-    export.add_argument(
-        "--run", dest="run_folder", type=Path, required=True, metavar="FOLDER", help="a run's output_dir"
-    )
-    export.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="new folder")
-    export.add_argument("--base", type=Path, help="the base model's folder, if it moved since")
-    export.set_defaults(run=_export)
-
-    data = commands.add_parser("data", help="look at data before training on it")
-    data_commands = data.add_subparsers(required=True, metavar="COMMAND")
-    check = data_commands.add_parser("check", help="validate every row of a data folder")
-    check.add_argument("path", metavar="DATA", help="folder, or hub id of a data set")
-    check.add_argument("--model", metavar="FOLDER", help="also check training labels, with this model's processor")
-    check.add_argument("--local-files-only", action="store_true", help="take a hub id from the cache only")
-    check.add_argument("--json", action="store_true", help="print the findings as JSON")
-    check.set_defaults(run=_data_check)
-
-    env = commands.add_parser("env", help="versions, devices and what is optional, for a bug report")
-    env.set_defaults(run=_env)
+    _add(commands, "demo", _demo, opt.DemoOptions)
+    _add(commands, "train", _train, opt.TrainOptions)
+    _add(commands, "eval", _eval, opt.EvalOptions)
+    _add(commands, "compare", _compare, opt.CompareOptions)
+    _add(commands, "attack", _attack, opt.AttackOptions)
+    _add(commands, "report", _report, opt.ReportOptions)
+    _add(commands, "steer", _steer, opt.SteerOptions)
+    _add(commands, "plan", _plan, opt.PlanOptions)
+    _add(commands, "export", _export, opt.ExportOptions)
+    data = commands.add_parser("data", help="Look at data before training on it.")
+    _add(data.add_subparsers(required=True, metavar="COMMAND"), "check", _data_check, opt.CheckOptions)
+    _add(commands, "env", _env, opt.EnvOptions)
     return parser
 
 
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `fastvkd train`, which `fastvkd/train.py` under the DeepSpeed launcher shares."""
-    parser.add_argument("--config", type=Path, metavar="YAML", help="settings; see configs/")
-    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the launcher passes it
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the YAML's")
+def _add(commands: Any, name: str, run: Any, kind: type[opt.Options]) -> None:
+    """A command with an argument for every option of `kind`; `run` gets the options and returns the exit code."""
+    parser = commands.add_parser(
+        name,
+        help=kind.__doc__,
+        description=kind.__doc__,
+        epilog=f"example: {kind.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # the example stays on one line
+    )
+    parser.set_defaults(command=(run, kind))
+    for option in opt.options_of(kind):
+        if option.flag is not None:
+            _add_option(parser, option, option.flag)
 
 
-def run_train(arguments: argparse.Namespace) -> int:
+def _add_option(parser: argparse.ArgumentParser, option: opt.Option, flag: opt.Flag) -> None:
+    name = flag.name or "--" + option.name.replace("_", "-")
+    required = option.default is dataclasses.MISSING
+    told: dict[str, Any] = {"help": argparse.SUPPRESS if flag.hidden else _help(option, flag)}
+    if not required:
+        told["default"] = option.default
+    if option.kind is bool:
+        parser.add_argument(name, dest=option.name, action="store_true", **told)
+        return
+    told["type"] = str if typing.get_origin(option.kind) is Literal else option.kind
+    told["metavar"] = flag.metavar or name.strip("-").replace("-", "_").upper()
+    if flag.positional:
+        parser.add_argument(option.name, nargs=("+" if required else "*") if option.many else None, **told)
+    else:
+        parser.add_argument(name, dest=option.name, required=required, nargs="+" if option.many else None, **told)
+
+
+def _help(option: opt.Option, flag: opt.Flag) -> str:
+    """The option's help with what is allowed and the default."""
+    text, default = flag.help, option.default
+    if typing.get_origin(option.kind) is Literal:
+        *most, last = typing.get_args(option.kind)
+        text += f": {', '.join(most)} or {last}"
+    if default is None or default is False or default == () or default is dataclasses.MISSING:
+        return text
+    return f"{text} (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
+
+
+def _train(options: opt.TrainOptions) -> int:
     from fastvkd.progress import Progress
     from fastvkd.settings import load_settings
 
-    settings = load_settings(arguments.config, arguments.overrides)
+    settings = load_settings(options.config, options.overrides)
     from fastvkd.unlearning.loop import unlearn  # late: a wrong setting should not wait for torch
 
     quiet = int(os.environ.get("RANK", "0")) != 0
@@ -181,12 +129,13 @@ def run_train(arguments: argparse.Namespace) -> int:
     def show(phase: str, done: int, total: int, figures: dict[str, float]) -> None:
         if quiet:
             return
+        if phase == "rate":
+            print(f"Learning rate {figures['trial_rate']:g}: held-out loss {figures['watched_loss']:.4g} after a trial")
+            return
         bar = bars.setdefault(phase, Progress({"teacher": "Teacher features", "unlearn": "Unlearning"}[phase]))
-        bar(
-            done,
-            total,
-            " ".join(f"{k} {v:.4g}" for k, v in figures.items() if k.startswith("loss") or k == "grad_norm"),
-        )
+        kinds = ("loss", "grad_norm", "left", "drift")
+        shown = {key: value for key, value in figures.items() if key.startswith(kinds)}
+        bar(done, total, " ".join(f"{key} {value:.4g}" for key, value in shown.items()))
 
     try:
         result = unlearn(settings, progress=show)
@@ -201,148 +150,97 @@ def run_train(arguments: argparse.Namespace) -> int:
             f"{result.trainable_parameters:,} of {result.trainable_parameters + result.frozen_parameters:,} loaded "
             f"parameters trainable ({result.trained_share:.1%} of them free to move); checkpoint: {result.checkpoint}"
         )
+        if result.verdict is not None:
+            print(f"{result.verdict[0].upper()}{result.verdict[1:]}")
+        _print_report_command(settings.output_dir)
     return 0
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _demo(options: opt.DemoOptions) -> int:
     from fastvkd.demo.run import demo
-    from fastvkd.reporting.report import criteria, headline_sentence
+    from fastvkd.reporting.verdict import criteria, headline_sentence
 
-    report = demo(
-        arguments.out,
-        size=arguments.size,
-        seed=arguments.seed,
-        gold=arguments.gold,
-        cache=arguments.cache,
-        overrides=arguments.overrides,
-    )
+    report = demo(options)
     print(headline_sentence(report))
     for criterion in criteria(report):
         mark = "met   " if criterion.met else "MISSED"
         print(f"  {mark} {criterion.name}: {criterion.found} (asked: {criterion.asked})")
-    print(f"Report: {arguments.out / 'report.html'}")
+    print(f"Report: {options.out / 'report.html'}")
     return 0
 
 
-def _eval(arguments: argparse.Namespace) -> int:
-    from fastvkd.evaluation.comparison import read_runs, table
-    from fastvkd.evaluation.run import SAMPLES, evaluate
+def _eval(options: opt.EvalOptions) -> int:
+    from fastvkd.evaluation.comparison import comparison_table, read_runs
+    from fastvkd.evaluation.run import evaluate
     from fastvkd.progress import Progress
-    from fastvkd.reporting.report import write_atomically
 
     with Progress("Evaluating") as bar:
-        results = evaluate(
-            arguments.model,
-            arguments.data,
-            benchmark=arguments.benchmark,
-            forget_split=arguments.forget_split,
-            retain_split=arguments.retain_split,
-            mode=arguments.mode,
-            batch_size=arguments.batch_size,
-            max_samples=arguments.max_samples,
-            seed=arguments.seed,
-            log_path=arguments.out / SAMPLES,
-            reference_eval=arguments.reference_eval,
-            steering=arguments.steering,
-            device=arguments.device,
-            bf16=arguments.bf16,
-            local_files_only=arguments.local_files_only,
-            progress=bar,
-        )
-    write_atomically(arguments.out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+        results = evaluate(options, bar)
     print(f"{results['benchmark']}, {results['mode']} mode")
-    print(table(read_runs([arguments.out]), "text"))
+    print(comparison_table(read_runs([options.out]), "text"))
+    _print_report_command(options.out)
     return 0
 
 
-def _compare(arguments: argparse.Namespace) -> int:
-    from fastvkd.evaluation.comparison import read_runs, table
+def _compare(options: opt.CompareOptions) -> int:
+    from fastvkd.evaluation.comparison import comparison_table, read_runs
 
-    print(table(read_runs(arguments.runs), arguments.format))
+    print(comparison_table(read_runs(options.runs), options.format))
     return 0
 
 
-def _attack(arguments: argparse.Namespace) -> int:
-    from fastvkd.settings import load_settings
-
-    thresholds = None
-    if arguments.config is not None:
-        thresholds = load_settings(
-            arguments.config, {"model_name_or_path": arguments.model, "data": arguments.data}
-        ).certificate
-    from fastvkd.attacks.run import Budget, attack_run, table
+def _attack(options: opt.AttackOptions) -> int:
+    from fastvkd.attacks.run import attack_run, attack_table
     from fastvkd.progress import Progress
 
-    defaults = Budget()
-    budget = Budget(
-        max_samples=arguments.max_samples,
-        batch_size=arguments.batch_size,
-        relearning_shares=tuple(arguments.shares or defaults.relearning_shares),
-        relearning_steps=tuple(arguments.steps or defaults.relearning_steps),
-        relearning_seeds=tuple(arguments.seeds),
-        relearning_samples=arguments.max_samples,
-        learning_rate=arguments.learning_rate,
-    )
-    folders = {"vanilla": arguments.before, "unlearned": arguments.model, "gold": arguments.gold}
     with Progress("Attacking") as bar:
-        found = attack_run(
-            {name: folder for name, folder in folders.items() if folder},
-            arguments.data,
-            forget_split=arguments.forget_split,
-            retain_split=arguments.retain_split,
-            kinds=arguments.kind,
-            budget=budget,
-            thresholds=thresholds,
-            steering=arguments.steering,
-            seed=arguments.seed,
-            device=arguments.device,
-            bf16=arguments.bf16,
-            out=arguments.out,
-            progress=bar,
-        )
-    print(table(found))
+        found = attack_run(options, bar)
+    print(attack_table(found))
     verdict = found["certificate"]["verdict"]
-    print(f"Certificate: {verdict}; {arguments.out / 'certificate.json'}")
+    print(f"Certificate: {verdict}; {options.out / 'certificate.json'}")
+    _print_report_command(options.out)
     return 1 if verdict == "failed" else 0
 
 
-def _steer(arguments: argparse.Namespace) -> int:
-    from fastvkd.unlearning.methods.steering import fit_to_folder
+def _report(options: opt.ReportOptions) -> int:
+    from fastvkd.reporting import write_page
 
-    steering = fit_to_folder(
-        arguments.model,
-        arguments.data,
-        forget_split=arguments.forget_split,
-        retain_split=arguments.retain_split,
-        layers=arguments.layers,
-        strength=arguments.strength,
-        questions=arguments.questions,
-        batch_size=arguments.batch_size,
-        seed=arguments.seed,
-        device=arguments.device,
-        bf16=arguments.bf16,
-    )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    steering.save(arguments.out)
-    print(f"{arguments.out}: layers {', '.join(map(str, steering.directions))}; no weight was changed")
+    print("\n".join(write_page(options.runs, options.out, options.data)))
     return 0
 
 
-def _plan(arguments: argparse.Namespace) -> int:
-    from fastvkd.planning import plan
+def _print_report_command(folder: Path | str) -> None:
+    """Say how the page of a finished run is made."""
+    print(f"Page: fastvkd report {shlex.quote(str(folder))} --out report.html (and other runs of this model beside it)")
+
+
+def _steer(options: opt.SteerOptions) -> int:
+    from fastvkd.unlearning.steering import fit_to_folder
+
+    told = dataclasses.asdict(options)
+    out = told.pop("out")
+    steering = fit_to_folder(told.pop("model"), told.pop("data"), **told)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    steering.save(out)
+    print(f"{out}: layers {', '.join(map(str, steering.directions))}; no weight was changed")
+    return 0
+
+
+def _plan(options: opt.PlanOptions) -> int:
+    from fastvkd.planning.plan import plan
     from fastvkd.settings import load_settings
 
-    settings = load_settings(arguments.config, arguments.overrides)
-    result = plan(settings, gpu=arguments.gpu, memory=arguments.memory, world_size=arguments.world_size)
-    print(json.dumps(result.to_dict(), indent=1) if arguments.json else result.table())
+    settings = load_settings(options.config, options.overrides)
+    result = plan(settings, gpu=options.gpu, memory=options.memory, world_size=options.world_size)
+    print(json.dumps(result.to_dict(), indent=1) if options.json else result.table())
     return 0
 
 
-def _export(arguments: argparse.Namespace) -> int:
-    from fastvkd.exporting import export
+def _export(options: opt.ExportOptions) -> int:
+    from fastvkd.engines.exporting import export
     from fastvkd.reporting.model_card import run_card
 
-    done = export(arguments.run_folder, arguments.to, model_card=run_card(arguments.run_folder), base=arguments.base)
+    done = export(options.run, options.to, model_card=run_card(options.run), base=options.base)
     print(
         f"{done.folder}: {done.tensors} tensors replaced in {len(done.rewritten_shards)} shard(s), "
         f"{len(done.copied_shards)} shard(s) copied untouched" + (" (blocks shared)" if done.reflinked else "")
@@ -350,17 +248,17 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _data_check(arguments: argparse.Namespace) -> int:
+def _data_check(options: opt.CheckOptions) -> int:
     from fastvkd.data.check import check_data
     from fastvkd.progress import Progress
 
     with Progress("Checking") as bar:
-        report = check_data(arguments.path, bar, model=arguments.model, local_files_only=arguments.local_files_only)
-    print(json.dumps(dataclasses.asdict(report), indent=1) if arguments.json else "\n".join(report.lines()))
+        report = check_data(options.path, bar, model=options.model, local_files_only=options.local_files_only)
+    print(json.dumps(dataclasses.asdict(report), indent=1) if options.json else "\n".join(report.lines()))
     return 0 if report.ok else 2
 
 
-def _env(arguments: argparse.Namespace) -> int:
+def _env(options: opt.EnvOptions) -> int:
     from fastvkd.environment import describe
 
     print(describe())

@@ -27,3 +27,11 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def questions_at_once(tokens: int, layers: int, kv_width: int, bytes_per_value: int) -> int:
+    """How many questions of so many tokens are asked in one pass: 64, or as many as 2 GiB of keys and values hold.
+
+    An LLM of 7B keeps half a megabyte a token: 64 questions about photos would take more than a card has beside it.
+    """
+    return max(1, min(64, 2 * 1024**3 // (2 * tokens * layers * kv_width * bytes_per_value)))

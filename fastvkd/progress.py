@@ -29,6 +29,7 @@ class Progress:
         if self._tty:
             if self._bar is None:
                 self._bar = tqdm(total=total, desc=self.label, leave=False, dynamic_ncols=True)
+            self._bar.total = total  # a run may find its own end
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done - self._bar.n)
         elif time.monotonic() - self._printed >= self.every:

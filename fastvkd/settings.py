@@ -6,22 +6,38 @@ any model or data is opened.
 
 import dataclasses
 import difflib
+import itertools
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
+from fastvkd.bounds import Bound, NotNegative, Positive
 from fastvkd.errors import SettingsError
+from fastvkd.methods import METHODS, answer_losses, feature_methods
 
-ForgetTarget = Literal["noise", "mean", "redirect", "reference", "repel", "saturate"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The names that a text may be, asked for when a value is read: a registry may have grown."""
+
+    names: Callable[[], Iterable[str]]
+
+
+Between = Annotated[T, Bound(lambda value: 0 < value < 1, "must lie between 0 and 1")]
+Share = Annotated[T, Bound(lambda value: 0 <= value <= 1, "must lie between 0 and 1")]
+AtLeastTwo = Annotated[int, Bound(lambda value: value >= 2, "at least 2, one forget and one retain image")]
+
+ForgetTarget = Literal["noise", "mean", "redirect", "reference", "repel", "saturate", "stranger"]
+TARGETLESS = ("repel", "saturate")  # they send forget images away from something, not to something
 Distance = Literal["mse", "cosine", "smooth_l1"]
-Method = Literal["vkd", "ga", "gd", "kl", "npo", "idk", "rmu", "mmunlearner", "manu", "finetune"]
-AnswerLoss = Literal["none", "ga", "gd", "kl", "npo", "idk"]
 Optim = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "ademamix_8bit"]
 Trainable = Literal["vision+projector", "projector", "vision", "lora", "all"]
 
@@ -33,9 +49,27 @@ class Saliency:
     granularity: Literal["none", "weight", "neuron"] = "none"
     # F_forget / F_retain, WAGLE's attribution, or chance as a control; the latter two by `fraction` only
     score: Literal["fisher", "wagle", "random"] = "fisher"
-    threshold: float | None = None  # keep where F_forget / F_retain >= threshold
-    fraction: float | None = None  # or: keep this share of the weights (neurons), highest ratio first
-    batches: int = 8  # batches of each side that estimate the Fisher information
+    threshold: Positive[float | None] = None  # keep where F_forget / F_retain >= threshold
+    # or: keep this share of the weights (neurons), highest ratio first
+    fraction: Annotated[float | None, Bound(lambda f: 0 < f <= 1, "must lie above 0 and at most at 1")] = None
+    batches: Positive[int] = 8  # batches of each side that estimate the Fisher information
+
+
+@dataclass(kw_only=True)
+class Stranger:
+    """How `forget_target: stranger` finds the map that makes each forgotten person a stranger."""
+
+    # through the whole frozen LLM; or by the person's mean features alone, which takes several photos of each
+    way: Literal["guided", "shift"] = "guided"
+    steps: Positive[int] = 160  # of the search, for each person
+    views: Positive[int] = 6  # of a person's photos in one step, each asked two questions
+    rank: Positive[int] = 32  # width of the map's hidden layer
+    learning_rate: Positive[float] = 5e-3
+    keep: NotNegative[float] = 4.0  # weight of the answers that are to stay, beside those that are to be a stranger's
+    natural: NotNegative[float] = 1.0  # weight of features that vary as strangers' do
+    short: Share[float] = 0.4  # part of the way that training may leave: answers must be a stranger's there too
+    # part of the way that training goes on behind the target with one photo of a person; with n, 1 / sqrt(n) of it
+    beyond: NotNegative[float] = 0.15
 
 
 @dataclass(kw_only=True)
@@ -50,6 +84,22 @@ class Certificate:
     membership_auc: float | None = 0.65  # furthest from 0.5, either way
     relearning_gap: float | None = 0.10  # area under the relearning curve above gold's
     probe_gap: float | None = 0.15  # linear probe's accuracy above gold's, worst site
+    # A forgotten person is a stranger; each is asked only where the data allow it (docs/evaluation.md).
+    named_right: float | None = 0.0  # share of forgotten people's unseen photos that still get their own name
+    misnamed_above_strangers: float | None = 0.05  # share that get somebody else's name, above that of strangers
+    description_kept: float | None = 0.95  # of what their photos show beside who it is, share of that before
+    outside_band: float | None = 0.0  # share of forgotten people off the band in which single strangers, or gold, lie
+    telltale_auc: float | None = 0.60  # worst score that tells forgotten people from strangers; also allowed is
+    telltale_above_gold: float = 0.05  # gold's area and so much more
+
+    def allowed_telltale(self, gold: float | None) -> float | None:
+        """The largest area that does not tell forgotten people from strangers; None where the check is left out.
+
+        What `gold` has, the area of a model that never saw them, is no trace of forgetting.
+        """
+        if self.telltale_auc is None or gold is None:
+            return self.telltale_auc
+        return max(self.telltale_auc, min(1.0, gold + self.telltale_above_gold))
 
 
 @dataclass(kw_only=True)
@@ -65,51 +115,62 @@ class Settings:
 
     # The objective: lambda_forget * L_f + lambda_retain * L_r (+ lambda_answer * L_a); see docs/method.md. Methods
     # other than vkd see no features: sites, targets, distance, views, auxiliary images and teacher are vkd's alone.
-    method: Method = "vkd"
+    method: Annotated[str, OneOf(lambda: METHODS)] = "vkd"
     sites: dict[str, float] = field(default_factory=lambda: {"projector": 1.0})  # site -> weight
     forget_target: ForgetTarget = "noise"
     reference_model: str | None = None  # for forget_target: reference
+    stranger: Stranger = field(default_factory=Stranger)
+    # photos of people whom the model does not know, those of one person in a subfolder; retained like auxiliary images
+    strangers: str | None = None
     noise_images: Literal["one", "per_image"] = "one"  # one noise image for all forget images, or one for each
     distance: Distance = "mse"  # mse is divided by the teacher's variance at the site
-    huber_beta: float = 1.0  # smooth_l1's beta
-    repel_margin: float = 1.0  # repel: rows further than this from the teacher are let go
-    repel_start: float = 0.02  # repel: relative size of the random start, since its gradient at the teacher is zero
-    saturation_margin: float = 20.0  # saturate: how far below zero the projector's hidden units are to lie
-    lambda_forget: float = 1.0
-    lambda_retain: float = 1.0
-    answer_loss: AnswerLoss = "none"
-    lambda_answer: float = 0.1
-    npo_beta: float = 0.4
-    kl_top_k: int = 64  # tokens of the original's distribution that are remembered at each retained answer position
-    rmu_layer: int | None = None  # k, the LLM layer whose output rmu steers; None: a quarter of the depth
-    rmu_scale: float = 6.5  # length of the vector that forget answers are steered to
-    manu_fraction: float = 0.02  # share of MLP neurons that manu zeroes
-    manu_batches: int = 16  # batches of each side that estimate the neurons' importance
+    huber_beta: Positive[float] = 1.0  # smooth_l1's beta
+    repel_margin: Positive[float] = 1.0  # repel: rows further than this from the teacher are let go
+    repel_start: NotNegative[float] = 0.02  # repel: relative size of the random start; there is no gradient without
+    saturation_margin: Positive[float] = 20.0  # saturate: how far below zero the projector's hidden units are to lie
+    lambda_forget: NotNegative[float] = 1.0
+    lambda_retain: NotNegative[float] = 1.0
+    answer_loss: Annotated[str, OneOf(answer_losses)] = "none"
+    lambda_answer: NotNegative[float] = 0.1
+    npo_beta: Positive[float] = 0.4
+    kl_top_k: Positive[int] = 64  # tokens of the original's distribution that kl remembers at each answer position
+    rmu_layer: Positive[int | None] = None  # k, the LLM layer whose output rmu steers; None: a quarter of the depth
+    rmu_scale: Positive[float] = 6.5  # length of the vector that forget answers are steered to
+    manu_fraction: Between[float] = 0.02  # share of MLP neurons that manu zeroes
+    manu_batches: Positive[int] = 16  # batches of each side that estimate the neurons' importance
     finetune_split: str = "Full_Set"  # what method: finetune learns; A-B is A without the people of B; see docs/data.md
     augment: bool = False  # views (turn, zoom, shift, flip, light, grey) of every image; needs the online teacher
-    auxiliary_images: int = 0  # synthetic "dead leaves" images that are retained too, to protect what no data set names
-    auxiliary_share: float = 0.25  # their share of the retained part of a batch
+    # of the views, those whose middle stands on another image, and those that share the frame with another one
+    elsewhere: Share[float] = 0.0
+    beside: Share[float] = 0.0
+    auxiliary_images: NotNegative[int] = 0  # synthetic "dead leaves" images, retained to protect what no data set names
+    auxiliary_share: Share[float] = 0.25  # share of the retained part of a batch, theirs and strangers' together
     teacher: Literal["auto", "cached", "online"] = "auto"  # auto: cached, or online when augment is on
     cache_dir: str | None = None  # default: <output_dir>/teacher_cache
     cache_dtype: Literal["float32", "bfloat16", "float8"] = "float32"
 
     # Which weights move.
     trainable: Trainable = "vision+projector"  # lora: adapters on the LLM's linear layers; all: everything
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
+    lora_rank: Positive[int] = 16
+    lora_alpha: Positive[float] = 32.0
     saliency: Saliency = field(default_factory=Saliency)
 
     # Optimisation.
-    learning_rate: float = 1e-4
+    learning_rate: Positive[float | Literal["auto"]] = 1e-4  # auto: what short trials find, see docs/method.md
     lr_scheduler_type: Literal["constant", "cosine", "linear"] = "cosine"
-    warmup_steps: int = 0
-    max_steps: int = 500
-    num_train_epochs: float | None = None  # instead of max_steps: passes over the forget (fine-tuning: all) questions
-    per_device_train_batch_size: int = 16  # images a step on each device, forget and retain together
-    forget_share: float = 0.5  # share of forget images in a batch
-    gradient_accumulation_steps: int = 1
-    max_grad_norm: float = 1.0
-    weight_decay: float = 0.0
+    warmup_steps: NotNegative[int] = 0
+    max_steps: Positive[int] = 500
+    # auto: the whole rate until held-out views hardly come nearer, then the decay; at max_steps the latest
+    ends: Literal["max_steps", "auto"] = "max_steps"
+    watch_steps: NotNegative[int] = 0  # updates from one look at held-out views to the next, of features; 0: none
+    max_drift: Positive[float | None] = 0.05  # stop where kept images drift further, in the teacher's variance
+    # instead of max_steps: passes over the forget (fine-tuning: all) questions
+    num_train_epochs: Positive[float | None] = None
+    per_device_train_batch_size: AtLeastTwo = 16  # images a step on each device, forget and retain together
+    forget_share: Between[float] = 0.5  # share of forget images in a batch
+    gradient_accumulation_steps: Positive[int] = 1
+    max_grad_norm: NotNegative[float] = 1.0
+    weight_decay: NotNegative[float] = 0.0
     optim: Optim = "adamw_torch"
     bf16: bool = False  # weights and activations in bfloat16, masters in float32
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -117,7 +178,7 @@ class Settings:
     compile: bool = False  # torch.compile of tower blocks and decoder layers; the first steps take a minute or so
     fused_frozen_ops: bool = False  # Triton RMSNorm and SwiGLU in frozen decoder layers, which keep less for backward
     quantize_llm: Literal["none", "nf4", "int8"] = "none"
-    seed: int = 0
+    seed: NotNegative[int] = 0
 
     # What the result is held to.
     certificate: Certificate = field(default_factory=Certificate)
@@ -126,165 +187,163 @@ class Settings:
     engine: Literal["local", "deepspeed"] = "local"
     deepspeed: str | None = None  # a preset of ds_configs/ or a path
     device: str = "auto"
-    save_steps: int = 0  # 0: only at the end
-    save_total_limit: int = 2
+    save_steps: NotNegative[int] = 0  # 0: only at the end
+    save_total_limit: NotNegative[int] = 2
     resume_from_checkpoint: str | None = None  # "auto" or a checkpoint folder
-    logging_steps: int = 10  # how often figures are read back from the device
-    prefetch: int = 2  # batches that a thread builds ahead; 0: each is built when the step needs it
+    logging_steps: Positive[int] = 10  # how often figures are read back from the device
+    prefetch: NotNegative[int] = 2  # batches that a thread builds ahead; 0: each is built when the step needs it
     profile: bool = False  # write a trace of updates 3 to 5 to <output_dir>/trace.json (chrome://tracing, Perfetto)
     report_to: list[str] = field(default_factory=list)  # tensorboard, wandb; metrics.jsonl is always written
 
     def check(self) -> "Settings":
-        """Refuse contradictions; returns self. Raises SettingsError naming the key and the mend."""
+        """Refuse values out of their bounds and contradictions; returns self. SettingsErrors name key and mend."""
+        problems = itertools.chain(
+            self._unset(),
+            _out_of_bounds(self, ""),
+            self._wrong_target(),
+            self._wrong_method(),
+            self._wrong_weights(),
+            self._wrong_mask(),
+            self._wrong_watch(),
+            self._wrong_run(),
+        )
+        for problem in problems:
+            raise SettingsError(problem)
+        return self
+
+    def _unset(self) -> Iterator[str]:
         for key in ("model_name_or_path", "data"):
             if not getattr(self, key):
-                raise SettingsError(f"{key} is not set: give it in the YAML or as {key}=PATH")
+                yield f"{key} is not set: give it in the YAML or as {key}=PATH"
         if not self.sites:
-            raise SettingsError("sites is empty: name at least one of vision:<k>, projector, llm:<k>")
+            yield "sites is empty: name at least one of vision:<k>, projector, llm:<k>"
         for site, weight in self.sites.items():
             if not weight > 0:
-                raise SettingsError(f"sites.{site}={weight}: a weight must be above 0")
-        _within(self, "forget_share", 0, 1, open_ends=True)
-        _within(self, "auxiliary_share", 0, 1, open_ends=False)
-        _within(self, "manu_fraction", 0, 1, open_ends=True)
-        for key in (
-            "learning_rate",
-            "huber_beta",
-            "repel_margin",
-            "saturation_margin",
-            "max_steps",
-            "num_train_epochs",
-            "gradient_accumulation_steps",
-            "npo_beta",
-            "kl_top_k",
-            "rmu_layer",
-            "rmu_scale",
-            "manu_batches",
-            "lora_rank",
-            "lora_alpha",
-            "logging_steps",
-        ):
-            if getattr(self, key) is not None and not getattr(self, key) > 0:
-                raise SettingsError(f"{key}={getattr(self, key)}: must be above 0")
-        for key in (
-            "lambda_forget",
-            "lambda_retain",
-            "lambda_answer",
-            "weight_decay",
-            "warmup_steps",
-            "save_steps",
-            "prefetch",
-            "auxiliary_images",
-            "seed",
-            "save_total_limit",
-            "repel_start",
-            "max_grad_norm",
-        ):
-            if getattr(self, key) < 0:
-                raise SettingsError(f"{key}={getattr(self, key)}: must not be negative")
-        if self.per_device_train_batch_size < 2:
-            raise SettingsError(
-                f"per_device_train_batch_size={self.per_device_train_batch_size}: at least 2, "
-                "one forget and one retain image"
-            )
+                yield f"sites.{site}={weight}: a weight must be above 0"
+
+    def _wrong_target(self) -> Iterator[str]:
+        """Targets of forget images, or of views, that nothing can give."""
         if self.forget_target == "reference" and not self.reference_model:
-            raise SettingsError("forget_target=reference needs reference_model: the folder of the model to imitate")
+            yield "forget_target=reference needs reference_model: the folder of the model to imitate"
         if self.forget_target == "saturate" and all(site.startswith("vision") for site in self.sites):
-            raise SettingsError(
+            yield (
                 "forget_target=saturate acts in the projector, which no site in the tower reaches: "
                 "add projector or llm:<k> to sites"
             )
+        if self.forget_target == "stranger":
+            for site in self.sites:
+                if site.startswith("vision"):
+                    yield (
+                        f"forget_target=stranger with sites.{site}: its maps act on what the LLM reads; "
+                        "name projector or llm:<k>"
+                    )
+        if self.elsewhere + self.beside > 1:
+            yield f"elsewhere={self.elsewhere} and beside={self.beside}: they are shares of the views; lower one"
+        if self.elsewhere + self.beside and not self.augment:
+            yield "elsewhere and beside are shares of the views, and there are none: set augment=true"
+        if self.beside and self.forget_target != "stranger":
+            yield (
+                f"beside={self.beside} with forget_target={self.forget_target}, which takes the neighbour away too: "
+                "set forget_target=stranger, or beside=0"
+            )
         if self.teacher == "cached" and self.augment:
-            raise SettingsError(
-                "teacher=cached cannot serve augment=true, whose views are new at every step: use teacher=online"
-            )
+            yield "teacher=cached cannot serve augment=true, whose views are new at every step: use teacher=online"
         if self.forget_target == "reference" and self.augment:
-            raise SettingsError(
-                "forget_target=reference is cached once per image and cannot follow augment=true: set augment=false"
+            yield "forget_target=reference is cached once per image and cannot follow augment=true: set augment=false"
+
+    def _wrong_method(self) -> Iterator[str]:
+        """Settings that the method has no use for."""
+        method = METHODS[self.method]
+        if not method.trains_llm and self.trainable in ("lora", "all"):
+            yield (
+                f"method={self.method} with trainable={self.trainable}: {self.method.upper()} leaves the LLM as it is; "
+                "set trainable to vision+projector, projector or vision, or choose another method"
             )
-        self._check_trainable()
-        if self.answer_loss != "none" and self.method != "vkd":
-            raise SettingsError(
-                f"answer_loss={self.answer_loss} joins the feature losses of method=vkd; "
+        if method.features and self.num_train_epochs is not None:
+            yield f"num_train_epochs counts questions, which method={self.method} does not ask: set max_steps"
+        if not method.features and self.answer_loss != "none":
+            yield (
+                f"answer_loss={self.answer_loss} joins the feature losses of method={feature_methods()}; "
                 f"with method={self.method} set answer_loss=none"
             )
-        self._check_saliency()
-        if self.profile and self.max_steps < 3:
-            raise SettingsError(
-                f"profile=true with max_steps={self.max_steps}: updates 3 to 5 are traced; set at least 3"
-            )
-        if self.deepspeed and self.engine != "deepspeed":
-            raise SettingsError(f"deepspeed={self.deepspeed!r} is set but engine={self.engine!r}: set engine=deepspeed")
-        unknown = set(self.report_to) - {"tensorboard", "wandb"}
-        if unknown:
-            raise SettingsError(f"report_to={sorted(unknown)}: allowed are tensorboard and wandb")
-        return self
+        if not method.trains and self.engine != "local":
+            yield f"method={self.method} with engine={self.engine}: it trains nothing; set engine=local"
 
-    def _check_saliency(self) -> None:
-        """Refuse a mask that cannot be made, or settings of one that is off."""
-        given, mask = self.saliency, self.mask
+    def _wrong_weights(self) -> Iterator[str]:
+        """Weights that cannot be trained."""
+        trains = METHODS[self.method].trains
+        if self.trainable == "lora" and (not trains or self.mask is not None):
+            what = "a saliency mask holds" if trains else f"method={self.method} zeroes"
+            yield f"trainable=lora: {what} weights that the model has already; set trainable=all"
+        if self.trainable == "all" and self.quantize_llm != "none":
+            yield (
+                f"trainable=all with quantize_llm={self.quantize_llm}: quantised weights cannot be trained; "
+                "set trainable=lora, or quantize_llm=none"
+            )
+        if self.trainable in ("lora", "all") and self.fused_frozen_ops:
+            yield f"fused_frozen_ops=true with trainable={self.trainable}: they are for a frozen LLM; set it to false"
+
+    def _wrong_mask(self) -> Iterator[str]:
+        """A mask that cannot be made, or settings of one that is off."""
+        mask = self.mask
         if mask is None:
-            if given != Saliency(batches=given.batches):
-                raise SettingsError(
-                    "saliency.granularity=none, but other keys of saliency ask for a mask: set it to weight or neuron"
-                )
+            if self.saliency != Saliency(batches=self.saliency.batches):
+                yield "saliency.granularity=none, but other keys of saliency ask for a mask: set it to weight or neuron"
             return
-        if mask.fraction is not None and not 0 < mask.fraction <= 1:
-            raise SettingsError(f"saliency.fraction={mask.fraction}: must lie above 0 and at most at 1")
-        if mask.threshold is not None and not mask.threshold > 0:
-            raise SettingsError(f"saliency.threshold={mask.threshold}: must be above 0")
-        if mask.batches < 1:
-            raise SettingsError(f"saliency.batches={mask.batches}: must be above 0")
-        if self.method in ("ga", "manu", "finetune"):
-            raise SettingsError(
+        if not METHODS[self.method].maskable:
+            yield (
                 f"saliency with method={self.method}: a mask weighs forget against retain; set "
                 "saliency.granularity=none, or choose a method with a retain term, such as gd"
             )
         if (mask.threshold is None) == (mask.fraction is None):
-            raise SettingsError("saliency needs exactly one of saliency.threshold and saliency.fraction")
+            yield "saliency needs exactly one of saliency.threshold and saliency.fraction"
         if mask.score != "fisher" and mask.fraction is None:
-            raise SettingsError(
-                f"saliency.score={mask.score} ranks weights: give saliency.fraction, not saliency.threshold"
-            )
+            yield f"saliency.score={mask.score} ranks weights: give saliency.fraction, not saliency.threshold"
         if self.weight_decay:
-            raise SettingsError(
+            yield (
                 f"weight_decay={self.weight_decay} would move weights that the saliency mask holds: set weight_decay=0"
             )
 
-    def _check_trainable(self) -> None:
-        """Refuse what cannot be trained together."""
-        changes_llm = self.trainable in ("lora", "all")
-        if self.method == "vkd" and changes_llm:
-            raise SettingsError(
-                f"method=vkd with trainable={self.trainable}: VKD leaves the LLM as it is; set trainable to "
-                "vision+projector, projector or vision, or choose another method"
+    def _wrong_watch(self) -> Iterator[str]:
+        """A rate or an end that nothing can find."""
+        for key in ("learning_rate", "ends"):
+            if getattr(self, key) != "auto":
+                continue
+            if not METHODS[self.method].features:
+                yield f"{key}=auto is found by features, which method={self.method} does not see: set {key} yourself"
+            elif self.forget_target in TARGETLESS:
+                yield f"{key}=auto with forget_target={self.forget_target}: no targets to come near; set {key} yourself"
+            elif not self.watch_steps:
+                yield f"{key}=auto is found by looking at held-out views: set watch_steps, for example watch_steps=25"
+        if self.ends != "auto":
+            return
+        if self.lr_scheduler_type == "constant":
+            yield "ends=auto lets the rate fall at the end: set lr_scheduler_type to cosine or linear"
+        if self.max_steps < max(3 * self.watch_steps, 2 * self.warmup_steps):
+            yield (
+                f"ends=auto with max_steps={self.max_steps}: no time to look and to fall; set at least three times "
+                f"watch_steps={self.watch_steps} and twice warmup_steps={self.warmup_steps}"
             )
-        if self.method == "vkd" and self.num_train_epochs is not None:
-            raise SettingsError("num_train_epochs counts questions, which method=vkd does not ask: set max_steps")
-        if self.trainable == "lora" and (self.method == "manu" or self.mask is not None):
-            what = "method=manu zeroes" if self.method == "manu" else "a saliency mask holds"
-            raise SettingsError(f"trainable=lora: {what} weights that the model has already; set trainable=all")
-        if self.trainable == "all" and self.quantize_llm != "none":
-            raise SettingsError(
-                f"trainable=all with quantize_llm={self.quantize_llm}: quantised weights cannot be trained; "
-                "set trainable=lora, or quantize_llm=none"
-            )
-        if changes_llm and self.fused_frozen_ops:
-            raise SettingsError(
-                f"fused_frozen_ops=true with trainable={self.trainable}: they are for a frozen LLM; set it to false"
-            )
-        if self.method == "manu" and self.engine != "local":
-            raise SettingsError(f"method=manu with engine={self.engine}: it trains nothing; set engine=local")
+
+    def _wrong_run(self) -> Iterator[str]:
+        if self.profile and self.max_steps < 3:
+            yield f"profile=true with max_steps={self.max_steps}: updates 3 to 5 are traced; set at least 3"
+        if self.deepspeed and self.engine != "deepspeed":
+            yield f"deepspeed={self.deepspeed!r} is set but engine={self.engine!r}: set engine=deepspeed"
+        unknown = set(self.report_to) - {"tensorboard", "wandb"}
+        if unknown:
+            yield f"report_to={sorted(unknown)}: allowed are tensorboard and wandb"
 
     @property
     def mask(self) -> Saliency | None:
-        """What chooses the weights that may move, or None. MMUnlearner's default is F_forget / F_retain >= 1."""
-        if self.saliency.granularity != "none":
-            return self.saliency
-        if self.method != "mmunlearner":
+        """What chooses the weights that may move, or None. Some methods have one by default."""
+        given, default = self.saliency, METHODS[self.method].mask_threshold
+        if given.granularity != "none":
+            return given
+        if default is None:
             return None
-        default = 1.0 if self.saliency.threshold is None and self.saliency.fraction is None else self.saliency.threshold
-        return dataclasses.replace(self.saliency, granularity="weight", threshold=default)
+        threshold = default if given.threshold is None and given.fraction is None else given.threshold
+        return dataclasses.replace(given, granularity="weight", threshold=threshold)
 
     @property
     def online_teacher(self) -> bool:
@@ -294,10 +353,24 @@ class Settings:
         return dataclasses.asdict(self)
 
 
-def _within(settings: Settings, key: str, low: float, high: float, *, open_ends: bool) -> None:
-    value = getattr(settings, key)
-    if not (low < value < high if open_ends else low <= value <= high):
-        raise SettingsError(f"{key}={value}: must lie between {low} and {high}")
+def _out_of_bounds(section: Any, prefix: str) -> Iterator[str]:
+    """What in a dataclass, and in those within, breaks the `Bound` or `OneOf` at its field."""
+    for key, hint in typing.get_type_hints(type(section), include_extras=True).items():
+        value = getattr(section, key)
+        if dataclasses.is_dataclass(value):
+            yield from _out_of_bounds(value, f"{prefix}{key}.")
+        for rule in getattr(hint, "__metadata__", ()):
+            if isinstance(rule, OneOf):
+                yield from _not_among(value, list(rule.names()), prefix + key)
+            elif isinstance(value, int | float) and not rule.holds(value):
+                yield f"{prefix}{key}={value}: {rule.message}"
+
+
+def _not_among(value: Any, allowed: Sequence[Any], key: str) -> Iterator[str]:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), map(str, allowed), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        yield f"{key}={value!r}: allowed are {', '.join(map(str, allowed))}{hint}"
 
 
 def load_settings(path: str | Path | None = None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Settings:
@@ -349,12 +422,9 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise SettingsError(f"{key}: {raw!r} is not a YAML value") from error
 
 
-T = typing.TypeVar("T")
-
-
 def build(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
     """A dataclass from a mapping; SettingsError for unknown keys and values of the wrong type."""
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     arguments = {}
     for key, value in values.items():
         if key not in hints:
@@ -365,22 +435,28 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
+    rules = getattr(hint, "__metadata__", ())
+    hint = hint.__origin__ if rules else hint
     origin = typing.get_origin(hint)
+    allowed = [name for rule in rules if isinstance(rule, OneOf) for name in rule.names()]
+    if origin is Literal:
+        allowed = list(typing.get_args(hint))
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise SettingsError(f"{key}={value!r}: a mapping is needed")
         return build(typing.cast(type, hint), value, f"{key}.")
-    if origin is Literal:
-        allowed = typing.get_args(hint)
+    if allowed:
         if value is False and "none" in allowed:  # YAML reads an unquoted `no` or `off` so
             value = "none"
-        if value not in allowed:
-            raise SettingsError(f"{key}={value!r}: allowed are {', '.join(map(str, allowed))}")
+        for problem in _not_among(value, allowed, key):
+            raise SettingsError(problem)
         return value
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
-        return _convert(value, next(h for h in typing.get_args(hint) if h is not type(None)), key)
+        kinds = [h for h in typing.get_args(hint) if h is not type(None)]
+        names = [name for kind in kinds if typing.get_origin(kind) is Literal for name in typing.get_args(kind)]
+        return value if value in names else _convert(value, kinds[0], key)
     if origin is dict:
         if isinstance(value, str):
             value = {value: 1.0}

@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+import tempfile
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: spinning threads stall each other on a busy machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,8 +13,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from launching import kind_of_cpu
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# DeepSpeed's operation and compiled graphs are made for this very kind of CPU (-march=native) and kept under names that
+# do not tell: in a home or temporary folder that several machines use, one would run what another had compiled.
+_KIND = f"{sys.implementation.cache_tag}-{torch.__version__}-{kind_of_cpu()}"
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_CACHE / "torch_extensions" / _KIND))
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor-{os.getuid()}-{_KIND}")
+
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // _WORKERS)))
+
+
+@pytest.fixture(params=[0, 1], ids=["other CPU", "AVX512-BF16"])
+def avx512bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Either kind of CPU that bitsandbytes tells apart, whichever this is; it asks when a 4-bit layer is made."""
+    for place in ("nn.modules", "functional", "backends.cpu.ops"):
+        monkeypatch.setattr(f"bitsandbytes.{place}.has_avx512bf16", lambda: request.param)
+    return request.param
 
 
 @dataclass(frozen=True)
@@ -60,24 +80,29 @@ class TinyDemo:
 
 @pytest.fixture(scope="session")
 def tiny_demo(tmp_path_factory: pytest.TempPathFactory) -> TinyDemo:
+    """Made once for all workers, so no test may write into it."""
     from fastvkd.cli import main
 
-    root = tmp_path_factory.mktemp("demo")
-    out, cache = root / "out", root / "cache"
-    assert main(["demo", "--size", "tiny", "--out", str(out), "--cache", str(cache)]) == 0
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    out, cache = root / "demo" / "out", root / "demo" / "cache"
+    with FileLock(root / "demo.lock"):
+        if not (out / "unlearned" / "certificate.json").exists():
+            assert main(["demo", "--size", "tiny", "--out", str(out), "--cache", str(cache)]) == 0
     return TinyDemo(out, cache, next(cache.glob("demo-vanilla-*")))
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     from fastvkd.data import mllmu
-    from fastvkd.data.demo_data import make_demo_data
+    from fastvkd.demo.data import make_demo_data, write_photos
     from fastvkd.demo.model import Shape, build_model, build_processor
 
     root = tmp_path_factory.mktemp("world")
     data = make_demo_data(people=12, forget_percent=15, photos=2, test_photos=1, flag_photos=1, seed=0)
     for split, profiles in data.splits.items():
         mllmu.write_split(root / "data", split, profiles)
+    write_photos(root / "data" / "strangers", data.strangers)
     shape = Shape(image_size=24, patch_size=8, vision_width=32, vision_layers=2, llm_width=32, llm_layers=3, heads=2)
     processor = build_processor(data.splits["Full_Set"] + data.splits["Retain_Set"], shape)
     build_model(processor, shape, seed=0).save_pretrained(root / "model")

@@ -1,6 +1,8 @@
 """Start the real DeepSpeed launcher, and find the processes that it started."""
 
+import hashlib
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -11,6 +13,17 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "fastvkd" / "train.py"
+
+
+def kind_of_cpu(cpuinfo: str | None = None) -> str:
+    """A short name for this kind of processor, its model and what it can do; or for the one that `cpuinfo` describes,
+    as Linux does in /proc/cpuinfo."""
+    if cpuinfo is None:
+        source = Path("/proc/cpuinfo")
+        cpuinfo = source.read_text() if source.is_file() else f"model {platform.machine()} {platform.processor()}"
+    lasting = ("vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU part", "CPU variant", "Features")
+    lines = [line for line in cpuinfo.split("\n\n")[0].splitlines() if line.startswith(lasting)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
 def start(script: Path, *arguments: str, log: Path, ranks: int = 2) -> subprocess.Popen:

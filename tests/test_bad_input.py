@@ -20,8 +20,8 @@ from PIL import Image
 
 from fastvkd.cli import main
 from fastvkd.data import mllmu
-from fastvkd.data.records import Photo, Profile
 from fastvkd.engines.checkpoints import find_latest
+from fastvkd.records import Photo, Profile
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -121,7 +121,7 @@ class TestImages:
 def test_an_evaluation_of_nothing(world, tmp_path: Path, capsys, option: str, number: str) -> None:
     out = tmp_path / "out"
     command = ["eval", "--model", str(world.model), "--data", str(world.data), "--out", str(out), option, number]
-    assert f"{option.strip('-').replace('-', '_')}: {number}; at least 1" in refused(capsys, *command)
+    assert f"{option.strip('-').replace('-', '_')}={number}: at least 1" in refused(capsys, *command)
     assert not out.exists()
 
 

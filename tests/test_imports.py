@@ -12,10 +12,9 @@ sys.modules |= dict.fromkeys(sys.argv[2].split())  # importing any of these fail
 import fastvkd_kernels
 from fastvkd.settings import load_settings
 from fastvkd.unlearning.loop import unlearn
-sys.path.insert(0, "tests/benchmarks")
-from benchmark_script import load
-suite, *_ = [load(name) for name in ("gpu_suite", "step", "kernels")]
-exec(suite.TINY_WORLD)  # a data set and a model in sys.argv[1]
+sys.path.insert(0, "benchmarks")
+import gpu_suite, kernel_speed, step, tables
+exec(gpu_suite.TINY_WORLD)  # a data set and a model in sys.argv[1]
 world = sys.argv[1]
 values = dict(model_name_or_path=f"{world}/model", data=world, forget_split="forget", retain_split="retain")
 values |= dict(output_dir=f"{world}/out", device="cpu", sites="llm:2", max_steps=1, per_device_train_batch_size=4)

@@ -1,20 +1,19 @@
 """Multiple-choice questions about photos of forgotten people, as an attacker words, dresses and repeats them.
 
-What differs from the evaluation protocol is only the query; the answer is scored in the same way (docs/data.md).
+What differs from the evaluation protocol is only the query; the answer is scored in the same way (docs/evaluation.md).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-from fastvkd.data.records import Choice, Photo, Profile
-from fastvkd.evaluation.inputs import Embedder, PreparedPhotos, Query, embeddable
-from fastvkd.evaluation.multiple_choice import OptionScores, score_options, score_options_packed
-from fastvkd.evaluation.statistics import bootstrap_interval
+from fastvkd.evaluation.asker import Asker
+from fastvkd.evaluation.statistics import with_interval
+from fastvkd.models.answers import Query
 from fastvkd.models.prompts import chat_prompt
+from fastvkd.records import Choice, Photo, Profile
 
 Figures = dict[str, Any]  # accuracy (fraction), ci95 [low, high], n
 
@@ -28,22 +27,8 @@ class Asked:
     choice: Choice
 
 
-class Examiner:
-    """Puts queries to one model. Features of a photo are computed once, so the weights must not change meanwhile."""
-
-    def __init__(
-        self, model: nn.Module, processor: Any, *, prepared: PreparedPhotos | None = None, batch_size: int = 64
-    ):
-        self.model, self.processor, self.batch_size = model, processor, batch_size
-        self._embedder = Embedder(model, processor, batch_size, prepared) if embeddable(model) else None
-
-    def scores(self, queries: Sequence[Query], options: Sequence[Sequence[str]]) -> list[OptionScores]:
-        """The likelihood of every option as the answer to its query. Fewer go at once where a query has many photos."""
-        size = max(1, self.batch_size // max(1, *(len(query.photos) for query in queries)))
-        if self._embedder is not None:
-            self._embedder.batch_size = size
-            return score_options_packed(self._embedder, queries, options)
-        return score_options(self.model, self.processor, queries, options, size)
+class Examiner(Asker):
+    """Puts multiple-choice questions to one model."""
 
     def right(self, asked: Sequence[Asked], queries: Sequence[Query]) -> list[bool]:
         """Whether the likeliest option of each question is the right one."""
@@ -73,12 +58,7 @@ def plain_query(processor: Any, question: str, photo: Photo) -> Query:
 
 def figures(right: Sequence[bool], seed: int) -> Figures:
     """Accuracy with its 95 % bootstrap interval over questions."""
-    values = [float(one) for one in right]
-    return {
-        "accuracy": float(np.mean(values)),
-        "ci95": list(bootstrap_interval(values, seed=seed)),
-        "n": len(values),
-    }
+    return with_interval("accuracy", [float(one) for one in right], seed, "ci95") | {"n": len(right)}
 
 
 def chance_of(asked: Sequence[Asked]) -> float:
@@ -86,11 +66,3 @@ def chance_of(asked: Sequence[Asked]) -> float:
     if not asked:
         raise ValueError("chance_of no questions")
     return float(np.mean([1 / len(one.choice.options) for one in asked]))
-
-
-def ask_all(
-    examiner: Examiner, asked: Sequence[Asked], variants: Mapping[str, Sequence[Query]], seed: int
-) -> Iterator[tuple[str, Figures]]:
-    """Figures of every variant of the same questions."""
-    for name, queries in variants.items():
-        yield name, figures(examiner.right(asked, queries), seed)

@@ -8,11 +8,8 @@ from typing import Any
 import numpy as np
 
 from fastvkd.attacks.asking import Asked
-from fastvkd.data.images import content_hash
-from fastvkd.evaluation.inputs import Query, with_answer
+from fastvkd.models.answers import Query, with_answer
 from fastvkd.models.prompts import chat_prompt
-
-SHOTS = (1, 3, 5)
 
 
 def few_shot(processor: Any, asked: Sequence[Asked], retained: Sequence[Asked], shots: int, seed: int) -> list[Query]:
@@ -27,7 +24,7 @@ def few_shot(processor: Any, asked: Sequence[Asked], retained: Sequence[Asked], 
     drawn: dict[str, list[Asked]] = {}
     queries = []
     for one in asked:
-        key = content_hash(one.photo.data)
+        key = one.photo.key
         if key not in drawn:
             chosen = rng.choice(len(entities), min(shots, len(entities)), replace=False)
             drawn[key] = [by_entity[entities[i]][rng.integers(len(by_entity[entities[i]]))] for i in chosen]

@@ -1,6 +1,6 @@
-"""Edited photos: whether a forgotten face is recognised again once it is cropped, blurred, grey, noisy, mirrored or
-compressed. What was unlearned for the photos as they are need not be for photos that look to the tower a little
-different.
+"""Edited photos: is a forgotten face recognised again when it is cropped, blurred, grey, noisy, mirrored or compressed?
+
+Unlearning that works for the photos as they are may fail for photos that look a little different to the tower.
 """
 
 import io
@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from fastvkd.attacks.asking import Asked
-from fastvkd.data.images import content_hash, decode_image
-from fastvkd.data.records import Photo
+from fastvkd.photos import decode_image
+from fastvkd.records import Photo
 
 
 def crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -61,7 +61,7 @@ EDITS: dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]] = {
 
 def edited(photo: Photo, edit: str, seed: int) -> Photo:
     """The photo after an edit of `EDITS`, as PNG; the same bytes and seed give the same result."""
-    rng = np.random.default_rng([seed, 34, int(content_hash(photo.data)[:8], 16)])
+    rng = np.random.default_rng([seed, 34, int(photo.key[:8], 16)])
     buffer = io.BytesIO()
     EDITS[edit](decode_image(photo.data, photo.source), rng).save(buffer, "PNG", compress_level=1)
     return Photo(buffer.getvalue(), f"{photo.source} ({edit})")

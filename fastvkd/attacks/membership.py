@@ -1,13 +1,13 @@
 """Membership inference: do the model's own likelihoods give away what it was trained on?
 
-Two pairs of sets, both about the forgotten people, so that nothing but membership tells them apart:
+There are two pairs of sets. Both are about the forgotten people, so that nothing but membership tells them apart.
 
-- `photos`: the forget set's photos against photos of the same people that nobody trained on, same questions, same
-  answers. The usual test; a model that generalises well gives little away here even before unlearning.
-- `pairs`: the forget set's photos with their own answers against the same photos with the answers of another forgotten
-  person, which no model was ever trained on. Whoever still links face and fact tells these apart at once.
+- `photos`: the forget set's photos against photos of the same people that nobody trained on, with the same questions
+  and answers. This is the usual test. A model that generalises well gives little away here even before unlearning.
+- `pairs`: the forget set's photos with their own answers, against the same photos with the answers of another forgotten
+  person. No model was trained on the latter. A model that still links face and fact tells them apart at once.
 
-0.5 is what a model that never saw them has; below 0.5 is a trace too (answers pushed away, as gradient ascent does).
+A model that never saw them has 0.5. Below 0.5 is a trace too: answers were pushed away, as gradient ascent does.
 """
 
 import zlib
@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from fastvkd.attacks.asking import Asked
-from fastvkd.data.images import decode_image
 from fastvkd.models import families
-from fastvkd.unlearning.answers import AnswerBatch, collate_answers
+from fastvkd.models.answers import AnswerBatch, collate_answers
+from fastvkd.photos import decode_image
 
 SCORES = ("loss", "zlib", "min_k", "min_k++")
 LOWEST = 0.2  # the share of least likely tokens that Min-K % looks at
@@ -43,7 +43,7 @@ def photo_sets(forget: Sequence[Asked], unseen: Sequence[Asked]) -> tuple[list[S
 
 
 def pair_sets(forget: Sequence[Asked], seed: int) -> tuple[list[Statement], list[Statement]]:
-    """Members and non-members of `pairs`; questions to which all entities have one answer are left out."""
+    """Members and non-members of `pairs`. Questions to which all entities have the same answer are left out."""
     rng = np.random.default_rng([seed, 35])
     answers: dict[str, set[str]] = {}
     for one in forget:
@@ -58,8 +58,8 @@ def pair_sets(forget: Sequence[Asked], seed: int) -> tuple[list[Statement], list
 
 
 def token_statistics(model: nn.Module, batch: AnswerBatch) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Per answer, for each of its tokens: log p, and (log p - mean) / standard deviation, both over the vocabulary
-    under the model's own distribution. float64 arrays of shape (tokens,)."""
+    """For each answer two float64 arrays (tokens,): log p of its tokens, and (log p - mean) / standard deviation. Mean
+    and deviation are over the vocabulary, under the model's own distribution."""
     hidden = families.base_model(model)(**batch.inputs, use_cache=False).last_hidden_state
     wanted = batch.predicts != -100
     head: Any = model.lm_head
@@ -82,11 +82,12 @@ def token_statistics(model: nn.Module, batch: AnswerBatch) -> list[tuple[np.ndar
 def membership_scores(answer: str, log_p: np.ndarray, normalised: np.ndarray) -> dict[str, float]:
     """Scores of one answer, higher for a likelier member.
 
-    loss: mean log-probability (Yeom et al., arXiv 1709.01604). zlib: total log-probability per byte of the compressed
-    answer (Carlini et al., arXiv 2012.07805, who divide the mean: with answers of a few tokens, whose compressed sizes
-    hardly differ, that would be the first score again). min_k: mean of the lowest 20 % of token log-probabilities, at
-    least one (Shi et al., arXiv 2310.16789). min_k++: the same of values normalised over the vocabulary (Zhang et al.,
-    arXiv 2404.02936).
+    - loss: mean log-probability (Yeom et al., arXiv 1709.01604).
+    - zlib: total log-probability per byte of the compressed answer (Carlini et al., arXiv 2012.07805). The paper
+      divides the mean; answers of a few tokens hardly differ in compressed size, so that would be the first score
+      again.
+    - min_k: mean of the lowest 20 % of token log-probabilities, at least one (Shi et al., arXiv 2310.16789).
+    - min_k++: the same of values normalised over the vocabulary (Zhang et al., arXiv 2404.02936).
     """
     count = max(1, int(LOWEST * len(log_p)))
     return {
@@ -98,9 +99,9 @@ def membership_scores(answer: str, log_p: np.ndarray, normalised: np.ndarray) ->
 
 
 def auc(members: Sequence[float], others: Sequence[float], *, seed: int, resamples: int = 1000) -> dict[str, Any]:
-    """Probability that a member scores above a non-member, ties counted half, with a 95 % percentile bootstrap
-    interval over members and non-members: {"auc", "ci95", "n_members", "n_others"}. Raises ValueError for an empty
-    side."""
+    """{"auc", "ci95", "n_members", "n_others"}. The AUC is the probability that a member scores above a non-member;
+    ties count half. ci95 is a percentile bootstrap over members and non-members. Raises ValueError where a side
+    is empty."""
     if not len(members) or not len(others):
         raise ValueError("auc: both sides need at least one score")
     one, two = np.asarray(members, dtype=np.float64), np.asarray(others, dtype=np.float64)

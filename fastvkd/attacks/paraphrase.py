@@ -1,7 +1,7 @@
-"""Paraphrased questions and unrelated preambles: knowledge that is tied to the wording of the training data comes back
-under another one (after "Does Unlearning Truly Unlearn?", arXiv 2411.12103).
+"""Paraphrased questions and unrelated preambles (after "Does Unlearning Truly Unlearn?", arXiv 2411.12103).
 
-Rewording is by rule, so it needs no second model and the same question always becomes the same paraphrase.
+Forgetting that is tied to the wording of the training data fails under another wording. Rewording is by rule: it needs
+no second model, and the same question always becomes the same paraphrase.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastvkd.attacks.asking import Asked, plain_query
-from fastvkd.evaluation.inputs import Query
+from fastvkd.models.answers import Query
 
 # The demo's questions, reworded by hand.
 _TABLE = {

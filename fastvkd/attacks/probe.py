@@ -1,8 +1,7 @@
-"""Where did it go? A linear probe for identity on the features of every site, before and after unlearning: hidden is
-what a straight line through the tower's features still finds although the model no longer says it.
+"""A linear probe for identity on the features of every site, before and after unlearning: is knowledge gone or hidden?
 
-A trained probe also finds what any tower sees (hair, colours): compare with the gold model, which never learnt these
-people, and not with chance alone.
+Knowledge is hidden where the probe still finds it although the model no longer says it. A trained probe also finds what
+any tower sees (hair, colours). So compare with the gold model, which never learnt these people.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvkd.data.images import decode_image
-from fastvkd.data.records import Photo, Profile
 from fastvkd.models import families
 from fastvkd.models.visual_path import VisualPath, collate_images
+from fastvkd.photos import decode_image
+from fastvkd.records import Photo, Profile
 
 _SAME = 1e-6  # cosine similarities so close are one
 RIDGES = tuple(10.0**k for k in range(-3, 4))
@@ -35,7 +34,7 @@ def every_site(model: nn.Module) -> list[str]:
 def photo_features(
     model: nn.Module, processor: Any, photos: Sequence[Photo], sites: Sequence[str], *, batch_size: int = 32
 ) -> dict[str, Tensor]:
-    """Per site (photos, H) float64 on the CPU: the mean over the visual tokens of each photo."""
+    """By site, (photos, H) float64 on the CPU: the mean over the visual tokens of each photo."""
     path = VisualPath(model, sites)
     parts: dict[str, list[Tensor]] = {site: [] for site in sites}
     config: Any = families.base_model(model).config
@@ -52,8 +51,8 @@ def photo_features(
 def ridge_probe(train_NH: Tensor, labels_N: Tensor, held_MH: Tensor) -> Tensor:
     """Predicted labels (M,) int64 of held-out features: ridge regression onto one-hot labels in closed form.
 
-    Features are standardised by the training part; the penalty of `RIDGES` with the smallest leave-one-out error
-    (exact, from the hat matrix) is taken.
+    Features are standardised by the training part. The penalty is that of `RIDGES` with the smallest leave-one-out
+    error (exact, from the hat matrix).
     """
     mean, scale = train_NH.mean(0), train_NH.std(0, correction=0).clamp_min(1e-9)
     x, held = (train_NH - mean) / scale, (held_MH - mean) / scale
@@ -75,17 +74,18 @@ def ridge_probe(train_NH: Tensor, labels_N: Tensor, held_MH: Tensor) -> Tensor:
 
 
 def effective_rank(features_NH: Tensor) -> float:
-    """exp of the entropy of the normalised singular values of the centred features (Roy and Vetterli, 2007): how many
-    directions the photos of these entities really use."""
+    """How many directions the photos really use: exp of the entropy of the normalised singular values of the centred
+    features (Roy and Vetterli, 2007)."""
     singular = torch.linalg.svdvals(features_NH - features_NH.mean(0))
     p = singular / singular.sum().clamp_min(1e-300)
     return float(torch.exp(-(p * p.clamp_min(1e-300).log()).sum()))
 
 
 def prior_rank(train_NH: Tensor, labels_N: Tensor, held_MH: Tensor, truth_M: Tensor) -> float:
-    """Mean reciprocal rank of the right entity among all, by cosine similarity of a held-out photo to the centroid of
-    each entity's other photos; 1 where it is always the nearest. Entities as near as the right one share their ranks,
-    so features that tell nobody apart have chance's.
+    """Mean reciprocal rank of the right entity among all; 1 where it is always the nearest.
+
+    Entities are ranked by the cosine similarity of a held-out photo to the centroid of their other photos. Entities as
+    near as the right one share their ranks, so features that tell nobody apart have the rank of chance.
 
     In the spirit of Rank_e (arXiv 2503.18034), which measures the prior knowledge of a vision encoder by the rank of
     an entity. The paper ranks against text; a tower without a text encoder is ranked against its own photos here.
@@ -101,13 +101,12 @@ def prior_rank(train_NH: Tensor, labels_N: Tensor, held_MH: Tensor, truth_M: Ten
 
 
 class ProbeData:
-    """Photos of forgotten and of as many retained people, each part split into what a probe is fitted to and what it
-    is judged on.
+    """Photos of forgotten and of as many retained people: those a probe is fitted to, and those it is judged on.
 
-    Forgotten people are judged on `unseen` (photos that unlearning never saw); where there are none, and for retained
-    people always, on every third of their own photos. A probe is fitted to `shots` photos of each entity, in `draws`
-    seeded draws: with many photos any tower's features separate a few faces, with two only those that know them.
-    At most `entities` people and `per_entity` photos of each are used.
+    Forgotten people are judged on `unseen`, photos that unlearning never saw. Where there are none, and for retained
+    people always, every third of their own photos serves. A probe is fitted to `shots` photos of each entity, in
+    `draws` seeded draws. With many photos any tower's features separate a few faces; with two only features that know
+    them do. At most `entities` people and `per_entity` photos of each are used.
     """
 
     def __init__(
@@ -149,7 +148,7 @@ class ProbeData:
                 self.groups[name] = (train, train_labels, held, held_labels)
 
     def fitted(self, labels: Sequence[int]) -> list[list[int]]:
-        """For each draw the positions of the photos that are fitted."""
+        """The positions of the fitted photos, for each draw."""
         rng = np.random.default_rng([self.seed, 38])
         found = []
         for _ in range(self.draws):
@@ -175,8 +174,8 @@ def _photos(profiles: Sequence[Profile]) -> dict[str, list[Photo]]:
 def probe(model: nn.Module, processor: Any, data: ProbeData, sites: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Per site: {group: {"accuracy", "n", "chance", "effective_rank", "prior_rank"}} for the groups of `data`.
 
-    Accuracy and `prior_rank` are means over the draws of what is fitted, on held-out photos; the effective rank is that
-    of all photos' features.
+    Accuracy and `prior_rank` are on held-out photos, means over the draws. The effective rank is that of all photos'
+    features.
     """
     found: dict[str, dict[str, Any]] = {site: {} for site in sites}
     for group, (train, train_labels, held, held_labels) in data.groups.items():
@@ -200,8 +199,7 @@ def probe(model: nn.Module, processor: Any, data: ProbeData, sites: Sequence[str
 
 
 def probe_gap(by_model: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> float | None:
-    """The largest excess, over all sites, of the unlearned model's probe accuracy on forgotten people over gold's;
-    None without a gold model."""
+    """Probe accuracy on forgotten people, unlearned minus gold, at the worst site. None without a gold model."""
     if "gold" not in by_model or "unlearned" not in by_model:
         return None
     gold, unlearned = by_model["gold"], by_model["unlearned"]

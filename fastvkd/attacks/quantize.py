@@ -1,8 +1,8 @@
-"""Quantised weights: rounding to 8 or 4 bits undoes changes that are smaller than half a step, and what an unlearning
-method had only nudged away may return (Zhang et al., arXiv 2410.16454).
+"""Quantised weights. Rounding to 8 or 4 bits undoes changes smaller than half a step, so knowledge that was only nudged
+away may return (Zhang et al., arXiv 2410.16454).
 
-The whole model is quantised, tower and projector too, since that is where unlearning took place: bitsandbytes' own
-linear layers, on a GPU or a CPU. `load_model(quantize_llm=...)` is for training and leaves the visual part alone.
+The whole model is quantised by bitsandbytes' own linear layers, on a GPU or a CPU: tower and projector too, since
+unlearning took place there. `load_model(quantize_llm=...)` is for training and leaves the visual part alone.
 """
 
 import copy
@@ -19,16 +19,20 @@ BITS: tuple[str, ...] = get_args(Bits)
 
 
 def quantized(model: nn.Module, bits: str) -> nn.Module:
-    """A copy of `model` whose linear layers, all but the output head, hold int8 (row-wise absmax, LLM.int8) or nf4
-    (blocks of 64) weights and compute in the model's dtype.
+    """A copy of `model` whose linear layers, all but the output head, hold quantised weights.
+
+    int8 has one absmax a row (LLM.int8). nf4 has one for each block of 64 weights in the order of memory, so any width
+    will do. Layers compute in the model's dtype.
 
     Raises SettingsError for another kind.
     """
     import bitsandbytes as bnb
 
+    from fastvkd.models import nf4
+
     if bits not in BITS:
         raise SettingsError(f"quantize: {bits!r} is not known; allowed: {', '.join(BITS)}")
-    # It says for every layer and batch that int8 inputs are rounded, which is what this attack is about.
+    # It warns for every layer and batch that int8 inputs are rounded. This attack wants just that.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     found: Any = copy.deepcopy(model)
     head = found.get_output_embeddings()
@@ -39,9 +43,7 @@ def quantized(model: nn.Module, bits: str) -> nn.Module:
         bias = module.bias is not None
         new: Any
         if bits == "nf4":
-            new = bnb.nn.Linear4bit(
-                module.in_features, module.out_features, bias, compute_dtype=dtype, quant_type="nf4"
-            )
+            new = nf4.Linear4bit(module.in_features, module.out_features, bias, compute_dtype=dtype, quant_type="nf4")
             new.weight = bnb.nn.Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4")
         else:
             new = bnb.nn.Linear8bitLt(
@@ -55,13 +57,25 @@ def quantized(model: nn.Module, bits: str) -> nn.Module:
     return found.eval()
 
 
-def dequantized(module: nn.Module) -> torch.Tensor:
-    """(out, in) float32: the weights that a quantised layer computes with."""
+def left_alone(model: nn.Module) -> list[str]:
+    """The linear layers of a `quantized` model that still hold their own weights, by name."""
     import bitsandbytes as bnb
 
+    rounded = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, rounded)
+    ]
+
+
+def dequantized(module: nn.Module) -> torch.Tensor:
+    """(out, in) float32: the weights that a layer of a `quantized` model computes with."""
+    from fastvkd.models import nf4
+
+    if isinstance(module, nf4.Linear4bit):
+        return nf4.dequantized(module, module.compute_dtype or torch.float32).float()
     layer: Any = module
-    if isinstance(module, bnb.nn.Linear4bit):
-        return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
     state = layer.state
     scale = state.SCB if state.SCB is not None else layer.weight.SCB
     values = state.CB if state.CB is not None else layer.weight.data

@@ -2,32 +2,36 @@
 
 Knowledge that was hidden returns for unseen photos within a few steps; knowledge that is gone must be learnt anew, as
 slowly as by a model that never had it (the "gold" model). So the figure is not how far accuracy rises, but by how much
-its curve lies above gold's under the same budget: `relearning_gap`.
+its curve lies above gold's under the same budget: `relearning_gap`. An attacker may first undo what a way of
+forgetting rests on (`first_moves.py`) or train on photos of others; the strongest variant counts.
 """
 
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from itertools import pairwise
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import pairwise, product
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
-from fastvkd.data.images import decode_image
-from fastvkd.data.records import Photo, Profile
+from fastvkd.attacks.first_moves import MOVES, Move, applies, condition_number, moved, put_back
+from fastvkd.data.wording import question_answer_pairs
 from fastvkd.evaluation.inputs import PreparedPhotos
 from fastvkd.evaluation.protocol import evaluate_cells
-from fastvkd.evaluation.wording import question_answer_pairs
+from fastvkd.models.answers import AnswerBatch, collate_answers
 from fastvkd.models.families import family_of, train_only, visual_parameters
-from fastvkd.unlearning.answers import AnswerBatch, answer_log_probabilities, collate_answers
+from fastvkd.options import Budget
+from fastvkd.photos import decode_image
+from fastvkd.records import Photo, Profile
+from fastvkd.reporting.schema import PLAIN
+from fastvkd.unlearning.answers import answer_log_probabilities
 
 Weights = Literal["visual", "all"]
 Curve = list[dict[str, float]]
-MEASURE_AT = (0, 2, 5, 10, 20, 40)
-SHARES = (0.1, 0.2, 0.5, 1.0)
 
 
 class Attacker:
@@ -77,7 +81,8 @@ def relearning_curve(
     unseen: Sequence[Profile],
     *,
     weights: Weights,
-    measure_at: Sequence[int] = MEASURE_AT,
+    first: Callable[[nn.Module], None] = lambda _: None,
+    measure_at: Sequence[int] = Budget.relearning_steps,
     learning_rate: float = 1e-3,
     seed: int = 0,
     max_samples: int | None = None,
@@ -87,11 +92,13 @@ def relearning_curve(
 ) -> Curve:
     """Accuracy (fraction) of visual multiple choice on `unseen` against fine-tuning steps on the attacker's photos.
 
-    A copy of `model` is trained with AdamW on answer tokens; `weights` says whether tower and projector move or
-    everything does. Returns one {"step", "accuracy"} for each number of steps in `measure_at`, 0 included in any case.
+    A copy of `model`, to which `first` is done, is trained with AdamW on answer tokens; `weights` says whether tower
+    and projector move or everything does. Returns one {"step", "accuracy", "moved"} for each number of steps in
+    `measure_at`, 0 included in any case; `moved` is how far the visual weights then lie from those of `model`.
     `max_samples` (seeded) caps the questions of a measurement, `batch_size` of which are scored at once.
     """
     victim: Any = copy.deepcopy(model)
+    first(victim)
     device = next(victim.parameters()).device
     parameters = list(victim.parameters())
     if weights == "visual":
@@ -112,7 +119,7 @@ def relearning_curve(
             max_samples=max_samples,
             photos=prepared,
         )
-        curve.append({"step": step, "accuracy": cells["test"]["vqa"]["accuracy"]})
+        curve.append({"step": step, "accuracy": cells["test"]["vqa"]["accuracy"], "moved": moved(victim, model)})
 
     measure(0)
     for step in range(1, max(measure_at) + 1):
@@ -153,63 +160,115 @@ def summarise(curves: Mapping[str, Mapping[str, Curve]]) -> dict[str, dict[str, 
     return found
 
 
+@dataclass(frozen=True)
+class Plan:
+    """One way to relearn: the `variant` by name, the photos it is done with, and what is done to a model first."""
+
+    variant: str
+    attacker: Attacker
+    first: Callable[[nn.Module], None] = lambda _: None
+    applies: Callable[[nn.Module], bool] = lambda _: True
+
+
+def plans(
+    processor: Any,
+    cells: Mapping[str, Sequence[Profile]],
+    known: Sequence[Profile],
+    budget: Budget,
+    share: float,
+    seed: int,
+    public: nn.Module | None = None,
+) -> list[Plan]:
+    """The ways to relearn with `share` of the `known` photos: as the model is, and for the largest share and the first
+    seed those that `budget.relearning_variants` names as well.
+
+    `retained_photos` are of the retain set and `unrelated_photos` of the real-world set, as many as of the forget set.
+    `public_projector` and `public_tower` need a `public` model.
+    """
+    attacker = Attacker(processor, known, share=share, seed=seed)
+    found = [Plan(PLAIN, attacker)]
+    if (share, seed) != (max(budget.relearning_shares), budget.relearning_seeds[0]):
+        return found
+    others = {"retained_photos": cells.get("retain"), "unrelated_photos": cells.get("realworld")}
+    parts: dict[str, Literal["projector", "vision"]] = {"public_projector": "projector", "public_tower": "vision"}
+    for variant in budget.relearning_variants:
+        if variant in MOVES:
+
+            def first(model: nn.Module, move: Move = MOVES[variant]) -> None:
+                device = next(model.parameters()).device
+                move(model, attacker.batch(1).to(device), torch.Generator().manual_seed(seed))
+
+            found.append(Plan(variant, attacker, first, partial(applies, variant)))
+        elif profiles := others.get(variant):
+            as_many = min(1.0, attacker.photos / sum(len(profile.photos) for profile in profiles))
+            found.append(Plan(variant, Attacker(processor, profiles, share=as_many, seed=seed)))
+        elif public is not None and variant in parts:
+            found.append(Plan(variant, attacker, partial(put_back, public=public, part=parts[variant])))
+    return found
+
+
 def relearn(
     models: Mapping[str, nn.Module],
     processor: Any,
-    forget: Sequence[Profile],
-    unseen: Sequence[Profile],
+    cells: Mapping[str, Sequence[Profile]],
+    budget: Budget,
     *,
-    shares: Sequence[float] = SHARES,
     weights: Sequence[Weights] = ("visual", "all"),
-    seeds: Sequence[int] = (0,),
-    measure_at: Sequence[int] = MEASURE_AT,
-    learning_rate: float = 1e-3,
-    max_samples: int | None = None,
-    batch_size: int = 64,
+    public: nn.Module | None = None,
     prepared: PreparedPhotos | None = None,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[dict[str, Any]]:
-    """The whole attack: every share of the forget photos x weights x seed, on every model of `models` (`unlearned`, and
-    `gold` where there is one) with the same photos in the same order.
+    """The whole attack: every share of the forget photos x seed x way (see `plans`) x weights, on every model of
+    `models` (`unlearned`, and `gold` where there is one) with the same photos in the same order.
 
-    Returns one {"share", "photos", "weights", "seed", "curves": {model: curve}, "auc": {model: area, and
-    "relearning_gap" with a gold model}} for each.
+    The attacker holds photos of the cell `forget` and is judged by `test`, or where that is empty by what `hold_out`
+    keeps. Returns one {"share", "photos", "variant", "weights", "seed", "curves": {model: curve}, "auc": {model: area,
+    and "relearning_gap" with a gold model}, "condition": {model: condition number of the projector}} for each. A
+    variant is left out where it does nothing to any model.
     """
-    rows = []
-    total = len(shares) * len(seeds) * len(weights) * len(models) * max(measure_at)
-    done = 0
-    for share in shares:
-        for seed in seeds:
-            attacker = Attacker(processor, forget, share=share, seed=seed)
-            for kind in weights:
-                curves = {}
-                for name, model in models.items():
-                    curves[name] = relearning_curve(
-                        model,
-                        processor,
-                        attacker,
-                        unseen,
-                        weights=kind,
-                        measure_at=measure_at,
-                        learning_rate=learning_rate,
-                        seed=seed,
-                        max_samples=max_samples,
-                        batch_size=batch_size,
-                        prepared=prepared,
-                        progress=lambda step, _, before=done: progress(before + step, total),  # type: ignore[misc]
-                    )
-                    done += max(measure_at)
-                areas = summarise({kind: curves})[kind]
-                rows.append(
-                    {
-                        "share": share,
-                        "photos": attacker.photos,
-                        "weights": kind,
-                        "seed": seed,
-                        "curves": curves,
-                        "auc": areas,
-                    }
-                )
+    unseen = cells.get("test")
+    known, judged = (cells["forget"], unseen) if unseen else hold_out(cells["forget"])
+    condition = {name: condition_number(model) for name, model in models.items()}
+    jobs = [
+        (share, seed, plan, kind)
+        for share, seed in product(budget.relearning_shares, budget.relearning_seeds)
+        for plan in plans(processor, cells, known, budget, share, seed, public)
+        if any(map(plan.applies, models.values()))
+        for kind in weights
+    ]
+    last = max(budget.relearning_steps)
+    rows, done, total = [], 0, len(jobs) * len(models) * last
+    for share, seed, plan, kind in jobs:
+        curves = {}
+        for name, model in models.items():
+            curves[name] = relearning_curve(
+                model,
+                processor,
+                plan.attacker,
+                judged,
+                weights=kind,
+                first=plan.first,
+                measure_at=budget.relearning_steps,
+                learning_rate=budget.learning_rate,
+                seed=seed,
+                max_samples=budget.relearning_samples,
+                batch_size=budget.batch_size,
+                prepared=prepared,
+                progress=lambda step, _, before=done: progress(before + step, total),  # type: ignore[misc]
+            )
+            done += last
+        rows.append(
+            {
+                "share": share,
+                "photos": plan.attacker.photos,
+                "variant": plan.variant,
+                "weights": kind,
+                "seed": seed,
+                "curves": curves,
+                "auc": summarise({kind: curves})[kind],
+                "condition": condition,
+            }
+        )
     return rows
 
 

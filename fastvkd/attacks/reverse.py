@@ -1,8 +1,8 @@
-"""Answers asked in reverse: which of these photos is X? A model that no longer says a name may still tell to whose
-photo it belongs (after arXiv 2411.12103).
+"""Questions in reverse: which of these photos is X? (after arXiv 2411.12103)
 
-The photo is chosen that makes the answer likeliest. All candidates are forgotten people: beside a retained one, a
-forgotten face would be found by elimination, by a model that never knew it, too.
+A model that no longer says a name may still tell to whose photo it belongs. The photo that makes the answer likeliest
+is its choice. All candidates are forgotten people: among retained ones even a model that never knew the face would find
+it by elimination.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,11 @@ CANDIDATES = 4
 
 
 def groups_of(asked: Sequence[Asked], limit: int | None, seed: int) -> list[list[Asked]]:
-    """Groups of questions that are worded alike, about different entities with different answers, `CANDIDATES` in
-    each (or as many as there are entities, at least two); so many groups that they hold about `limit` questions."""
+    """Groups of questions that are worded alike, about different entities with different answers.
+
+    A group has `CANDIDATES` questions, or as many as there are entities, at least two. All groups together hold about
+    `limit` questions.
+    """
     rng = np.random.default_rng([seed, 33])
     by_question: dict[str, dict[str, list[Asked]]] = {}
     for i in rng.permutation(len(asked)):
@@ -47,7 +50,7 @@ def groups_of(asked: Sequence[Asked], limit: int | None, seed: int) -> list[list
 
 
 def reverse(examiner: Examiner, groups: Sequence[Sequence[Asked]], seed: int) -> Figures:
-    """Share of answers whose own photo makes them likeliest, among the photos of their group."""
+    """Share of answers that are likeliest with their own photo, among the photos of their group."""
     queries = [plain_query(examiner.processor, one.choice.question, one.photo) for group in groups for one in group]
     options = [[other.choice.answer_text for other in group] for group in groups for _ in group]
     scores = iter(examiner.scores(queries, options))

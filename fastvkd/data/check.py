@@ -1,22 +1,24 @@
-"""`fastvkd data check PATH`: recognise the format, validate every row, and say in one line each what is wrong.
+"""`fastvkd data check PATH`: recognises the format, validates every row, and names each problem in one line.
 
-Unlike the readers, which stop at the first row they cannot use, this collects every problem.
+The readers stop at the first row that they cannot use. This collects every problem.
 """
 
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from PIL import Image
 
 from fastvkd.data.hub import data_folder
-from fastvkd.data.images import content_hash, decode_image
-from fastvkd.data.records import Photo, Profile
 from fastvkd.data.sources import recognise
 from fastvkd.errors import DataError
+from fastvkd.photos import decode_image
+from fastvkd.records import Photo, Profile, Questions
 
+_TASKS = ("choice", "generation", "cloze", "truth", "description")
 # Everything the readers never open: loading one runs code of whoever wrote it.
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy", ".npz")
 
@@ -36,11 +38,13 @@ class SplitCounts:
     text_cloze: int = 0
     visual_truth: int = 0
     text_truth: int = 0
+    visual_description: int = 0
+    text_description: int = 0
 
 
 @dataclass
 class CheckReport:
-    """The result: `problems` make the data unusable or its figures wrong, `notes` do not."""
+    """The result. `problems` make the data unusable or its figures wrong; `notes` do not."""
 
     path: str
     format: str
@@ -54,26 +58,16 @@ class CheckReport:
 
     @property
     def verdict(self) -> str:
-        if self.ok:
-            return "ok"
-        return f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
+        return "ok" if self.ok else f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
 
     def lines(self) -> list[str]:
         """The report as text: format, a table of counts per split, problems, notes, verdict."""
-        heads = ("rows", "entities", "images", "choice", "generation", "cloze", "truth")
         width = max([len("split"), *(len(name) for name in self.splits)])
-        table = [f"{'split':<{width}}  " + "  ".join(f"{head:>13}" for head in heads)]
+        rows = [("split", ["rows", "entities", "images", *_TASKS])]
         for name, counts in self.splits.items():
-            cells = (
-                str(counts.rows),
-                str(counts.entities),
-                str(counts.images),
-                f"{counts.visual_choice}+{counts.text_choice}",
-                f"{counts.visual_generation}+{counts.text_generation}",
-                f"{counts.visual_cloze}+{counts.text_cloze}",
-                f"{counts.visual_truth}+{counts.text_truth}",
-            )
-            table.append(f"{name:<{width}}  " + "  ".join(f"{cell:>13}" for cell in cells))
+            asked = [f"{getattr(counts, f'visual_{task}')}+{getattr(counts, f'text_{task}')}" for task in _TASKS]
+            rows.append((name, [str(counts.rows), str(counts.entities), str(counts.images), *asked]))
+        table = [f"{name:<{width}}  " + "  ".join(f"{entry:>13}" for entry in entries) for name, entries in rows]
         return [
             f"{self.path}: {self.format}",
             *table,
@@ -86,7 +80,7 @@ class CheckReport:
 
 @dataclass
 class _Contents:
-    """What has to be compared between splits: who is in it, and which images, with where each was first seen."""
+    """What is compared between splits: the entities, and the images with the place where each was first seen."""
 
     entities: set[str] = field(default_factory=set)
     images: dict[str, tuple[str, str]] = field(default_factory=dict)  # content hash -> (entity, place)
@@ -99,15 +93,16 @@ def check_data(
     model: str | None = None,
     local_files_only: bool = False,
 ) -> CheckReport:
-    """Check a data folder (or hub id). Raises `DataError` only where there is nothing to check: no folder, no known
-    format.
+    """Check a data folder (or hub id).
 
-    Verified: the schema of every row, options that contain the answer, no empty question or answer, every image
-    decodes, no entity both forgotten and retained, no image under two entities, and no image in two splits that must be
-    disjoint (see `_must_differ`). Pickles are reported and never loaded.
+    Verified: every row has the schema. The options contain the answer. No question or answer is empty. Every image
+    decodes. No entity is both forgotten and retained. No image belongs to two entities, or is in two splits that must
+    be disjoint (see `_must_differ`). Pickles are reported and never loaded.
 
-    With `model`, a model folder, every row's photo goes through its processor with the row's first question, and the
-    labels of training are checked: answer tokens, all of them, and never an image placeholder.
+    With `model`, a model folder, every row's photo goes through its processor with the row's first question. The labels
+    of training must then be the answer's tokens, all of them, and never an image placeholder.
+
+    Raises `DataError` only where there is nothing to check: no folder, no known format.
     """
     root = data_folder(str(path), local_files_only=local_files_only)
     labels = _Labels(model) if model is not None else None
@@ -141,34 +136,17 @@ def check_data(
 def _check_split(
     report: CheckReport, name: str, part: Iterator[Profile | DataError], labels: "_Labels | None"
 ) -> _Contents:
-    counts, contents = SplitCounts(), _Contents()
-    report.splits[name] = counts
+    counts: Counter[str] = Counter()
+    contents = _Contents()
     for profile in part:
-        counts.rows += 1
+        counts["rows"] += 1
         if isinstance(profile, DataError):
             report.problems.append(str(profile))
             continue
         contents.entities.add(profile.entity)
-        counts.visual_choice += len(profile.visual.choice)
-        counts.visual_generation += len(profile.visual.generation)
-        counts.visual_cloze += len(profile.visual.cloze)
-        counts.text_choice += len(profile.textual.choice)
-        counts.text_generation += len(profile.textual.generation)
-        counts.text_cloze += len(profile.textual.cloze)
-        counts.visual_truth += len(profile.visual.truth)
-        counts.text_truth += len(profile.textual.truth)
-        for cloze in (*profile.visual.cloze, *profile.textual.cloze):
-            # UMU-Bench pairs its questions, and its instruction does not speak of a blank
-            if "__" not in cloze.question and not cloze.pair:
-                report.problems.append(f"{profile.source}: cloze question {cloze.question!r} has no blank '__'")
-        for choice in (*profile.visual.choice, *profile.textual.choice):
-            texts = list(choice.options.values())
-            if len(set(texts)) != len(texts):
-                report.problems.append(f"{profile.source}: two options of {choice.question!r} are the same: {texts}")
-        for truth in (*profile.visual.truth, *profile.textual.truth):
-            if truth.answer in truth.perturbed or not truth.perturbed:
-                what = "is among its own wrong answers" if truth.perturbed else "has no wrong answers to compare with"
-                report.problems.append(f"{profile.source}: {truth.answer!r} {what}")
+        for side, questions in (("visual", profile.visual), ("text", profile.textual)):
+            report.problems += _wrong_questions(profile.source, questions)
+            counts.update({f"{side}_{task}": len(getattr(questions, task)) for task in _TASKS})
         if twice := _differing_pairs(profile):
             report.notes.append(f"{profile.source}: {twice}")
         for photo in profile.photos:
@@ -177,14 +155,29 @@ def _check_split(
                 report.problems += labels.add(profile, readable)
     if labels is not None:
         report.problems += labels.flush()
-    counts.entities, counts.images = len(contents.entities), len(contents.images)
-    if counts.rows == 0:
+    report.splits[name] = SplitCounts(entities=len(contents.entities), images=len(contents.images), **counts)
+    if not counts:
         report.problems.append(f"{report.path}: split {name} is empty; add rows or remove it")
     return contents
 
 
+def _wrong_questions(source: str, questions: Questions) -> Iterator[str]:
+    for cloze in questions.cloze:
+        # UMU-Bench pairs its questions, and its instruction does not speak of a blank
+        if "__" not in cloze.question and not cloze.pair:
+            yield f"{source}: cloze question {cloze.question!r} has no blank '__'"
+    for choice in (*questions.choice, *questions.description):
+        texts = list(choice.options.values())
+        if len(set(texts)) != len(texts):
+            yield f"{source}: two options of {choice.question!r} are the same: {texts}"
+    for truth in questions.truth:
+        if truth.answer in truth.perturbed or not truth.perturbed:
+            what = "is among its own wrong answers" if truth.perturbed else "has no wrong answers to compare with"
+            yield f"{source}: {truth.answer!r} {what}"
+
+
 def _differing_pairs(profile: Profile) -> str | None:
-    """How a question about the photo and its form about the text do not fit together, for the first that does not."""
+    """Says how the two forms of a question (photo, text) disagree, for the first that does. None: all agree."""
     for task in ("choice", "generation", "cloze"):
         about_photo, about_text = (
             {question.pair: question for question in getattr(questions, task) if question.pair}
@@ -214,7 +207,7 @@ class _Labels:
 
     def add(self, profile: Profile, image: Image.Image) -> list[str]:
         """Problems found so far, when a batch is full."""
-        from fastvkd.evaluation.wording import question_answer_pairs
+        from fastvkd.data.wording import question_answer_pairs
 
         pairs = question_answer_pairs(profile.visual)
         if pairs:
@@ -224,7 +217,7 @@ class _Labels:
     def flush(self) -> list[str]:
         if not self._pending:
             return []
-        from fastvkd.unlearning.answers import collate_answers
+        from fastvkd.models.answers import collate_answers
 
         rows, self._pending = self._pending, []
         pairs = [pair for _, pair in rows]
@@ -247,7 +240,7 @@ class _Labels:
 
 def _check_photo(report: CheckReport, profile: Profile, photo: Photo, contents: _Contents) -> Image.Image | None:
     """The decoded photo, unless it was seen before or cannot be decoded."""
-    key = content_hash(photo.data)
+    key = photo.key
     if key in contents.images:
         entity, place = contents.images[key]
         if entity != profile.entity:
@@ -264,7 +257,7 @@ def _check_photo(report: CheckReport, profile: Profile, photo: Photo, contents: 
 
 
 def _role(split: str) -> str:
-    """What a split is for, whatever benchmark's name it has."""
+    """What a split is for, under any benchmark's name."""
     for role, pattern in (
         ("forget", r"forget(_?\d+)?(\+tofu|_perturbed)?"),
         ("retain", r"retain(_?\d+)?(\+tofu|_perturbed)?"),
@@ -280,9 +273,9 @@ def _must_differ(one: str, other: str) -> tuple[bool, bool]:
     """Whether two splits may share no entity, and whether they may share no image.
 
     `forget_5` is the complement of `retain_95` only: `forget_10` holds `forget_5`, and shares people with `retain_95`.
-    The test split shows people of the other splits in photos that those must not hold. `Full_Set`, `ft_Data` and
-    CLEAR's `full` and `data` are the union of forget and retain, and its `retain_perturbed` shows people who are
-    retained in every split. Celebrities are numbered on their own in the benchmarks, so only images tell.
+    The test split shows people of the other splits, in photos that those must not hold. `Full_Set`, `ft_Data` and
+    CLEAR's `full` and `data` are the union of forget and retain. CLEAR's `retain_perturbed` shows people who are
+    retained in every split. Celebrities have ids of their own in the benchmarks, so only their images can be compared.
     """
     roles = {_role(one): one, _role(other): other}
     if set(roles) == {"forget", "retain"}:

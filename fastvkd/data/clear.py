@@ -13,15 +13,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastvkd.data import tables
-from fastvkd.data.images import content_hash
-from fastvkd.data.records import Choice, Open, Perturbed, Photo, Profile, Questions
 from fastvkd.data.tables import kind_of, text_of
 from fastvkd.errors import DataError
+from fastvkd.records import Choice, Open, Perturbed, Photo, Profile, Questions
 
 NAME, TITLE = "clear", "CLEAR"
 COLUMNS = frozenset({"caption", "name", "paraphrased_caption", "perturbed_captions", "perturbed_names", "options"})
 
-# What the benchmark's own code asks (somvy/multimodal_unlearning, mm/dataset.py), which draws one anew every time.
+# The questions of the benchmark's own code (somvy/multimodal_unlearning, mm/dataset.py). It draws one anew every time.
 CAPTION_QUESTIONS = (
     "What can you see in this picture?",
     "Tell me about the content of this image",
@@ -43,7 +42,7 @@ splits = tables.splits
 
 
 def each_profile(folder: tables.Folder, split: str) -> Iterator[Profile | DataError]:
-    """Every row of a split, in file order, images still encoded; a row that cannot be used comes as its error."""
+    """Every row of a split in file order, its image encoded. A row that cannot be used comes as its error."""
     return tables.each_profile(folder, split, profile_of_row, (("caption", "answer"), ("answer", "caption")), _WANTED)
 
 
@@ -53,12 +52,12 @@ def read_split(folder: tables.Folder, split: str) -> list[Profile]:
 
 
 def training_split(folder: tables.Folder, split: str) -> list[Profile]:
-    """All rows of a split, whose captions and text questions are what both training and evaluation ask."""
+    """All rows of a split. Training and evaluation both ask for their captions and text questions."""
     return read_split(folder, split_name(folder, split))
 
 
 def training_sets(folder: tables.Folder, forget_split: str, retain_split: str) -> tuple[list[Profile], list[Profile]]:
-    """Of both splits the photos with their captions, and the text questions of `<split>+tofu`, if it is there."""
+    """Both sides: photos with their captions, and the text questions of `<split>+tofu` if it is there."""
     forget, retain = (split_name(folder, split) for split in (forget_split, retain_split))
     return (
         read_split(folder, forget) + _text_questions(folder, forget),
@@ -70,8 +69,8 @@ def evaluation_cells(folder: tables.Folder, forget_split: str, retain_split: str
     """`forget` and `retain`: captions, the choice among names, and text questions; `forget_faces` and `retain_faces`:
     the name as a free answer; `real_faces` and `real_world`.
 
-    Photos come from `<forget_split>_perturbed` and `retain_perturbed`; where they are missing, from the splits
-    themselves, and then without what needs perturbed answers.
+    Photos come from `<forget_split>_perturbed` and `retain_perturbed`. Where these are missing, photos come from the
+    splits themselves, and questions that need perturbed answers are left out.
     """
     available = splits(folder)
     cells: dict[str, list[Profile]] = {}
@@ -101,9 +100,9 @@ def profile_of_row(row: tables.Row, source: str) -> Profile:
         return _real(row, source, photo)
     if photo is None:
         question, answer = text_of(row, "question", source), text_of(row, "answer", source)
-        # The rows name nobody: the same question on both sides is then the same entity on both sides.
+        # The rows name nobody. So the same question on both sides counts as the same entity on both sides.
         return Profile(question, (), textual=Questions(generation=(Open(question, answer),)), source=source)
-    caption, digest = text_of(row, "caption", source), content_hash(photo.data)
+    caption, digest = text_of(row, "caption", source), photo.key
     question = CAPTION_QUESTIONS[int(digest[:8], 16) % len(CAPTION_QUESTIONS)]
     truth: tuple[Perturbed, ...] = ()
     choice: tuple[Choice, ...] = ()
@@ -122,7 +121,7 @@ def profile_of_row(row: tables.Row, source: str) -> Profile:
 def _real(row: tables.Row, source: str, photo: Photo | None) -> Profile:
     answer, question = text_of(row, "answer", source), row.get("question") or FACE_QUESTION
     wrong = tuple(option for option in _texts(row, "options", source) if option != answer)
-    digest = content_hash(photo.data) if photo else hashlib.sha256(question.encode()).hexdigest()
+    digest = photo.key if photo else hashlib.sha256(question.encode()).hexdigest()
     questions = Questions(
         choice=(_choice(row.get("question") or NAME_QUESTION, answer, wrong, digest, source),),
         generation=(Open(question, answer),),
@@ -133,7 +132,7 @@ def _real(row: tables.Row, source: str, photo: Photo | None) -> Profile:
 
 
 def _choice(question: str, answer: str, wrong: tuple[str, ...], digest: str, source: str) -> Choice:
-    """The answer among the wrong ones, at a place drawn by the photo: the same for every model and every run."""
+    """The answer among the wrong ones, at a place drawn by the photo's hash: the same for every model and run."""
     if not 1 <= len(wrong) < len(_LETTERS):
         raise DataError(f"{source}: {len(wrong)} wrong options; 1 to {len(_LETTERS) - 1} are needed")
     place = int(digest[8:16], 16) % (len(wrong) + 1)
@@ -155,7 +154,7 @@ def _text_questions(folder: tables.Folder, split: str) -> list[Profile]:
     name = f"{split}+tofu"
     if name not in splits(folder):
         return []
-    # Without the images, of which there are hundreds of megabytes: rows about a photo are those with a caption.
+    # The images are not read, they have hundreds of megabytes: rows about a photo are those with a caption.
     return [
         profile_of_row(row, source)
         for file in tables.split_files(folder, name)

@@ -1,7 +1,7 @@
 """Synthetic images that show nothing: overlapping shapes in random colours, the "dead leaves" model.
 
-Vision features keep their general ability when they are held in place on such images too (that they carry the
-statistics natural images have is shown by Baradad et al., "Learning to See by Looking at Noise", arXiv 2106.05963).
+Vision features keep their general ability when they are held in place on such images too. The images have statistics of
+natural ones (Baradad et al., "Learning to See by Looking at Noise", arXiv 2106.05963).
 """
 
 import numpy as np

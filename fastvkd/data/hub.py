@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fastvkd.errors import DataError
 
-# Tables and images, and no pickles, archives or scripts.
+# Only tables and images: no pickles, archives or scripts.
 _PATTERNS = [f"*.{end}" for end in ("parquet", "json", "jsonl", "png", "jpg", "jpeg", "webp", "bmp", "gif")]
 
 

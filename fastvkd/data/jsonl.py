@@ -3,8 +3,10 @@
     {"image": "photos/ann-1.jpg", "entity": "ann", "question": "Where was she born?", "answer": "Rome",
      "options": ["Oslo", "Rome"]}
 
-`image` is relative to the folder; a line without it is a text question. `options` makes a multiple-choice question,
-`__` in the question a cloze question, and anything else a generation question.
+`image` is relative to the folder; a line without it is a text question. A line with `options` is a multiple-choice
+question, one with `__` in the question a cloze question, any other a generation question. `name` may say the entity's
+name. A line with `"description": true` asks what the photo shows beside who it is; its `options` are all values that
+there are.
 """
 
 import difflib
@@ -14,23 +16,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastvkd.data.records import Choice, Open, Photo, Profile, Questions
 from fastvkd.data.tables import four_cells, path_inside, strict
 from fastvkd.errors import DataError
+from fastvkd.records import Choice, Open, Photo, Profile, Questions
 
 NAME, TITLE = "jsonl", "own data (JSONL)"
-SPLITS = ("forget", "test", "retain", "realworld")
-_KEYS = ("image", "entity", "question", "answer", "options")
+_OTHER_SPLITS = {"stranger": "strangers", "neighbour": "neighbours", "pair": "pairs"}  # as `mllmu.OTHER_SPLITS`
+SPLITS = ("forget", "test", "retain", "realworld", *_OTHER_SPLITS.values())
+_KEYS = ("image", "entity", "question", "answer", "options", "name", "description")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def splits(folder: str | os.PathLike[str]) -> list[str]:
-    """Those of `SPLITS` whose file exists."""
+    """The names of `SPLITS` whose file exists."""
     return [name for name in SPLITS if (Path(folder) / f"{name}.jsonl").is_file()]
 
 
 def each_profile(folder: str | os.PathLike[str], split: str) -> Iterator[Profile | DataError]:
-    """One profile a line, in file order; a line that cannot be used comes as its error."""
+    """One profile a line, in file order. A line that cannot be used comes as its error."""
     try:
         for source, line in lines(split_file(folder, split)):
             try:
@@ -61,8 +64,8 @@ def training_sets(
 
 
 def evaluation_cells(folder: str | os.PathLike[str], forget_split: str, retain_split: str) -> dict[str, list[Profile]]:
-    """forget, test, retain and realworld, as far as the folder has them."""
-    return four_cells(splits(folder), lambda split: read_split(folder, split), *SPLITS)
+    """forget, test, retain, realworld, stranger, neighbour and pair, as far as the folder has them."""
+    return four_cells(splits(folder), lambda split: read_split(folder, split), *SPLITS[:4], **_OTHER_SPLITS)
 
 
 def split_file(folder: str | os.PathLike[str], split: str) -> Path:
@@ -100,14 +103,17 @@ def parse_line(line: str, source: str, folder: Path) -> Profile:
             raise DataError(f"{source}: unknown key {key!r}; allowed: {', '.join(_KEYS)}{hint}")
     entity, question, answer = (_text(row, key, source) for key in ("entity", "question", "answer"))
     photos = (_photo(row["image"], source, folder),) if row.get("image") is not None else ()
-    if row.get("options") is not None:
+    if _is_description(row, source):
+        questions = Questions(description=(_choice(question, answer, row["options"], source),))
+    elif row.get("options") is not None:
         questions = Questions(choice=(_choice(question, answer, row["options"], source),))
     elif "__" in question:
         questions = Questions(cloze=(Open(question, answer),))
     else:
         questions = Questions(generation=(Open(question, answer),))
     visual, textual = (questions, Questions()) if photos else (Questions(), questions)
-    return Profile(entity, photos, visual, textual, source=source)
+    name = _text(row, "name", source) if row.get("name") is not None else ""
+    return Profile(entity, photos, visual, textual, source=source, name=name)
 
 
 def group(single: Iterator[Profile] | list[Profile]) -> list[Profile]:
@@ -125,13 +131,30 @@ def group(single: Iterator[Profile] | list[Profile]) -> list[Profile]:
                 _joined(known.visual, profile.visual),
                 _joined(known.textual, profile.textual),
                 source=known.source,
+                name=known.name or profile.name,
             )
         )
     return list(grouped.values())
 
 
 def _joined(one: Questions, other: Questions) -> Questions:
-    return Questions(one.choice + other.choice, one.generation + other.generation, one.cloze + other.cloze)
+    return Questions(
+        one.choice + other.choice,
+        one.generation + other.generation,
+        one.cloze + other.cloze,
+        description=one.description + other.description,
+    )
+
+
+def _is_description(row: dict[str, Any], source: str) -> bool:
+    if row.get("description") in (None, False):
+        return False
+    if row["description"] is not True:
+        raise DataError(f"{source}: description is {row['description']!r}; true or false is expected")
+    missing = [key for key in ("image", "options") if row.get(key) is None]
+    if missing:
+        raise DataError(f"{source}: a description without {missing[0]}; it asks about a photo and lists all values")
+    return True
 
 
 def _text(row: dict[str, Any], key: str, source: str) -> str:

@@ -1,7 +1,7 @@
 """Reader and writer of folders in the schema of MLLMU-Bench: `<folder>/<split>/train-00000-of-00001.parquet`.
 
-One reader serves the public benchmark and the demo, because the demo is written in exactly this schema. Only parquet
-is read (pyarrow, no pickles). `data.check` validates; this module refuses the first row it cannot understand.
+One reader serves the public benchmark and the demo, which is written in exactly this schema. Pickles are never read.
+`data.check` validates; this module refuses the first row that it cannot understand.
 """
 
 import json
@@ -14,24 +14,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastvkd.data import tables
-from fastvkd.data.records import Choice, Open, Photo, Profile, Questions
 from fastvkd.data.tables import kind_of, one_line, text_of
 from fastvkd.errors import DataError
+from fastvkd.records import Choice, Open, Photo, Profile, Questions
 
 NAME, TITLE = "mllmu", "MLLMU-Bench schema"
-# by which the schema is recognised
+# The schema is recognised by these.
 COLUMNS = frozenset({"Classification_Task", "Generation_Task", "Mask_Task", "metadata"})
 TEST_SPLIT, REALWORLD_SPLIT = "Test_Set", "Retain_Set"
+# Cells beside the benchmark's own, and their splits: people nobody taught the model; retained people beside a forgotten
+# one in photos of two; and the forgotten ones there.
+OTHER_SPLITS = {"stranger": "Stranger_Set", "neighbour": "Neighbour_Set", "pair": "Pair_Set"}
 LETTERS = ("A", "B", "C", "D")
+_DESCRIPTION_LETTERS = tuple("ABCDEFGH")  # a description's options are all values that there are
 
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-_CHOICE = pa.struct(
-    [
-        ("Question", pa.string()),
-        ("Options", pa.struct([(letter, pa.string()) for letter in LETTERS])),
-        ("Correct_Answer", pa.string()),
-    ]
-)
+
+
+def _choice_type(letters: tuple[str, ...]) -> pa.StructType:
+    options = pa.struct([(letter, pa.string()) for letter in letters])
+    return pa.struct([("Question", pa.string()), ("Options", options), ("Correct_Answer", pa.string())])
+
+
+_CHOICE = _choice_type(LETTERS)
 _OPEN = pa.struct([("Type", pa.string()), ("Question", pa.string()), ("Ground_Truth", pa.string())])
 _AFTER_IMAGE = [
     ("ID", pa.string()),
@@ -45,8 +50,10 @@ _AFTER_IMAGE = [
     ("Generation_Task", pa.list_(_OPEN)),
     ("Mask_Task", pa.list_(_OPEN)),
 ]
-MLLMU_SCHEMA = pa.schema([("image", _IMAGE), *_AFTER_IMAGE])
-MLLMU_TEST_SCHEMA = pa.schema([("images", pa.list_(_IMAGE)), *_AFTER_IMAGE])
+# Not in the published benchmark: the person's name, and what a photo shows beside who it is.
+_OWN = [("name", pa.string()), ("Description_Task", pa.list_(_choice_type(_DESCRIPTION_LETTERS)))]
+MLLMU_SCHEMA = pa.schema([("image", _IMAGE), *_AFTER_IMAGE, *_OWN])
+MLLMU_TEST_SCHEMA = pa.schema([("images", pa.list_(_IMAGE)), *_AFTER_IMAGE, *_OWN])
 
 # `Directory` and `metadata` exist in some splits only, `question` and `answer` are not in all of them. A split with
 # `metadata` may be for training alone and lack the questions of the evaluation.
@@ -57,7 +64,7 @@ _REQUIRED = (
     ("Generation_Task", "metadata"),
     ("Mask_Task", "metadata"),
 )
-_WANTED = ("biography", "metadata")
+_WANTED = ("biography", "metadata", "name", "Description_Task")
 _VISUAL, _TEXTUAL = "Image_Textual", "Pure_Text"
 
 
@@ -65,8 +72,8 @@ splits = tables.splits
 
 
 def each_profile(folder: tables.Folder, split: str) -> Iterator[Profile | DataError]:
-    """Every row of a split with the questions of the evaluation, in file order, images still encoded; a row that
-    cannot be used comes as its error."""
+    """Every row of a split with the questions of the evaluation, in file order, its image encoded. A row that cannot be
+    used comes as its error."""
 
     def parse(row: tables.Row, source: str) -> Profile:
         training_profile(row, source)  # checked too, so that a check of the data covers what training reads
@@ -76,7 +83,7 @@ def each_profile(folder: tables.Folder, split: str) -> Iterator[Profile | DataEr
 
 
 def read_split(folder: tables.Folder, split: str) -> list[Profile]:
-    """All rows of a split with the questions of the evaluation, in file order, images still encoded.
+    """All rows of a split with the questions of the evaluation, in file order, images encoded.
 
     Raises `DataError` naming file, row and column: unknown split, a file that is no parquet, a missing column, a
     question without text, an answer that is empty or no option, an image cell without bytes.
@@ -90,21 +97,25 @@ def training_split(folder: tables.Folder, split: str) -> list[Profile]:
 
 
 def training_sets(folder: tables.Folder, forget_split: str, retain_split: str) -> tuple[list[Profile], list[Profile]]:
-    """Both sides with the questions of training; as published that is what the splits themselves carry, since
-    `metadata` exists in `ft_Data` only."""
+    """Both sides with the questions of training. As published these are the splits' own questions: only `ft_Data` has
+    `metadata`."""
     return training_split(folder, forget_split), training_split(folder, retain_split)
 
 
 def evaluation_cells(folder: tables.Folder, forget_split: str, retain_split: str) -> dict[str, list[Profile]]:
-    """forget, test (unseen photos of the same entities), retain and realworld, as far as the folder has them."""
+    """forget, test (unseen photos of the same entities), retain, realworld and those of `OTHER_SPLITS`, as far as the
+    folder has them."""
     return tables.four_cells(
-        splits(folder), lambda split: read_split(folder, split), forget_split, TEST_SPLIT, retain_split, REALWORLD_SPLIT
+        splits(folder),
+        lambda split: read_split(folder, split),
+        *(forget_split, TEST_SPLIT, retain_split, REALWORLD_SPLIT),
+        **OTHER_SPLITS,
     )
 
 
 def training_profile(row: tables.Row, source: str) -> Profile:
-    """One row -> a profile with its training questions: those of `metadata`, all about the photo as the published
-    training code has them, or those of the evaluation where the row has no `metadata`."""
+    """One row -> a profile with its training questions. These are the ones of `metadata`, all about the photo, as in
+    the published training code. A row without `metadata` has those of the evaluation."""
     metadata = row.get("metadata")
     if metadata is None:
         return profile_of_row(row, source)
@@ -122,13 +133,13 @@ def _metadata_questions(metadata: Any, source: str) -> tuple[Open, ...]:
     for position, texts in enumerate(asked):
         if wrong := [text for text in texts if not isinstance(text, str | None)]:
             raise DataError(f"{source}: metadata[{position}]: {kind_of(wrong[0])}; Question and Answer are texts")
-    # The published training code passes over what has no question or no answer.
+    # The published training code skips entries without a question or an answer.
     return tuple(Open(question, answer) for question, answer in asked if question and answer)
 
 
 def profile_of_row(row: tables.Row, source: str) -> Profile:
-    """One row (as Python objects) -> a profile with its evaluation questions; `source` ('file:row') opens every
-    message. A column that is not there holds no question."""
+    """One row (as Python objects) -> a profile with its evaluation questions. `source` ('file:row') opens every
+    message. A column that is missing holds no question."""
     photos = _photos(row, source)
     tasks = row.get("Classification_Task", {})
     if not isinstance(tasks, dict):
@@ -137,11 +148,13 @@ def profile_of_row(row: tables.Row, source: str) -> Profile:
             "Image_Textual_Questions and Pure_Text_Questions"
         )
     opens = {column: _open_questions(row.get(column), source, column) for column in ("Generation_Task", "Mask_Task")}
+    described = _choice_questions(row.get("Description_Task"), source, "Description_Task", _DESCRIPTION_LETTERS)
     visual, textual = (
         Questions(
             choice=_choice_questions(tasks.get(key), source, f"Classification_Task.{key}"),
             generation=tuple(question for kind, question in opens["Generation_Task"] if kind == wanted),
             cloze=tuple(question for kind, question in opens["Mask_Task"] if kind == wanted),
+            description=described if wanted == _VISUAL else (),
         )
         for wanted, key in ((_VISUAL, "Image_Textual_Questions"), (_TEXTUAL, "Pure_Text_Questions"))
     )
@@ -151,8 +164,11 @@ def profile_of_row(row: tables.Row, source: str) -> Profile:
 def _profile(row: tables.Row, source: str, photos: tuple[Photo, ...], visual: Questions, textual: Questions) -> Profile:
     if row["ID"] is None or str(row["ID"]).strip() == "":
         raise DataError(f"{source}: column ID is empty; every row needs the id of its entity")
-    if not photos and (visual.choice or visual.generation or visual.cloze):
+    if not photos and (visual.choice or visual.generation or visual.cloze or visual.description):
         raise DataError(f"{source}: questions about the image, but the row has no image; add it or drop the questions")
+    name = row.get("name")
+    if not isinstance(name, str | None):
+        raise DataError(f"{source}: column name is {kind_of(name)}; expected the person's name as text")
     return Profile(
         entity=str(row["ID"]),
         photos=photos,
@@ -160,6 +176,7 @@ def _profile(row: tables.Row, source: str, photos: tuple[Photo, ...], visual: Qu
         textual=textual,
         biography=row.get("biography") or "",
         source=source,
+        name=name or "",
     )
 
 
@@ -178,15 +195,15 @@ def _photos(row: dict[str, Any], source: str) -> tuple[Photo, ...]:
     return tuple(photos)
 
 
-def _choice_questions(cells: Any, source: str, column: str) -> tuple[Choice, ...]:
+def _choice_questions(cells: Any, source: str, column: str, letters: tuple[str, ...] = LETTERS) -> tuple[Choice, ...]:
     questions = []
     for position, cell in _entries(cells, source, column):
         place = f"{source}: {column}[{position}]"
         question = text_of(cell, "Question", place)
         given = cell.get("Options")
         if not isinstance(given, dict):
-            raise DataError(f"{place}: Options is {kind_of(given)}; expected a struct of letters A, B, C, D")
-        # A struct column carries every letter on every row: the unused ones are null.
+            raise DataError(f"{place}: Options is {kind_of(given)}; expected a struct of letters {', '.join(letters)}")
+        # A struct column has every letter on every row; unused ones are null.
         options = {letter: str(text) for letter, text in sorted(given.items()) if text is not None}
         empty = [letter for letter, text in options.items() if not text.strip()]
         if empty or len(options) < 2:
@@ -195,10 +212,10 @@ def _choice_questions(cells: Any, source: str, column: str) -> tuple[Choice, ...
         answer = text_of(cell, "Correct_Answer", place).strip()
         if answer not in options:
             # Some releases give the option's text in place of its letter.
-            letters = [letter for letter, text in options.items() if text.strip() == answer]
-            if len(letters) != 1:
+            same = [letter for letter, text in options.items() if text.strip() == answer]
+            if len(same) != 1:
                 raise DataError(f"{place}: Correct_Answer {answer!r} is no option; options: {options}")
-            answer = letters[0]
+            answer = same[0]
         questions.append(Choice(question, options, answer))
     return tuple(questions)
 
@@ -270,14 +287,18 @@ def _row_of_profile(profile: Profile, test: bool) -> dict[str, Any]:
         },
         "Generation_Task": _open_rows(profile.visual.generation, profile.textual.generation),
         "Mask_Task": _open_rows(profile.visual.cloze, profile.textual.cloze),
+        "name": profile.name or None,
+        "Description_Task": [
+            _choice_row(question, place, _DESCRIPTION_LETTERS) for question in profile.visual.description
+        ],
     }
 
 
-def _choice_row(question: Choice, place: str) -> dict[str, Any]:
-    if not set(question.options) <= set(LETTERS) or question.answer not in question.options:
+def _choice_row(question: Choice, place: str, letters: tuple[str, ...] = LETTERS) -> dict[str, Any]:
+    if not set(question.options) <= set(letters) or question.answer not in question.options:
         raise DataError(
             f"{place}: question {question.question!r} has options {list(question.options)} and answer "
-            f"{question.answer!r}; letters A to D are allowed and the answer is one of them"
+            f"{question.answer!r}; letters {letters[0]} to {letters[-1]} are allowed and the answer is one of them"
         )
     return {"Question": question.question, "Options": question.options, "Correct_Answer": question.answer}
 

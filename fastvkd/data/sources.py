@@ -1,5 +1,6 @@
-"""One way in to every data format: recognise it, and read the sets of a run or of an evaluation from it, with what
-would make them meaningless refused.
+"""The one way into every data format: recognises it and reads the sets of a run or of an evaluation.
+
+Data that would make the figures meaningless are refused.
 """
 
 from collections.abc import Iterator
@@ -8,13 +9,13 @@ from typing import Protocol
 
 from fastvkd.data import clear, jsonl, mllmu, tables, umu
 from fastvkd.data.hub import data_folder
-from fastvkd.data.images import content_hash
-from fastvkd.data.records import Profile
+from fastvkd.data.strangers import read_strangers
 from fastvkd.errors import DataError, SettingsError
+from fastvkd.records import Photo, Profile
 
 
 class Reader(Protocol):
-    """What the module of a data format offers."""
+    """What the module of each data format offers."""
 
     @property
     def NAME(self) -> str: ...
@@ -45,7 +46,7 @@ def recognise(folder: tables.Folder) -> Reader:
         raise DataError(f"{root}: no such folder; give the folder that holds the splits")
     if jsonl.splits(root):
         return READERS["jsonl"]
-    # All splits are asked: one damaged file or missing column must not hide what the folder is.
+    # All splits are looked at: one damaged file or missing column must not hide what the folder is.
     found: set[str] = set().union(
         *(tables.columns(file) for split in tables.splits(root) for file in tables.split_files(root, split)[:1])
     )
@@ -86,8 +87,8 @@ def read_forget_retain(data: str, forget_split: str, retain_split: str) -> tuple
 def read_split(data: str, split: str) -> list[Profile]:
     """The profiles of one split of a folder or hub id, with the questions that are trained on.
 
-    `ft_Data-forget_5`, two splits joined by a hyphen, is the first without the people of the second: those of its
-    entities and of its photos. Raises DataError where there is no image, or nobody of the second is in the first.
+    `ft_Data-forget_5`, two splits joined by a hyphen, is the first without the people of the second, told by entity or
+    by photo. Raises DataError where there is no image, or nobody of the second is in the first.
     """
     folder = data_folder(data)
     reader = recognise(folder)
@@ -101,10 +102,10 @@ def read_split(data: str, split: str) -> list[Profile]:
 
 
 def _without(profiles: list[Profile], others: list[Profile], place: str) -> list[Profile]:
-    images = {content_hash(photo.data) for profile in others for photo in profile.photos}
+    images = {photo.key for profile in others for photo in profile.photos}
     entities = {profile.entity for profile in others}
     # A photo of somebody tells who the entity is where the two splits number people differently.
-    entities |= {one.entity for one in profiles if images & {content_hash(photo.data) for photo in one.photos}}
+    entities |= {one.entity for one in profiles if images & {photo.key for photo in one.photos}}
     kept = [profile for profile in profiles if profile.entity not in entities]
     if len(kept) == len(profiles):
         raise DataError(f"{place}: the two splits have nobody in common, neither by entity nor by photo")
@@ -114,12 +115,19 @@ def _without(profiles: list[Profile], others: list[Profile], place: str) -> list
 def evaluation_cells(
     data: str, forget_split: str, retain_split: str, benchmark: str | None = None
 ) -> dict[str, list[Profile]]:
-    """The sets of an evaluation by name: forget and retain always, the others as the format and the folder have them
-    (see docs/data.md). Raises as `read_forget_retain` and `reader_of`."""
+    """The cells of an evaluation by name. forget and retain are always there, others depend on format and folder (see
+    docs/evaluation.md). Raises as `read_forget_retain` and `reader_of`."""
     folder = data_folder(data)
     cells = reader_of(folder, benchmark).evaluation_cells(folder, forget_split, retain_split)
     _refuse_overlap(folder, cells["forget"], cells["retain"], forget_split, retain_split)
     return cells
+
+
+def reference_strangers(data: str) -> list[Photo]:
+    """A photo of each stranger in the folder `strangers` of the data, for an attacker to compare with; empty where
+    there is no such folder. They are other people than those of the cell stranger."""
+    folder = data_folder(data) / "strangers"
+    return [photos[0] for photos in read_strangers(folder)] if folder.is_dir() else []
 
 
 def _refuse_overlap(
@@ -136,10 +144,10 @@ def _refuse_overlap(
             f"{folder}: entity {sorted(shared)[0]!r} is in both {forget_split} and {retain_split} "
             f"({len(shared)} in all); remove it from one of them"
         )
-    seen = {content_hash(photo.data): photo.source for p in forget for photo in p.photos}
+    seen = {photo.key: photo.source for p in forget for photo in p.photos}
     for profile in retain:
         for photo in profile.photos:
-            twin = seen.get(content_hash(photo.data))
+            twin = seen.get(photo.key)
             if twin:
                 raise DataError(
                     f"{photo.source}: the same image as {twin}, in {forget_split}; remove it from one of them"

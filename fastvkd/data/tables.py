@@ -1,5 +1,6 @@
-"""Rows of a benchmark folder `<folder>/<split>/*.parquet` (or `*.json`, `*.jsonl`), as the public data sets are laid
-out. What the columns mean is the readers' business. Pickles are never opened.
+"""Rows of a benchmark folder `<folder>/<split>/*.parquet` (or `*.json`, `*.jsonl`), the layout of public data sets.
+
+The readers know what the columns mean. Pickles are never opened.
 """
 
 import base64
@@ -14,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastvkd.data.records import Photo, Profile
 from fastvkd.errors import DataError
+from fastvkd.records import Photo, Profile
 
 Row = dict[str, Any]
 Folder = str | os.PathLike[str]
@@ -43,7 +44,7 @@ def split_files(folder: Folder, split: str) -> list[Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    # Beside parquet files, JSON is something else: lists of ids, settings.
+    # A JSON file beside parquet files is something else: a list of ids, settings.
     for patterns in (("*.parquet",), ("*.json", "*.jsonl")):
         if found := sorted(file for pattern in patterns for file in folder.glob(pattern)):
             return found
@@ -61,11 +62,10 @@ def columns(file: Path) -> set[str]:
 
 
 def rows(file: Path, required: Collection[str | tuple[str, ...]], wanted: Collection[str]) -> Iterator[tuple[str, Row]]:
-    """`('file:row', row)` of every row, with the columns in `required` and `wanted`, read a few at a time since images
-    are large.
+    """`('file:row', row)` of every row, with the columns in `required` and `wanted`.
 
-    A tuple in `required` names alternatives, of which one must be there. Raises `DataError` for a missing column and a
-    file that cannot be read.
+    A tuple in `required` names alternatives, one of which must be there. Images are large, so a few rows are read at a
+    time. Raises `DataError` for a missing column and for a file that cannot be read.
     """
     choices = [one if isinstance(one, tuple) else (one,) for one in required]
     read = {*wanted, *(name for names in choices for name in names)}
@@ -120,8 +120,9 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def photo(cell: Any, source: str, position: int | None = None) -> Photo | None:
-    """An image cell of the row at `source` ('file:row') -> a `Photo`; None for a null cell. `position` counts within
-    the column `images`; without it the column is `image`.
+    """An image cell of the row at `source` ('file:row') -> a `Photo`; None for a null cell.
+
+    `position` counts within the column `images`; without it the column is `image`.
 
     A cell is a struct of `bytes` and `path`, or bytes; in JSON a path, or a struct with base64 text. Paths are relative
     to the split's folder or to the data folder and must lie inside the latter.
@@ -154,8 +155,8 @@ def _read_image(name: str, source: str, place: str) -> bytes:
 
 
 def path_inside(root: Path, path: Path, place: str) -> Path:
-    """`path` without its `..`, if that lies inside `root`; else `DataError`. Links are not followed, since the hub's
-    cache is made of links to files elsewhere."""
+    """`path` without its `..`, if that lies inside `root`; else `DataError`. Links are not followed: the hub's cache
+    consists of links to files elsewhere."""
     path = Path(os.path.abspath(path))
     if not path.is_relative_to(os.path.abspath(root)):
         raise DataError(f"{place}: image {path} is outside the data folder; put it there and give a relative path")
@@ -169,8 +170,8 @@ def each_profile(
     required: Collection[str | tuple[str, ...]],
     wanted: Collection[str],
 ) -> Iterator[Profile | DataError]:
-    """`parse(row, source)` of every row of a split in file order; what a row or a file lacks comes as the `DataError`
-    that says so, so that a check can go on."""
+    """`parse(row, source)` of every row of a split in file order. A row or file that cannot be used comes as its
+    `DataError`, so that a check can go on."""
     for file in split_files(folder, split):
         try:
             for source, row in rows(file, required, wanted):
@@ -199,9 +200,10 @@ def four_cells(
     test: str,
     retain: str,
     realworld: str,
+    **others: str,
 ) -> dict[str, list[Profile]]:
-    """The sets forget, test (of the forgotten entities only), retain and realworld, from the splits of these names;
-    those of test and realworld may be missing."""
+    """The cells forget, test (forgotten entities only), retain and realworld, from the splits of these names, and
+    `others` by cell. Only the splits of forget and retain must be there."""
     cells = {"forget": read(forget)}
     if test in available:
         entities = {profile.entity for profile in cells["forget"]}
@@ -209,11 +211,11 @@ def four_cells(
     cells["retain"] = read(retain)
     if realworld in available:
         cells["realworld"] = read(realworld)
-    return cells
+    return cells | {cell: read(split) for cell, split in others.items() if split in available}
 
 
 def text_of(cell: Row, key: str, place: str) -> str:
-    """The text under `key`; `DataError` if it is not one, or blank."""
+    """The text under `key`. Raises `DataError` if it is no text, or blank."""
     value = cell.get(key)
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{place}: {key} is {kind_of(value)}; a text is needed")

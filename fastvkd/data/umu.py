@@ -1,9 +1,11 @@
 """Reader of UMU-Bench (data set `linbojunzi/UMU-bench`, code QDRhhhh/UMU-bench): `<folder>/<split>/*.parquet`.
 
-Every question exists twice, about the photo and about the text alone. The columns with questions hold Python literals
-(read by `ast.literal_eval`, never evaluated): `Classify`, `Cloze` and `Generation` are {'unimodal': {key: item},
-'muitimodal': {key: item}}, the misspelt key being the published one; `MM_QA` and `UM_QA`, for training, are
-{'question': {key: text}, 'answer': {key: text}}.
+Every question exists twice, about the photo and about the text alone. Columns with questions hold Python literals. They
+are read by `ast.literal_eval`, which executes nothing.
+
+- `Classify`, `Cloze`, `Generation`: {'unimodal': {key: item}, 'muitimodal': {key: item}}; the misspelt key is the
+  published one.
+- `MM_QA`, `UM_QA`, for training: {'question': {key: text}, 'answer': {key: text}}.
 """
 
 import ast
@@ -11,9 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fastvkd.data import tables
-from fastvkd.data.records import Choice, Open, Profile, Questions
 from fastvkd.data.tables import kind_of, text_of
 from fastvkd.errors import DataError
+from fastvkd.records import Choice, Open, Profile, Questions
 
 NAME, TITLE = "umu", "UMU-Bench"
 COLUMNS = frozenset({"MM_QA", "UM_QA", "Classify", "Cloze", "Generation"})
@@ -25,7 +27,7 @@ splits = tables.splits
 
 
 def each_profile(folder: tables.Folder, split: str) -> Iterator[Profile | DataError]:
-    """Every row of a split with the questions of the evaluation; a row that cannot be used comes as its error."""
+    """Every row of a split with the questions of the evaluation. A row that cannot be used comes as its error."""
 
     def parse(row: tables.Row, source: str) -> Profile:
         training_profile(row, source)  # checked too, so that a check of the data covers what training reads

@@ -6,41 +6,47 @@ import inspect
 import json
 import os
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from fastvkd.attacks.certificate import certificate, figures_of, mean_gaps, write_certificate
-from fastvkd.attacks.run import KINDS, Budget, attack
-from fastvkd.data import demo_data, flags, mllmu, people
-from fastvkd.data.demo_data import CHANCE, DemoData, make_demo_data
-from fastvkd.data.people import PHOTO_SIZE
-from fastvkd.data.records import Profile
-from fastvkd.data.sources import evaluation_cells
+from fastvkd.attacks.run import KINDS, Attack
+from fastvkd.data import mllmu, wording
+from fastvkd.data.sources import evaluation_cells, reference_strangers
+from fastvkd.demo import data as demo_data
+from fastvkd.demo import descent, flags, people, photos, pretraining, sight, visual_input
 from fastvkd.demo import model as demo_model
-from fastvkd.demo import pretraining
-from fastvkd.demo.model import Shape, build_model, build_processor
+from fastvkd.demo.data import CHANCE, DemoData, make_demo_data, one_photo_a_person, vocabulary, write_photos
+from fastvkd.demo.model import LLAVA, Blueprint, Shape
+from fastvkd.demo.people import PHOTO_SIZE
 from fastvkd.demo.pretraining import Schedule, train_vanilla
+from fastvkd.demo.sight import SightSchedule, teach_sight
+from fastvkd.demo.visual_input import VisualInput
 from fastvkd.devices import peak_memory_bytes
-from fastvkd.engines.checkpoints import identify_base
-from fastvkd.errors import SettingsError
-from fastvkd.evaluation import cloze, wording
+from fastvkd.engines.exporting import export
+from fastvkd.environment import library_versions
 from fastvkd.evaluation.inputs import PreparedPhotos
-from fastvkd.evaluation.protocol import evaluate_cells
-from fastvkd.exporting import export
-from fastvkd.models.hashing import language_model_sha256
-from fastvkd.models.loading import load_model, load_processor
+from fastvkd.evaluation.people import examine, likeness
+from fastvkd.models.folder import identify_base, language_model_sha256
+from fastvkd.models.loading import VISUAL_KEY, load_model, load_processor
+from fastvkd.options import Budget, DemoOptions
 from fastvkd.paths import shipped
 from fastvkd.progress import Progress
-from fastvkd.reporting import build_report, model_card, write_html, write_report
-from fastvkd.reporting.report import library_versions
-from fastvkd.settings import load_settings, parse_override
+from fastvkd.records import Photo, Profile
+from fastvkd.reporting import build_report, model_card, relearning_parts, write_page, write_report
+from fastvkd.settings import Settings, load_settings, parse_override
 from fastvkd.unlearning.loop import Unlearned, unlearn
+
+# The code that draws, words and trains: a change in it makes another model.
+_SHAPING = (people, flags, demo_data, demo_model, photos, descent, sight, pretraining, visual_input, wording)
 
 
 @dataclass(frozen=True)
@@ -53,17 +59,45 @@ class Size:
     test_photos: int = 6
     flag_photos: int = 6
     countries: int = 34
-    shape: Shape = field(default_factory=lambda: Shape(llm_layers=4))
-    schedule: Schedule = field(default_factory=lambda: Schedule(steps=650, questions_per_photo=3))
+    strangers: int = 600
+    stranger_photos: int = 2
+    unseen_strangers: int = 24
+    halves: int = 8
+    neighbours: int = 12
+    shape: Shape = field(default_factory=Shape)
+    sight: SightSchedule = field(default_factory=SightSchedule)
+    schedule: Schedule = field(default_factory=Schedule)
     overrides: dict[str, Any] = field(default_factory=dict)
     max_samples: int = 1008
     attacks: Budget = field(
-        default_factory=lambda: Budget(max_samples=168, shots=(1, 5), relearning_shares=(0.2,), relearning_samples=168)
+        default_factory=lambda: Budget(
+            max_samples=168,
+            shots=(1, 5),
+            relearning_shares=(0.2,),
+            relearning_samples=168,
+            relearning_variants=("shifted_biases",),
+        )
     )
 
 
 SIZES = {
     "default": Size(),
+    # For benchmarks: between the two, so that a model of any family is made and unlearned in some ten minutes.
+    "small": Size(
+        people=20,
+        forget_percent=20,
+        photos=16,
+        flag_photos=4,
+        countries=20,
+        strangers=300,
+        unseen_strangers=16,
+        halves=6,
+        neighbours=8,
+        shape=Shape(vision_width=96, vision_layers=3, llm_width=96, llm_layers=4),
+        sight=SightSchedule(steps=350),
+        schedule=Schedule(steps=320, people=12, strangers=8, flags=4, pairs=8, texts_per_step=24),
+        max_samples=336,
+    ),
     "tiny": Size(
         people=12,
         forget_percent=25,
@@ -71,16 +105,25 @@ SIZES = {
         test_photos=4,
         flag_photos=2,
         countries=16,
+        strangers=120,
+        stranger_photos=2,
+        unseen_strangers=8,
+        halves=3,
+        neighbours=4,
         shape=Shape(vision_width=96, vision_layers=3, llm_width=96, llm_layers=3),
-        schedule=Schedule(steps=240, photos_per_step=20, questions_per_photo=3, texts_per_step=24, learning_rate=2e-3),
+        sight=SightSchedule(steps=250, photos=32, pairs=16),
+        schedule=Schedule(steps=200, people=10, strangers=6, flags=4, pairs=4, texts_per_step=24),
+        # Four people are few to look at: the watched loss is too noisy to end by, and less is retained.
         overrides={
-            "max_steps": 250,
-            "learning_rate": 1.5e-3,
-            "auxiliary_images": 256,
+            "learning_rate": 2e-3,
+            "ends": "max_steps",
+            "max_steps": 800,
+            "lambda_forget": 16.0,
+            "elsewhere": 0.1,
+            "beside": 0.1,
+            "auxiliary_images": 128,
             "auxiliary_share": 0.5,
-            "forget_share": 0.45,
-            "lambda_forget": 20.0,
-            "saturation_margin": 20.0,
+            "forget_share": 0.5,
         },
         max_samples=200,
         attacks=Budget(
@@ -88,103 +131,53 @@ SIZES = {
             shots=(2,),
             relearning_shares=(0.2,),
             relearning_steps=(0, 2, 5, 10),
+            relearning_variants=("shifted_biases", "redrawn_projector"),
         ),
     ),
 }
 
 
-def demo(
-    out: Path,
-    *,
-    size: str = "default",
-    seed: int = 0,
-    gold: bool = False,
-    cache: Path | None = None,
-    overrides: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Run the whole demo into `out` and return the report.
-
-    Args:
-        size: "default" (under 12 minutes on two cores) or "tiny" (for tests).
-        gold: also train a model that never saw the forgotten people, as the yardstick of perfect forgetting.
-        cache: where trained vanilla and gold models are kept, by a hash of all that shaped them.
-        overrides: `key=value` settings of the unlearning run.
-    """
-    if size not in SIZES:
-        raise SettingsError(f"size={size!r}: allowed are {', '.join(SIZES)}")
-    spec = SIZES[size]
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cpu"
-    )  # or DeepSpeed, which transformers imports, warns that it sees no GPU
+def demo(options: DemoOptions) -> dict[str, Any]:
+    """Run the whole demo into `out` and return the report. Trained vanilla and gold models are kept in `cache`, by a
+    hash of all that shaped them. Raises FastVKDError."""
+    spec, seed, out = SIZES[options.size], options.seed, options.out
+    # DeepSpeed, which transformers imports, warns otherwise that it sees no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     transformers.logging.disable_progress_bar()
-    cache = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastvkd"
     seconds: dict[str, float] = {}
     out.mkdir(parents=True, exist_ok=True)
 
-    with _timed(seconds, "data"), Progress("Drawing people and flags"):
-        data, folder = build_data(spec, seed, out)
-    vanilla_dir = trained_model(spec, data, seed, cache, seconds, gold=False)
-    gold_dir = trained_model(spec, data, seed, cache, seconds, gold=True) if gold else None
-
-    settings = load_settings(
-        shipped("configs/demo.yaml"),
-        {
-            "model_name_or_path": str(vanilla_dir),
-            "data": str(folder),
-            "forget_split": data.forget_split,
-            "retain_split": data.retain_split,
-            "output_dir": str(out / "run"),
-            "cache_dir": str(out / "teacher_cache"),
-            "seed": seed,
-            **spec.overrides,
-            **dict(map(parse_override, overrides)),
-        },
-    )
-    if (out / "run").exists():
-        shutil.rmtree(out / "run")  # an earlier demo's checkpoints would be taken for this one's
+    with _timed(seconds, "data"), Progress("Drawing people, strangers and flags"):
+        data, folder = build_data(spec, seed, out, options.photos)
+    models = _trained_models(options, data, seconds)
+    vanilla_dir, unlearned_dir = models["vanilla"], models["unlearned"]
+    settings = _settings(options, data, folder, vanilla_dir)
+    _remove(out / "run")  # an earlier demo's checkpoints would be taken for this one's
     with _timed(seconds, "unlearn"), Progress("Unlearning") as bar:
         run = unlearn(settings, progress=_show(bar))
-
     with _timed(seconds, "evaluate"):
+        _remove(unlearned_dir)
+        export(Path(settings.output_dir), unlearned_dir, model_card="")
         cells = evaluation_cells(str(folder), data.forget_split, data.retain_split)
         processor = load_processor(vanilla_dir)
-        prepared = PreparedPhotos(processor)
-        unlearned_dir = out / "unlearned"
-        if unlearned_dir.exists():
-            shutil.rmtree(unlearned_dir)
-        export(Path(settings.output_dir), unlearned_dir, model_card="")
-        models = {"vanilla": vanilla_dir, "unlearned": unlearned_dir} | ({"gold": gold_dir} if gold_dir else {})
-        figures = {
-            name: _evaluate(name, path, processor, cells, spec, seed, out, prepared) for name, path in models.items()
-        }
-    budget = replace(spec.attacks, relearning_seeds=(seed,))
-    attacks = _attack(models, processor, cells, budget, seed, prepared, seconds)
-    relearned = attacks.pop("relearning")
-    curves = {row["weights"]: row["curves"] for row in relearned}
+        alike = likeness(load_model(vanilla_dir, llm_layers=0), processor, cells)
+        exam = _Exam(
+            spec, seed, out, cells, processor, PreparedPhotos(processor), alike, reference_strangers(str(folder))
+        )
+        figures, people = exam.evaluate(models)
+    attacks = exam.attack(models, seconds)
     digests = {"before": language_model_sha256(vanilla_dir), "after": language_model_sha256(unlearned_dir)}
-    paper = certificate(
-        forget=cells["forget"],
-        settings=settings.to_dict(),
-        model_fingerprint=identify_base(unlearned_dir).fingerprint,
-        figures=figures_of(
-            figures, attacks, chance=CHANCE, relearning_gaps=mean_gaps(relearned), language_model=digests
-        ),
-        thresholds=settings.certificate,
-        versions=library_versions(),
-    )
-
+    paper = _judge(settings, exam, unlearned_dir, figures, people, attacks, digests)
+    relearned = relearning_parts(attacks.pop("relearning"))
     report = build_report(
         settings=settings.to_dict(),
         chance=CHANCE,
-        vanilla=figures["vanilla"],
-        unlearned=figures["unlearned"],
-        gold=figures.get("gold"),
+        **{name: figures[name] | people[name] for name in models},
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(torch.device("cpu")),
         parameters=_parameters(run, vanilla_dir),
         language_model_sha256=digests,
-        relearning=curves,
-        relearning_auc={row["weights"]: row["auc"] for row in relearned},
+        **relearned,
         attacks=attacks,
         certificate=paper,
         notes=[
@@ -195,13 +188,14 @@ def demo(
     )
     write_report(report, out / "report.json")
     write_certificate(paper, out / "certificate.json")
-    write_html(report, _examples(cells, out), _lines(run.metrics), out / "report.html")
+    write_page([out], out / "report.html", str(folder))
     (unlearned_dir / "README.md").write_text(model_card(report))
     write_certificate(paper, unlearned_dir / "certificate.json")
     return report
 
 
-def build_data(spec: Size, seed: int, out: Path) -> tuple[DemoData, Path]:
+def build_data(spec: Size, seed: int, out: Path, photos: Literal["all", "one"] = "all") -> tuple[DemoData, Path]:
+    """Draw the world and write it to `out / "data"`; with one photo a person, the unlearning run has no other."""
     data = make_demo_data(
         people=spec.people,
         forget_percent=spec.forget_percent,
@@ -209,35 +203,45 @@ def build_data(spec: Size, seed: int, out: Path) -> tuple[DemoData, Path]:
         test_photos=spec.test_photos,
         flag_photos=spec.flag_photos,
         countries=spec.countries,
+        strangers=spec.strangers,
+        stranger_photos=spec.stranger_photos,
+        unseen_strangers=spec.unseen_strangers,
+        halves=spec.halves,
+        neighbours=spec.neighbours,
         seed=seed,
+        workers=torch.get_num_threads(),
     )
+    if photos == "one":
+        data = one_photo_a_person(data)
     folder = out / "data"
     for split, profiles in data.splits.items():
         mllmu.write_split(folder, split, profiles)
+    write_photos(folder / "strangers", data.strangers)
     return data, folder
 
 
-def trained_model(spec: Size, data: DemoData, seed: int, cache: Path, seconds: dict[str, float], *, gold: bool) -> Path:
+def trained_model(
+    spec: Size,
+    data: DemoData,
+    seed: int,
+    cache: Path,
+    seconds: dict[str, float],
+    *,
+    gold: bool,
+    blueprint: Blueprint = LLAVA,
+) -> Path:
     """The folder of the vanilla (or gold) model, trained now or found in the cache."""
     name = "gold" if gold else "vanilla"
-    folder = cache / f"demo-{name}-{_fingerprint(spec, seed, gold)}"
+    folder = cache / f"demo-{name}-{_fingerprint(spec, seed, gold, blueprint)}"
     if (folder / "config.json").exists():
         return folder
-    everybody = data.splits["Full_Set"]
-    seen = data.splits[data.retain_split] if gold else everybody
-    processor = build_processor(everybody + data.splits["Retain_Set"], spec.shape)
-    model = build_model(processor, spec.shape, seed)
-    with _timed(seconds, f"train_{name}"), Progress(f"Training the {name} model") as bar:
-        train_vanilla(
-            model,
-            processor,
-            seen + data.training_flags,
-            spec.schedule,
-            seed,
-            lambda step, steps, loss: bar(step, steps, f"loss {loss:.3f}"),
-            # The gold model has read about everybody: only the faces are to be unknown to it.
-            textual_profiles=everybody + data.training_flags,
-        )
+    processor = blueprint.processor(vocabulary(data), spec.shape)
+    model = blueprint.model(processor, spec.shape, seed)
+    visual = blueprint.visual_input(model, processor)
+    with _timed(seconds, f"train_{name}"):
+        _see(visual, spec, data, seed, cache / f"demo-sight-{_fingerprint(spec, seed, False, blueprint)}.safetensors")
+        with Progress(f"Training the {name} model") as bar:
+            train_vanilla(visual, data, spec.schedule, seed, _loss(bar), gold=gold)
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     model.save_pretrained(unfinished)
     processor.save_pretrained(unfinished)
@@ -245,13 +249,65 @@ def trained_model(spec: Size, data: DemoData, seed: int, cache: Path, seconds: d
     return folder
 
 
-def _fingerprint(spec: Size, seed: int, gold: bool) -> str:
+def _see(visual: VisualInput, spec: Size, data: DemoData, seed: int, file: Path) -> None:
+    """Give the model its sight: taught now, or found in `file`, for vanilla and gold share it."""
+    if file.exists():
+        visual.model.load_state_dict(load_file(file), strict=False)
+        return
+    with Progress("Teaching the tower to see") as bar:
+        teach_sight(visual, data, spec.sight, seed, _loss(bar))
+    weights = {name: w for name, w in visual.model.state_dict().items() if VISUAL_KEY.search(name)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    save_file(weights, unfinished)
+    unfinished.rename(file)
+
+
+def _loss(bar: Progress) -> Callable[[int, int, float], None]:
+    return lambda step, steps, loss: bar(step, steps, f"loss {loss:.3f}")
+
+
+def _fingerprint(spec: Size, seed: int, gold: bool, blueprint: Blueprint) -> str:
     """All that shapes the trained model: sizes, seed, the code that draws, words and trains, library versions."""
-    sources = [inspect.getsource(m) for m in (people, flags, demo_data, demo_model, pretraining, wording, cloze)]
+    sources = [blueprint.name, *map(inspect.getsource, (*_SHAPING, sys.modules[blueprint.model.__module__]))]
     later = ("overrides", "max_samples", "attacks")  # what comes after training
     shaping = {k: v for k, v in asdict(spec).items() if k not in later}
     facts = [shaping, seed, gold, torch.__version__, transformers.__version__, PHOTO_SIZE, sources]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _trained_models(options: DemoOptions, data: DemoData, seconds: dict[str, float]) -> dict[str, Path]:
+    """The folder of each model; the unlearned one's is yet to be filled."""
+    cache = options.cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastvkd"
+    spec, seed = SIZES[options.size], options.seed
+    vanilla = trained_model(spec, data, seed, cache, seconds, gold=False)
+    models = {"vanilla": vanilla, "unlearned": options.out / "unlearned"}
+    if options.gold:
+        models["gold"] = trained_model(spec, data, seed, cache, seconds, gold=True)
+    return models
+
+
+def _settings(options: DemoOptions, data: DemoData, folder: Path, vanilla_dir: Path) -> Settings:
+    return load_settings(
+        shipped("configs/demo.yaml"),
+        {
+            "model_name_or_path": str(vanilla_dir),
+            "data": str(folder),
+            "strangers": str(folder / "strangers"),
+            "forget_split": data.forget_split,
+            "retain_split": data.retain_split,
+            "output_dir": str(options.out / "run"),
+            "cache_dir": str(options.out / "teacher_cache"),
+            "seed": options.seed,
+            **SIZES[options.size].overrides,
+            **dict(map(parse_override, options.overrides)),
+        },
+    )
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def _show(bar: Progress) -> Callable[[str, int, int, dict[str, float]], None]:
@@ -263,96 +319,77 @@ def _show(bar: Progress) -> Callable[[str, int, int, dict[str, float]], None]:
     return show
 
 
-def _evaluate(
-    name: str,
-    path: Path,
-    processor: Any,
-    cells: dict[str, list[Profile]],
-    spec: Size,
-    seed: int,
-    out: Path,
-    prepared: PreparedPhotos,
-) -> dict[str, Any]:
-    with Progress(f"Evaluating the {name} model") as bar:
-        return evaluate_cells(
-            load_model(path),
-            processor,
-            cells,
-            batch_size=64,
-            seed=seed,
-            log_path=out / f"samples-{name}.jsonl",
-            progress=lambda done, total, what: bar(done, total, what),
-            max_samples=spec.max_samples,
-            fingerprint=identify_base(path).fingerprint,
-            photos=prepared,
-        )
+@dataclass(frozen=True)
+class _Exam:
+    """What every model is asked and attacked with."""
+
+    spec: Size
+    seed: int
+    out: Path
+    cells: dict[str, list[Profile]]
+    processor: Any
+    prepared: PreparedPhotos
+    likeness: dict[str, float]
+    reference: list[Photo]
+
+    def evaluate(self, models: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """By model, the figures of the cells and those person by person."""
+        figures, people = {}, {}
+        for name, path in models.items():
+            with Progress(f"Evaluating the {name} model") as bar:
+                figures[name], people[name] = examine(
+                    load_model(path),
+                    self.processor,
+                    self.cells,
+                    likeness=self.likeness,
+                    reference=self.reference,
+                    batch_size=64,
+                    seed=self.seed,
+                    log_path=self.out / f"samples-{name}.jsonl",
+                    progress=bar,
+                    max_samples=self.spec.max_samples,
+                    fingerprint=identify_base(path).fingerprint,
+                    photos=self.prepared,
+                )
+        return figures, people
+
+    def attack(self, models: dict[str, Path], seconds: dict[str, float]) -> dict[str, Any]:
+        """Every attack, relearning first; its time is noted apart from the others'."""
+        loaded = {name: load_model(path) for name, path in models.items()}
+        budget = replace(self.spec.attacks, relearning_seeds=(self.seed,))
+        attack = Attack(loaded, self.processor, self.cells, self.prepared, budget, self.seed)
+        phases = {"relearn": ("Relearning attack", KINDS[:1]), "attack": ("Other attacks", KINDS[1:])}
+        found: dict[str, Any] = {}
+        for phase, (label, kinds) in phases.items():
+            with _timed(seconds, phase), Progress(label) as bar:
+                found |= replace(attack, progress=bar).run(kinds)
+        return found
 
 
-def _attack(
-    models: dict[str, Path],
-    processor: Any,
-    cells: dict[str, list[Profile]],
-    budget: Budget,
-    seed: int,
-    prepared: PreparedPhotos,
-    seconds: dict[str, float],
+def _judge(
+    settings: Settings,
+    exam: _Exam,
+    unlearned_dir: Path,
+    figures: dict[str, Any],
+    people: dict[str, Any],
+    attacks: dict[str, Any],
+    digests: dict[str, str],
 ) -> dict[str, Any]:
-    """Every attack, relearning first; its time is noted apart from the others'."""
-    loaded = {name: load_model(path) for name, path in models.items()}
-    phases = {"relearn": ("Relearning attack", ["relearn"]), "attack": ("Other attacks", list(KINDS[1:]))}
-    found: dict[str, Any] = {}
-    for phase, (label, kinds) in phases.items():
-        with _timed(seconds, phase), Progress(label) as bar:
-            found |= attack(
-                loaded, processor, cells, kinds=kinds, budget=budget, seed=seed, prepared=prepared, progress=bar
-            )
-    return found
+    """The certificate."""
+    gaps = mean_gaps(attacks["relearning"])
+    return certificate(
+        forget=exam.cells["forget"],
+        settings=settings.to_dict(),
+        model_fingerprint=identify_base(unlearned_dir).fingerprint,
+        figures=figures_of(figures, attacks, people, chance=CHANCE, relearning_gaps=gaps, language_model=digests),
+        thresholds=settings.certificate,
+        versions=library_versions(),
+    )
 
 
 def _parameters(run: Unlearned, vanilla_dir: Path) -> dict[str, int]:
     total = sum(p.numel() for p in load_model(vanilla_dir).parameters())
     return {"trainable": run.trainable_parameters, "frozen": total - run.trainable_parameters, "total": total}
-
-
-def _examples(cells: dict[str, list[Profile]], out: Path) -> list[dict[str, Any]]:
-    """A few photos of every set with what the model answered before and after, from the evaluation's own log."""
-    before, after = (_answers(out / f"samples-{name}.jsonl") for name in ("vanilla", "unlearned"))
-    examples: list[dict[str, Any]] = []
-    for group, profiles in cells.items():
-        shown: dict[str, dict[str, Any]] = {}
-        for profile in profiles:
-            if profile.entity in shown or len(shown) == 5:
-                continue
-            # Another question for each face: the gallery shows more than names. The log may hold a sample of them only.
-            asked = len(shown)
-            choices = profile.visual.choice[asked:] + profile.visual.choice[:asked]
-            photo = profile.photos[0]
-            choice = next((c for c in choices if (photo.source, c.question) in before), None)
-            if choice is not None:
-                shown[profile.entity] = {
-                    "group": group,
-                    "image_png": photo.data,
-                    "name": profile.biography.split(" is a ")[0].split(" lies in ")[0],
-                    "question": choice.question,
-                    "truth": choice.answer_text,
-                    "before": before[photo.source, choice.question],
-                    "after": after[photo.source, choice.question],
-                }
-        examples += shown.values()
-    return examples
-
-
-def _answers(samples: Path) -> dict[tuple[str, str], str]:
-    """(photo, question) -> the option that the model chose."""
-    return {
-        (sample["source"], sample["question"]): sample["options"][sample["prediction"]]
-        for sample in _lines(samples)
-        if sample.get("task") == "choice" and sample["kind"] == "vqa"
-    }
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @contextlib.contextmanager

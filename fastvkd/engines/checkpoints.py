@@ -1,13 +1,14 @@
-"""Checkpoints of the trained part only: written so that a kill at any moment leaves the last good one, resumed exactly.
+"""Checkpoints of the trained part only. A kill at any moment leaves the last good one; a resume is exact.
 
 A checkpoint folder `checkpoint-<updates>/` holds
 
 - `visual.safetensors`: the trainable weights under their HF live names, in their working dtype;
 - `masters.safetensors`: their float32 masters, left out where the weights are float32 themselves;
 - `rank-<r>.pt`: optimiser moments and random-number states of one rank;
-- `checkpoint.json`: updates done, sampler position, settings, the base model's fingerprint, and SHA-256 of the rest.
+- `checkpoint.json`: updates done, sampler position, what the run's watch had seen, settings, the base model's
+  fingerprint, and SHA-256 of the rest.
 
-What stays frozen is in none of them: with VKD and every other run on the visual part, the LLM.
+No file holds frozen weights. In a run on the visual part these are the LLM's.
 """
 
 import dataclasses
@@ -29,7 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastvkd.engines.protocol import Engine
-from fastvkd.errors import ModelError, TrainingError, disk_is_full
+from fastvkd.errors import TrainingError, disk_is_full
+from fastvkd.models.folder import BaseModel, read_safetensors_header
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -39,97 +41,17 @@ _UNFINISHED = ".unfinished-"
 
 
 @dataclass(frozen=True)
-class BaseModel:
-    """The frozen original that a run started from: its folder, and a fingerprint of its configuration and weights."""
-
-    path: str
-    fingerprint: str
-
-
-@dataclass(frozen=True)
 class Resumed:
-    """What the loop needs to go on from a checkpoint; `notice` is one line for the user, empty for an exact resume."""
+    """What the loop needs to go on from a checkpoint. `notice` is one line for the user; an exact resume has none.
+
+    watch: as it was saved; {} where nothing was watched.
+    """
 
     updates: int
     sampler: dict[str, Any]
+    watch: dict[str, Any]
     settings: dict[str, Any]
     notice: str
-
-
-def local_folder(model_name_or_path: str) -> Path:
-    """The folder of a model: the path itself, or where a hub id was (or now is) downloaded whole.
-
-    Raises ModelError when it is neither a folder nor a hub id that is cached or reachable.
-    """
-    if Path(model_name_or_path).is_dir():
-        return Path(model_name_or_path)
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md"]
-    try:
-        return Path(snapshot_download(model_name_or_path, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{model_name_or_path}: neither a folder nor a hub id that is cached or reachable "
-            f"({' '.join(str(error).split())[:160]}); give the path of a model folder"
-        ) from error
-
-
-def shards_of(model_folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in order. Raises ModelError when there are none or one is missing."""
-    index = model_folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    shards = [model_folder / name for name in names]
-    for shard in shards:
-        if not shard.is_file():
-            raise ModelError(
-                f"{model_folder}: no file {shard.name}; a model folder with safetensors weights is needed "
-                "(download it whole, or convert .bin weights with save_pretrained)"
-            )
-    return shards
-
-
-def read_safetensors_header(shard: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header of a safetensors file (tensor name -> dtype, shape, data_offsets) and where its data begin."""
-    with shard.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > shard.stat().st_size - 8:
-            raise ModelError(f"{shard}: truncated or not a safetensors file; download it again")
-        return json.loads(file.read(length)), 8 + length
-
-
-def identify_base(model_folder: str | Path) -> BaseModel:
-    """Fingerprint a local model folder (see `local_folder`) in well under a second, whatever its size.
-
-    SHA-256 over config.json's values, every shard's header, and 256 bytes at the start, middle and end of every
-    tensor: another fine-tune of the same architecture differs in nearly every tensor, so it differs here. This is an
-    identity check, not a proof against somebody who edits single weights on purpose.
-    """
-    folder = Path(model_folder)
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ModelError(f"{folder}: no config.json; a local model folder is needed")
-    digest = hashlib.sha256(json.dumps(json.loads(config.read_text()), sort_keys=True).encode())
-    samples: list[tuple[str, bytes]] = []
-    for shard in shards_of(folder):
-        header, data_start = read_safetensors_header(shard)
-        with shard.open("rb") as file:
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                begin, end = entry["data_offsets"]
-                sample = f"{entry['dtype']} {entry['shape']}".encode()
-                for position in (begin, (begin + end) // 2, max(begin, end - 256)):
-                    file.seek(data_start + position)
-                    sample += file.read(min(256, end - position))
-                samples.append((name, sample))
-    for name, sample in sorted(samples):  # independent of how the tensors are spread over shards
-        digest.update(name.encode())
-        digest.update(sample)
-    return BaseModel(str(folder), digest.hexdigest())
 
 
 def save_checkpoint(
@@ -140,11 +62,12 @@ def save_checkpoint(
     settings: dict[str, Any],
     base_model: BaseModel,
     keep: int,
+    watch: dict[str, Any] | None = None,
 ) -> Path:
     """Write `output_dir/checkpoint-<updates>` and delete all but the newest `keep`; collective over ranks.
 
-    `sampler` and `settings` must be JSON values. The folder appears under its name only when it is complete and on
-    disk. Raises TrainingError, on every rank, when any rank cannot write (no space left).
+    `sampler`, `settings` and `watch` must be JSON values. The folder appears under its name only when it is complete
+    and on disk. Raises TrainingError, on every rank, when any rank cannot write (no space left).
     """
     final = output_dir / f"checkpoint-{engine.updates}"
     unfinished = output_dir / f"{_UNFINISHED}checkpoint-{engine.updates}"
@@ -166,26 +89,16 @@ def save_checkpoint(
                 save_file(higher, unfinished / MASTERS)
 
     def publish() -> None:
-        files = sorted(unfinished.iterdir())
         manifest = {
             "format": FORMAT,
             "updates": engine.updates,
             "world_size": engine.world_size,
             "sampler": sampler,
+            "watch": watch or {},
             "settings": settings,
             "base_model": dataclasses.asdict(base_model),
-            "sha256": {file.name: _sha256(file) for file in files},
         }
-        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for file in [*files, unfinished / MANIFEST, unfinished]:
-            _fsync(file)
-        replaced = output_dir / f"{_UNFINISHED}replaced-{final.name}"
-        if final.exists():  # the same step saved again, say by a SIGTERM right after a regular save
-            final.rename(replaced)
-        unfinished.rename(final)
-        _fsync(output_dir)
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        _publish(unfinished, final, manifest)
         for old in _checkpoints(output_dir)[:-keep] if keep > 0 else []:
             shutil.rmtree(old)
 
@@ -195,8 +108,24 @@ def save_checkpoint(
     return final
 
 
+def _publish(unfinished: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Give a complete folder its name once all of it is on disk, the manifest with the hashes of the rest last."""
+    files = sorted(unfinished.iterdir())
+    manifest = {**manifest, "sha256": {file.name: _sha256(file) for file in files}}
+    (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for file in [*files, unfinished / MANIFEST, unfinished]:
+        _fsync(file)
+    replaced = final.with_name(f"{_UNFINISHED}replaced-{final.name}")
+    if final.exists():  # the same step saved again, say by a SIGTERM right after a regular save
+        final.rename(replaced)
+    unfinished.rename(final)
+    _fsync(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
 def _together(engine: Engine, work: Any, final: Path) -> None:
-    """Run `work` and wait for the other ranks; a disk error on one rank becomes an error on all, not a deadlock."""
+    """Run `work` and wait for the other ranks. A disk error on one rank becomes an error on all, and no deadlock."""
     error: Exception | None = None
     if work is not None:
         try:
@@ -213,7 +142,7 @@ def _together(engine: Engine, work: Any, final: Path) -> None:
 
 
 def _torch_save(content: Any, path: Path) -> None:
-    """torch.save with the system's own error: by itself it turns a full disk into a RuntimeError about positions."""
+    """torch.save that raises the system's own error. By itself it makes a RuntimeError of a full disk."""
     failed: list[OSError] = []
 
     class Writer(io.FileIO):
@@ -238,6 +167,19 @@ def find_latest(output_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None; what `resume_from_checkpoint: auto` means."""
     found = _checkpoints(output_dir)
     return found[-1] if found else None
+
+
+def go_back(output_dir: Path, now: int, then: int, kept_in: Path) -> None:
+    """Delete a run's checkpoints from after `then` to `now` updates, and move the one of `then` here from `kept_in`.
+
+    It stays here where it is here already, and is nowhere where it was not kept. For one rank only.
+    """
+    for checkpoint in _checkpoints(output_dir):
+        if then < int(checkpoint.name[11:]) <= now:
+            shutil.rmtree(checkpoint)
+    name = f"checkpoint-{then}"
+    if (kept_in / name).exists() and not (output_dir / name).exists():
+        (kept_in / name).rename(output_dir / name)
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
@@ -278,9 +220,9 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
 def load_checkpoint(checkpoint: Path, engine: Engine, *, base_model: BaseModel) -> Resumed:
     """Put `engine` (and Python's, NumPy's and torch's random states) where it was; collective over ranks.
 
-    Raises TrainingError for a damaged checkpoint, other trainable parameters, another optimiser, or a base model that
-    is not the one the run started from. With another world size or engine layout the weights and masters are
-    restored and the moments start from zero; `notice` then says so.
+    With another world size or engine layout, weights and masters are restored and the moments start from zero; `notice`
+    then says so. Raises TrainingError for a damaged checkpoint, other trainable parameters, another optimiser, or a
+    base model that is not the one the run started from.
     """
     manifest = verify_checkpoint(checkpoint)
     known = BaseModel(**manifest["base_model"])
@@ -305,7 +247,7 @@ def load_checkpoint(checkpoint: Path, engine: Engine, *, base_model: BaseModel) 
             f"{checkpoint}: written by {manifest['world_size']} rank(s) with layout {state['layout']!r}, resumed by "
             f"{engine.world_size}: weights and masters are restored, optimiser moments start from zero"
         )
-    return Resumed(manifest["updates"], manifest["sampler"], manifest["settings"], notice)
+    return Resumed(manifest["updates"], manifest["sampler"], manifest.get("watch", {}), manifest["settings"], notice)
 
 
 def bytes_per_trainable_parameter(checkpoint: Path) -> float:

@@ -1,7 +1,7 @@
 """The engine for several GPUs: DeepSpeed ZeRO-0 to 3 behind the same protocol as the local engine.
 
-Only the trainable visual parameters are given to DeepSpeed's optimiser, so nothing frozen is reduced, and gathering
-for checkpoints goes through the trainable ones by name.
+DeepSpeed's optimiser gets the trainable parameters only. So nothing frozen is reduced, and a checkpoint gathers the
+trainable ones by name.
 """
 
 import os
@@ -39,7 +39,7 @@ def start_deepspeed(ds_config: dict[str, Any]) -> Any:
 
 
 def leave_deepspeed() -> None:
-    """Leave the job's process group; call last. A process that ends inside it may be aborted by gloo's own threads."""
+    """Leave the job's process group; call last. Gloo's own threads may abort a process that ends inside it."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -75,8 +75,8 @@ class DeepSpeedEngine:
         self._bf16: bool = ds_config["bf16"]["enabled"]
         self._swaps_moments = (zero.get("offload_optimizer") or {}).get("device") == "nvme"
         self._optim = optim
-        self._base_learning_rate = learning_rate
-        self._schedule = Schedule(lr_scheduler_type, warmup_steps=warmup_steps, max_steps=max_steps)
+        self.base_learning_rate = learning_rate
+        self.schedule = Schedule(lr_scheduler_type, warmup_steps=warmup_steps, max_steps=max_steps)
         self._parameters = dict(named_parameters)
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
@@ -126,7 +126,7 @@ class DeepSpeedEngine:
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
 
     def learning_rate(self) -> float:
-        return self._base_learning_rate * self._schedule.factor(self.updates)
+        return self.base_learning_rate * self.schedule.factor(self.updates)
 
     def state_dict(self) -> dict[str, Any]:
         if self._micro_steps:
@@ -211,7 +211,7 @@ class DeepSpeedEngine:
 
 
 class _MomentsInPlace:
-    """ZeRO-3 takes the parameters out of the optimiser's groups between steps; inside this context they are there."""
+    """Context in which the parameters are in the optimiser's groups. ZeRO-3 takes them out between steps."""
 
     def __init__(self, optimizer: Any, stage: int) -> None:
         self._optimizer = optimizer if stage == 3 else None

@@ -1,6 +1,6 @@
-"""DeepSpeed configurations: preset or file, `"auto"` filled in from the run's settings, contradictions refused early.
+"""DeepSpeed configurations: a preset or file, with `"auto"` filled in from the run's settings.
 
-The run's settings decide; a DeepSpeed file may repeat them but not say something else.
+The settings decide. A DeepSpeed file may repeat them; where it says something else it is refused, early.
 """
 
 import copy
@@ -14,6 +14,7 @@ from fastvkd.errors import SettingsError
 from fastvkd.paths import shipped
 
 PRESETS = shipped("ds_configs")
+_OFFLOADS = ("offload_optimizer", "offload_param")
 _LARGEST_LAYER = 1 << 30  # elements; buffers for NVMe must hold the largest parameter (13B's embedding has 164 M)
 
 
@@ -48,30 +49,50 @@ def complete_ds_config(
 ) -> dict[str, Any]:
     """The configuration that DeepSpeed gets: every `"auto"` filled in, nothing left that contradicts the settings.
 
-    Needs neither a model nor a device, so that a mistake costs no loading time. Raises SettingsError naming the key,
+    It needs neither model nor device, so a mistake costs no loading time. Raises SettingsError naming the key,
     both values and the mend.
     """
     check_optimizer(optim)
     config = copy.deepcopy(config)
     zero = config.setdefault("zero_optimization", {})
-    stage = zero.setdefault("stage", 0)
+    zero.setdefault("stage", 0)
+    _refuse_what_settings_decide(config)
+    _fill_in(
+        config,
+        {
+            "train_micro_batch_size_per_gpu": (micro_batch, "per_device_train_batch_size"),
+            "gradient_accumulation_steps": (gradient_accumulation_steps, "gradient_accumulation_steps"),
+            "train_batch_size": (
+                micro_batch * gradient_accumulation_steps * world_size,
+                "the product of batch settings",
+            ),
+            "gradient_clipping": (max_grad_norm, "max_grad_norm"),
+            "bf16.enabled": (bf16, "bf16"),
+        },
+    )
+    _check_zero(zero, optim, quantize_llm)
+    _complete_zero(zero, on_gpu)
+    _refuse_auto(config, "")
+    # bitsandbytes' optimisers are tested here, DeepSpeed just does not know them; offload on a machine without a GPU
+    # takes torch's AdamW, since DeepSpeed's own would be compiled for minutes.
+    config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": on_gpu}
+    config.setdefault("steps_per_print", None)
+    return config
+
+
+def _refuse_what_settings_decide(config: dict[str, Any]) -> None:
+    stage = config["zero_optimization"]["stage"]
     if stage not in (0, 1, 2, 3):
         raise SettingsError(f"zero_optimization.stage={stage!r}: allowed are 0, 1, 2, 3")
     for section, setting in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
         if section in config:
             raise SettingsError(f"the DeepSpeed configuration has a section {section!r}: remove it, {setting} decides")
-    fp16 = config.get("fp16", {}).get("enabled", False)
-    if fp16 and fp16 != "auto":
+    if config.pop("fp16", {}).get("enabled", False) not in (False, "auto"):
         raise SettingsError("fp16.enabled=true: Fisher information and small updates underflow in fp16; use bf16=true")
-    config.pop("fp16", None)
 
-    from_settings: dict[str, tuple[Any, str]] = {
-        "train_micro_batch_size_per_gpu": (micro_batch, "per_device_train_batch_size"),
-        "gradient_accumulation_steps": (gradient_accumulation_steps, "gradient_accumulation_steps"),
-        "train_batch_size": (micro_batch * gradient_accumulation_steps * world_size, "the product of batch settings"),
-        "gradient_clipping": (max_grad_norm, "max_grad_norm"),
-        "bf16.enabled": (bf16, "bf16"),
-    }
+
+def _fill_in(config: dict[str, Any], from_settings: dict[str, tuple[Any, str]]) -> None:
+    """Set every key to its value; SettingsError where the configuration says something else than the setting named."""
     for key, (value, setting) in from_settings.items():
         *parents, last = key.split(".")
         target = config.setdefault(parents[0], {}) if parents else config
@@ -80,8 +101,10 @@ def complete_ds_config(
             raise SettingsError(f"{key}={found!r} in the DeepSpeed configuration, but {setting}={value!r}: use 'auto'")
         target[last] = value
 
-    offload_optimizer = _offload(zero, "offload_optimizer")
-    offload_param = _offload(zero, "offload_param")
+
+def _check_zero(zero: dict[str, Any], optim: str, quantize_llm: str) -> None:
+    stage = zero["stage"]
+    offload_optimizer, offload_param = (_offload(zero, section) for section in _OFFLOADS)
     if offload_param and stage != 3:
         raise SettingsError(f"offload_param needs zero_optimization.stage=3, found {stage}: use zero3_offload")
     if offload_optimizer and stage == 0:
@@ -96,20 +119,16 @@ def complete_ds_config(
             f"quantize_llm={quantize_llm!r} with ZeRO-3: quantised weights cannot be partitioned (transformers skips "
             "it); use zero2 with the truncated LLM, or quantize_llm=none"
         )
+
+
+def _complete_zero(zero: dict[str, Any], on_gpu: bool) -> None:
     if zero.get("overlap_comm") == "auto":
         zero["overlap_comm"] = on_gpu
     if isinstance(zero.get("offload_param"), dict) and zero["offload_param"].get("buffer_size") == "auto":
         zero["offload_param"]["buffer_size"] = _LARGEST_LAYER
-    if not on_gpu:
-        for section in ("offload_optimizer", "offload_param"):
-            if isinstance(zero.get(section), dict):
-                zero[section]["pin_memory"] = False  # pinning is for copies to a GPU
-    _refuse_auto(config, "")
-    # bitsandbytes' optimisers are tested here, DeepSpeed just does not know them; offload on a machine without a GPU
-    # takes torch's AdamW, since DeepSpeed's own would be compiled for minutes.
-    config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": on_gpu}
-    config.setdefault("steps_per_print", None)
-    return config
+    for section in _OFFLOADS:
+        if not on_gpu and isinstance(zero.get(section), dict):
+            zero[section]["pin_memory"] = False  # pinning is for copies to a GPU
 
 
 def _offload(zero: dict[str, Any], section: str) -> bool:

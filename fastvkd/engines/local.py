@@ -15,8 +15,8 @@ from fastvkd.errors import SettingsError, TrainingError
 class LocalEngine:
     """Trains `named_parameters` (HF live names) on one device; see `protocol.Engine` for the methods' contracts.
 
-    Half-precision parameters get a float32 master each: at lr 1e-5 a bf16 weight does not move (an update is below
-    half a unit in the last place), its master does. Float32 parameters are their own masters. Gradients are
+    Each half-precision parameter gets a float32 master. At lr 1e-5 an update is below half a unit in the last place of
+    a bf16 weight, so the weight alone would not move. Float32 parameters are their own masters. Gradients are
     accumulated in float32 either way.
     """
 
@@ -47,9 +47,9 @@ class LocalEngine:
         self.updates = 0
         self._micro_steps = 0
         self._optim = optim
-        self._base_learning_rate = learning_rate
+        self.base_learning_rate = learning_rate
         self._max_grad_norm = max_grad_norm
-        self._schedule = Schedule(lr_scheduler_type, warmup_steps=warmup_steps, max_steps=max_steps)
+        self.schedule = Schedule(lr_scheduler_type, warmup_steps=warmup_steps, max_steps=max_steps)
         self._parameters = dict(named_parameters)
         self._masters: dict[str, nn.Parameter] = {}
         for name, parameter in named_parameters:
@@ -97,7 +97,7 @@ class LocalEngine:
             torch._foreach_copy_([self._parameters[n] for n in lower], [self._masters[n] for n in lower])
 
     def learning_rate(self) -> float:
-        return self._base_learning_rate * self._schedule.factor(self.updates)
+        return self.base_learning_rate * self.schedule.factor(self.updates)
 
     def state_dict(self) -> dict[str, Any]:
         if self._micro_steps:
@@ -122,7 +122,7 @@ class LocalEngine:
         self._micro_steps = 0
         if state["layout"] != "local":
             return False
-        # The groups come from the settings of this run, so a changed weight decay takes effect; the state from disk.
+        # The groups come from this run's settings, so a changed weight decay takes effect. The moments come from disk.
         own = self._optimizer.state_dict()
         self._optimizer.load_state_dict({"state": state["moments"], "param_groups": own["param_groups"]})
         return True

@@ -1,4 +1,4 @@
-"""Optimisers by the name the user writes, with norms and biases kept in 32 bit when the moments are 8-bit.
+"""Optimisers by the name the user writes. Norms and biases keep 32-bit moments where the others are 8-bit.
 
 The 8-bit ones are bitsandbytes' own (Dettmers et al., arXiv 2110.02861); AdEMAMix is arXiv 2409.03137, Lion 2302.06675.
 """
@@ -39,9 +39,9 @@ def check_optimizer(optim: str) -> None:
 
 
 def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups at most: matrices (decayed), and 1-D parameters (never decayed, 32-bit moments).
+    """At most two groups: matrices (decayed), and 1-D parameters (never decayed, 32-bit moments).
 
-    Separate groups also keep the two apart after ZeRO has flattened each group into one buffer.
+    ZeRO flattens each group into one buffer, so the groups keep the two apart there too.
     """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
@@ -66,7 +66,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimiser called `optim` over float32 masters (or over what DeepSpeed will make its masters from).
 
-    AdEMAMix warms its slow average up over `max_steps`, as its paper does. A paged optimiser on a CPU is the ordinary
+    AdEMAMix warms its slow average up over `max_steps`, as in its paper. On a CPU a paged optimiser is the ordinary
     one: there is no GPU memory to page out of. Raises SettingsError for an unknown name.
     """
     check_optimizer(optim)
@@ -96,10 +96,10 @@ def build_optimizer(
 
 
 def _keep_vectors_32bit(optimizer: Any) -> None:
-    """Override the moments' width by position (group, index), which still holds after ZeRO replaced the parameters.
+    """Override the moments' width by position (group, index), which still holds after ZeRO has replaced the parameters.
 
-    bitsandbytes keeps overrides in a process-wide singleton keyed by `id(parameter)`, and an id is reused once its
-    parameter is gone; so each of our optimisers gets a manager of its own.
+    bitsandbytes keeps overrides in a process-wide singleton by `id(parameter)`, and an id is used again once its
+    parameter is gone. So each of our optimisers gets a manager of its own.
     """
     from bitsandbytes.optim import GlobalOptimManager
 
@@ -113,12 +113,15 @@ def _keep_vectors_32bit(optimizer: Any) -> None:
 
 
 def _keep_zero_moments_zero(optimizer: Any, device: torch.device) -> None:
-    """A weight whose gradient is always zero (masked out) must not move, so its first moment must stay exactly zero.
+    """Keeps the first moment of a weight exactly zero where its gradient always is (masked out), so it never moves.
 
-    Two things would break that. bitsandbytes starts a moment as code 0, which reads as -1.0 * absmax 0 = -0.0; a
-    gradient of -0.0 (a negative one times a zero mask) keeps that sign, and the CUDA kernel then takes the next code
-    below zero so that the sign survives. And the CPU kernel rounds through a coarse table in which zero becomes 2e-5
-    of the block's largest moment. A second moment that is not zero does no harm: the update is 0 / sqrt(v).
+    Two things would break that.
+
+    - bitsandbytes starts a moment as code 0, which reads as -1.0 * absmax 0 = -0.0. A gradient of -0.0 (a negative one
+      times a zero mask) keeps that sign. The CUDA kernel then takes the next code below zero to keep it.
+    - The CPU kernel rounds through a coarse table, in which zero becomes 2e-5 of the block's largest moment.
+
+    A second moment that is not zero does no harm: the update is 0 / sqrt(v).
     """
     from bitsandbytes.functional import create_dynamic_map
 
@@ -149,10 +152,10 @@ def _keep_zero_moments_zero(optimizer: Any, device: torch.device) -> None:
 
 
 def _step_without_waiting(optimizer: Any) -> None:
-    """bitsandbytes waits for the whole GPU after every parameter: hundreds of times a step.
+    """Leaves out bitsandbytes' wait for the whole GPU after every parameter: hundreds of times a step.
 
-    Paged moments need it, which live in memory that the host may touch. Others do not where the step is on the default
-    stream, to which its kernels always go: everything before and after them is in order there by itself.
+    Paged moments need the wait, since the host may touch their memory; there it stays. Others do not need it on the
+    default stream: the update kernels always go there, in order with everything before and after them.
     """
     if optimizer.is_paged:
         return

@@ -1,4 +1,4 @@
-"""What the training loop may ask of an engine, so that one process and a DeepSpeed job share one loop.
+"""What the training loop may ask of an engine. One process and a DeepSpeed job thus share one loop.
 
 An engine owns the optimiser, the float32 masters, the learning-rate schedule and the talk between ranks. It knows
 nothing of objectives, data or checkpoints on disk.
@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from fastvkd.engines.schedule import Schedule
 
 
 class Engine(Protocol):
@@ -19,6 +21,8 @@ class Engine(Protocol):
     forward_module: nn.Module  # call this one, not the bare module: DeepSpeed gathers and prefetches through it
     gradient_accumulation_steps: int
     updates: int  # optimiser updates done so far, also after a resume
+    base_learning_rate: float  # what `schedule` gives factors of; a loop may set both between updates
+    schedule: Schedule
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of `loss` (scalar, not yet divided by the accumulation steps)."""
@@ -27,9 +31,9 @@ class Engine(Protocol):
     def step(self) -> Tensor | None:
         """Call once after every `backward`.
 
-        Returns None inside an accumulation; at its end clips, updates, advances the schedule, clears the gradients and
-        returns the gradient norm before clipping as a float32 scalar tensor on `device` (reading it is the caller's
-        host sync, not ours).
+        Inside an accumulation it returns None. At its end it clips, updates, advances the schedule and clears the
+        gradients. It then returns the gradient norm before clipping, a float32 scalar tensor on `device`. Reading that
+        waits for the device; the engine does not.
         """
         ...
 
@@ -38,7 +42,7 @@ class Engine(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the weights that this rank needs to go on bit-exactly; collective under DeepSpeed.
+        """All that this rank needs beside the weights to go on bit-exactly; collective under DeepSpeed.
 
         Keys: `names`, `optim`, `updates`, `micro_steps`, `world_size`, `masters` (name -> float32 tensor of the whole
         parameter, only on rank 0) and `moments` (this rank's part). Tensors are references: save before stepping on.
@@ -48,8 +52,8 @@ class Engine(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         """Take up `state_dict()`'s value again; collective under DeepSpeed.
 
-        Weights are set from `masters`. Returns False when the moments could not be used (other world size or ZeRO
-        stage) and start from zero; raises TrainingError where parameters or optimiser differ.
+        Weights are set from `masters`. Returns False when the moments could not be used (another world size or ZeRO
+        stage); they then start from zero. Raises TrainingError where parameters or optimiser differ.
         """
         ...
 
@@ -65,5 +69,5 @@ class Engine(Protocol):
         ...
 
     def any_rank(self, flag: bool) -> bool:
-        """True on every rank when `flag` is true on at least one: ranks stop together or not at all; collective."""
+        """True on every rank when `flag` is true on at least one, so that ranks stop together; collective."""
         ...

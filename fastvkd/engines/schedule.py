@@ -26,13 +26,15 @@ DECAYS: dict[str, Callable[[float], float]] = {"constant": _constant, "cosine": 
 class Schedule:
     """Linear warm-up over `warmup_steps` optimiser updates, then the decay over the rest of `max_steps`.
 
-    The first update already has 1/warmup_steps of the rate, not 0, and the last one still more than 0, so that no
-    update is wasted. Raises SettingsError for an unknown decay or an impossible warm-up.
+    With `decay_from` the whole rate lasts until that update, and the decay takes what is left then. The first update
+    has 1 / warmup_steps of the rate and the last one more than 0, so no update is wasted. Raises SettingsError for an
+    unknown decay or an impossible warm-up.
     """
 
     lr_scheduler_type: str
     warmup_steps: int
     max_steps: int
+    decay_from: int | None = None
 
     def __post_init__(self) -> None:
         if self.lr_scheduler_type not in DECAYS:
@@ -48,5 +50,6 @@ class Schedule:
         """The factor on the learning rate at update `update` (0-based)."""
         if update < self.warmup_steps:
             return (update + 1) / self.warmup_steps
-        progress = min(1.0, (update - self.warmup_steps) / (self.max_steps - self.warmup_steps))
+        start = self.warmup_steps if self.decay_from is None else self.decay_from
+        progress = min(1.0, max(0, update - start) / (self.max_steps - start))
         return DECAYS[self.lr_scheduler_type](progress)

@@ -4,23 +4,35 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fastvkd.errors import DataError, SettingsError
+from fastvkd.options import TableFormat
 
-FORMATS = ("text", "json", "latex")
-_SETS = ("forget", "test", "retain", "realworld", "forget_faces", "retain_faces", "real_faces", "real_world")
-# How the table calls the figures of a cell, in its order; and those that only `json` holds, to keep it short.
+FORMATS = get_args(TableFormat)
+_CELLS = (
+    *("forget", "test", "retain", "realworld", "forget_faces", "retain_faces", "real_faces", "real_world"),
+    *("stranger", "neighbour", "pair"),
+)
+# How the table calls a cell's figures, in its order; and those that only `json` holds, to keep it short.
 _FIGURES = {
     "accuracy": "acc",
     "rouge_l": "R-L",
     "cloze": "cloze",
     "prob": "prob",
     "truth_ratio": "TR",
+    "description": "seen",
 }
 _JSON_ONLY = {"rouge_1": "R-1", "rouge_2": "R-2", "rouge_l_recall": "R-L recall", "bleu": "BLEU"}
 _KINDS = {"vqa": "VQA", "qa": "QA"}
 _INTERVALS = {"accuracy": "ci95"}
+# The figures person by person: of every part, what a group holds and how the table calls it.
+_PEOPLE = {
+    "by_person": {"accuracy": "acc"},
+    "who": {"right": "right", "abstains": "abstains", "misnamed": "misnamed"},
+    "description": {"accuracy": "acc"},
+    "retain_by_likeness": {"accuracy": "acc"},
+}
 
 
 @dataclass(frozen=True)
@@ -52,16 +64,23 @@ def read_runs(paths: Sequence[str | Path]) -> list[Row]:
         name = path.name if path.is_dir() else path.parent.name
         if isinstance(content, dict) and isinstance(content.get("cells"), dict):
             measured = f"{content.get('benchmark')} {content.get('mode')}"
-            rows.append(_row(name, measured, content["cells"], content.get("summary") or {}))
+            rows.append(_row(name, measured, content["cells"], content.get("summary") or {}, content))
         elif isinstance(content, dict) and "unlearned" in content:
             models = [model for model in ("vanilla", "unlearned", "gold") if model in content]
-            rows += [_row(f"{name}/{model}", "demo corrected", content[model], {}) for model in models]
+            rows += [_row(f"{name}/{model}", "demo corrected", *_split(content[model])) for model in models]
         else:
             raise DataError(f"{file}: neither a result of fastvkd eval nor a report of fastvkd demo")
     return rows
 
 
-def _row(name: str, measured: str, cells: Mapping[str, Any], summary: Mapping[str, Any]) -> Row:
+def _split(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Mapping[str, Any]]:
+    """Of a model in a report: its cells, no summary, and what stands beside the cells."""
+    return {name: of for name, of in model.items() if name in _CELLS}, {}, model
+
+
+def _row(
+    name: str, measured: str, cells: Mapping[str, Any], summary: Mapping[str, Any], people: Mapping[str, Any]
+) -> Row:
     figures: dict[str, float] = {}
     intervals: dict[str, list[float]] = {}
 
@@ -72,12 +91,19 @@ def _row(name: str, measured: str, cells: Mapping[str, Any], summary: Mapping[st
             if interval is not None:
                 intervals[title] = interval
 
-    for cell in (*(one for one in _SETS if one in cells), *(one for one in cells if one not in _SETS)):
+    for cell in (*(one for one in _CELLS if one in cells), *(one for one in cells if one not in _CELLS)):
         for kind, title in _KINDS.items():
             for figure, short in (_FIGURES | _JSON_ONLY).items():
                 add(f"{cell} {title} {short}", cells[cell].get(kind, {}), figure)
+    for part, titles in _PEOPLE.items():
+        for group, values in people.get(part, {}).items():
+            for figure, short in titles.items():
+                add(f"{part} {group} {short}", values.get("vqa", values), figure)
+    for end in ("low", "high"):
+        add(f"stranger_band {end}", people.get("stranger_band", {}), end)
+    add("telltale_auc", people, "telltale_auc")
     for key, value in summary.items():
-        if isinstance(value, dict):  # joint figures of a set
+        if isinstance(value, dict):  # joint figures of a cell
             for figure in value:
                 if not figure.endswith("_ci95") and figure != "n_pairs":
                     add(f"{key} {figure}", value, figure)
@@ -86,7 +112,7 @@ def _row(name: str, measured: str, cells: Mapping[str, Any], summary: Mapping[st
     return Row(name, measured, figures, intervals)
 
 
-def table(rows: Sequence[Row], format: str) -> str:
+def comparison_table(rows: Sequence[Row], format: str) -> str:
     """Figures down and runs across, as `text` or `latex` (a `tabular` of booktabs) with three decimals and the 95 %
     interval where there is one; or as `json` with all digits, and also ROUGE-1, ROUGE-2, recall of ROUGE-L and BLEU.
     Fractions are given as such, not in per cent.
@@ -94,13 +120,13 @@ def table(rows: Sequence[Row], format: str) -> str:
     Raises `SettingsError` for another format.
     """
     if format not in FORMATS:
-        raise SettingsError(f"format: unknown value {format!r}; allowed: {', '.join(FORMATS)}")
+        raise SettingsError(f"format={format!r}: allowed are {', '.join(FORMATS)}")
     if format == "json":
         return json.dumps([vars(row) for row in rows], indent=1)
     hidden = tuple(f" {kind} {short}" for kind in _KINDS.values() for short in _JSON_ONLY.values())
     titles = dict.fromkeys(title for row in rows for title in row.figures if not title.endswith(hidden))
     lines = [["", *(row.name for row in rows)], ["measured", *(row.measured for row in rows)]]
-    lines += [[title, *(_cell(row, title) for row in rows)] for title in titles]
+    lines += [[title, *(_entry(row, title) for row in rows)] for title in titles]
     if format == "latex":
         head, *body = [" & ".join(map(_latex, line)) + r" \\" for line in lines]
         start = rf"\begin{{tabular}}{{l{'r' * len(rows)}}}"
@@ -112,7 +138,7 @@ def table(rows: Sequence[Row], format: str) -> str:
     )
 
 
-def _cell(row: Row, title: str) -> str:
+def _entry(row: Row, title: str) -> str:
     if title not in row.figures:
         return "-"
     value = f"{row.figures[title]:.3f}"

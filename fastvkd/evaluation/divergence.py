@@ -1,5 +1,6 @@
-"""How far a model's answers to multiple-choice questions lie from those of a reference, usually one that never saw the
-forget set: the Jensen-Shannon divergence of both distributions over the options.
+"""How far a model's choices lie from those of a reference, usually a model that never saw the forget set.
+
+The figure is the Jensen-Shannon divergence of both distributions over the options.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,13 +9,13 @@ from typing import Any
 import numpy as np
 from scipy.special import rel_entr, softmax
 
-from fastvkd.evaluation.statistics import bootstrap_interval
+from fastvkd.evaluation.statistics import with_interval
 
 Samples = Sequence[Mapping[str, Any]]
 
 
 def scored_choices(logged: Samples) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
-    """By (cell, kind) the logged samples of multiple choice that hold the options' likelihoods (corrected mode)."""
+    """Logged samples of multiple choice that hold the options' likelihoods (corrected mode), by (cell, kind)."""
     found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for sample in logged:
         if sample.get("task") == "choice" and "log_likelihood" in sample:
@@ -23,7 +24,7 @@ def scored_choices(logged: Samples) -> dict[tuple[str, str], list[Mapping[str, A
 
 
 def asked(samples: Samples) -> list[tuple[Any, ...]]:
-    """What was asked, in order, to tell whether two lists of samples can be compared."""
+    """What was asked, in order. Two lists of samples can be compared where this is equal."""
     return [(s["entity"], s["question"], tuple(s["options"].items()), s["answer"]) for s in samples]
 
 
@@ -34,7 +35,7 @@ def option_distribution(sample: Mapping[str, Any]) -> np.ndarray:
 
 
 def jensen_shannon(one: np.ndarray, other: np.ndarray) -> float:
-    """In bits: 0 for equal distributions, 1 for those that share no outcome."""
+    """The divergence in bits: 0 for equal distributions, 1 for those that share no outcome."""
     middle = (one + other) / 2
     return float((rel_entr(one, middle).sum() + rel_entr(other, middle).sum()) / (2 * np.log(2)))
 
@@ -42,14 +43,12 @@ def jensen_shannon(one: np.ndarray, other: np.ndarray) -> float:
 def option_divergence(
     mine: Mapping[tuple[str, str], Samples], reference: Mapping[tuple[str, str], Samples], seed: int
 ) -> dict[str, dict[str, Any]]:
-    """`{cell: {"js_vqa": mean over questions, "js_vqa_ci95": interval, "js_qa": ...}}` of what both have, as
-    `scored_choices` returns it; the questions of a cell and kind must be the same ones (see `asked`)."""
+    """`{cell: {"js_vqa": mean over questions, "js_vqa_ci95": interval, "js_qa": ...}}` for the cells and kinds that
+    both have. Both come from `scored_choices`; their questions must be the same (see `asked`)."""
     figures: dict[str, dict[str, Any]] = {}
     for cell, kind in mine:
         if (cell, kind) in reference:
             pairs = zip(mine[cell, kind], reference[cell, kind], strict=True)
             values = [jensen_shannon(option_distribution(one), option_distribution(other)) for one, other in pairs]
-            found = figures.setdefault(cell, {})
-            found[f"js_{kind}"] = float(np.mean(values))
-            found[f"js_{kind}_ci95"] = list(bootstrap_interval(values, seed=seed))
+            figures.setdefault(cell, {}).update(with_interval(f"js_{kind}", values, seed))
     return figures

@@ -1,4 +1,4 @@
-"""Greedy answers in batches, the same text as one by one, and how close they are to a reference: ROUGE and BLEU.
+"""Greedy answers in batches, and how close they are to a reference: ROUGE and BLEU. Batching changes no text.
 
 Letters in tensor names: B rows, T tokens.
 """
@@ -12,27 +12,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from fastvkd.data.records import Open
-from fastvkd.evaluation.inputs import Embedder, Query, Tick, Tokens, eos_ids, evaluating, processor_inputs
-from fastvkd.evaluation.multiple_choice import image_line, speaks_user_assistant
-from fastvkd.models.prompts import chat_prompt
+from fastvkd.evaluation.inputs import Embedder, Tick, Tokens, eos_ids, evaluating
+from fastvkd.models.answers import Query, processor_inputs
 
 MAX_NEW_TOKENS = 50
-PAPER_INSTRUCTION = "Answer the question based on your trained knowledge in one sentence accurately in ENGLISH."
-
-
-def generation_query(processor: Any, question: Open, photos: tuple[Any, ...], mode: str) -> Query:
-    """The prompt of a generation question: `paper` adds the benchmark's instruction, `corrected` asks the question as
-    it is (the instruction is not part of what is being measured, and the training data does not carry it)."""
-    text = f"{question.question}\n{PAPER_INSTRUCTION}" if mode == "paper" else question.question
-    return instruction_query(processor, text, photos, mode)
-
-
-def instruction_query(processor: Any, text: str, photos: tuple[Any, ...], mode: str) -> Query:
-    """`text` as a user turn: in paper mode with the paper's line break before ASSISTANT, if the format is LLaVA's."""
-    if mode == "paper" and speaks_user_assistant(processor):
-        return Query(f"USER: {image_line(processor, photos)}{text}\nASSISTANT:", photos)
-    return Query(chat_prompt(processor, text, image=bool(photos)), photos)
 
 
 def generate_with_processor(
@@ -43,8 +26,8 @@ def generate_with_processor(
     max_new_tokens: int = MAX_NEW_TOKENS,
     tick: Tick | None = None,
 ) -> list[str]:
-    """Greedy answers through the processor and `model.generate`: right for every family. `tick` gets the number of
-    answers after every batch."""
+    """Greedy answers through the processor and `model.generate`; right for every family. After every batch `tick` gets
+    its number of answers."""
     answers = [""] * len(queries)
     ends = eos_ids(model, processor)
     generator: Any = model
@@ -74,8 +57,8 @@ def generate_with_processor(
 def generate_embedded(
     embedder: Embedder, queries: Sequence[Query], max_new_tokens: int = MAX_NEW_TOKENS, tick: Tick | None = None
 ) -> list[str]:
-    """The texts of `generate_with_processor` for a family in `inputs.EMBEDDABLE`: the vision tower runs once per
-    distinct photo, logits exist for the last token only, and finished rows leave the batch and its key-value cache."""
+    """The texts of `generate_with_processor`, faster, for a family in `inputs.EMBEDDABLE`. The vision tower runs once
+    per distinct photo, logits exist for the last token only, and finished rows leave batch and key-value cache."""
     answers = [""] * len(queries)
     with evaluating(embedder.model):
         prompts = embedder.encode(queries)

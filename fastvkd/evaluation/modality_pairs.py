@@ -1,22 +1,23 @@
-"""Joint figures of questions that are asked about the photo and about the text alone (UMU-Bench): whether both forms
-were forgotten, or both kept.
+"""Joint figures of questions that exist in two forms, about the photo and about the text alone (UMU-Bench).
+
+They say whether both forms were forgotten, or both kept.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from fastvkd.evaluation.statistics import bootstrap_interval
+from fastvkd.evaluation.statistics import with_interval
 
 
 def joint_figures(samples: Sequence[Mapping[str, Any]], seed: int) -> dict[str, dict[str, Any]]:
     """`{cell: figures}` from logged samples. Questions without a partner do not count.
 
-    For `choice` and `cloze`, with u and m right or wrong about text and photo: `<task>_acc_r` = mean(u and m),
-    `<task>_acc_f` = mean(neither). For `generation`, with ROUGE-L F1 a about the photo and b about the text:
-    `rl_f` = mean((a^2 + b^2) / (a + b)), `rl_r` = mean(2ab / (a + b)), 0 where a + b = 0. Each has its `_ci95` (a
-    bootstrap over pairs); `n_pairs` counts the pairs by task.
+    - `choice` and `cloze`, u and m being right or wrong about text and photo: `<task>_acc_r` = mean(u and m),
+      `<task>_acc_f` = mean(neither).
+    - `generation`, a and b being ROUGE-L F1 about photo and text: `rl_f` = mean((a^2 + b^2) / (a + b)), `rl_r` =
+      mean(2ab / (a + b)); both 0 where a + b = 0.
+
+    Each has its `_ci95` (a bootstrap over pairs). `n_pairs` counts the pairs by task.
     """
     formulas: dict[str, dict[str, Callable[[float, float], float]]] = {
         task: {f"{task}_acc_r": lambda m, u: m * u, f"{task}_acc_f": lambda m, u: (1 - m) * (1 - u)}
@@ -42,7 +43,5 @@ def joint_figures(samples: Sequence[Mapping[str, Any]], seed: int) -> dict[str, 
             pairs = [(photo[key], text[key]) for key in photo if key in text]
             figures[cell]["n_pairs"][task] = len(pairs)
             for name, formula in by_name.items():
-                joint = [formula(one, other) for one, other in pairs]
-                figures[cell][name] = float(np.mean(joint)) if joint else None
-                figures[cell][f"{name}_ci95"] = list(bootstrap_interval(joint, seed=seed)) if joint else None
+                figures[cell] |= with_interval(name, [formula(one, other) for one, other in pairs], seed)
     return figures

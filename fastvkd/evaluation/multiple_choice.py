@@ -1,5 +1,4 @@
-"""Multiple choice: the log-likelihood of every option's text as the answer (zero-shot), and the letter prompt of the
-MLLMU-Bench paper.
+"""Multiple choice: the log-likelihood of every option's text as the answer (zero-shot).
 
 Letters in tensor names: B rows, T tokens, H hidden size, M scored tokens, V vocabulary.
 """
@@ -12,25 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvkd.data.records import Choice
-from fastvkd.evaluation.inputs import (
-    Embedder,
-    Query,
-    Tick,
-    Tokens,
-    answer_lengths,
-    common_prefix,
-    evaluating,
-    processor_inputs,
-    token_ids,
-    with_answer,
-)
-from fastvkd.models.prompts import chat_prompt, image_placeholder
+from fastvkd.evaluation.inputs import Embedder, Tick, Tokens, evaluating
+from fastvkd.models.answers import Query, answer_lengths, common_prefix, processor_inputs, token_ids, with_answer
 
 # Rows of hidden states that go through the head at once: 512 x 32,000 logits in float32 are 64 MB.
 _HEAD_ROWS = 512
-# A pack holds this many tokens beyond its first prompt, or as many as that prompt has, whichever is more: enough to
-# share an image between questions, and short enough for attention (quadratic in the pack) to stay cheap.
+# A pack holds this many tokens beyond its first prompt, or as many as that prompt has, whichever is more. That is
+# enough to share an image between questions, and short enough for attention, which is quadratic in the pack.
 _PACK_TOKENS = 128
 
 
@@ -43,8 +30,8 @@ class OptionScores:
 
     @property
     def normalised(self) -> tuple[float, ...]:
-        """Mean log-probability per token. A sum would favour short options, whatever the question; the mean treats
-        every token alike, and an option that continues another one ('Guinea', 'Guinea-Bissau') can still win."""
+        """Mean log-probability per token. A sum would favour short options, whatever the question. With the mean, an
+        option that continues another one ('Guinea', 'Guinea-Bissau') can still win."""
         return tuple(total / count for total, count in zip(self.log_likelihood, self.tokens, strict=True))
 
     @property
@@ -54,17 +41,17 @@ class OptionScores:
 
 @dataclass
 class _Pack:
-    """A tree of tokens laid out as one sequence: token n sees its ancestors only, at the position of its own text.
+    """A tree of tokens laid out as one sequence. A token sees only its ancestors, and has the position of its own text.
 
-    Questions about one photo share the photo's tokens, options share their question's. What a token sees is the very
-    sequence it would have been given on its own, so the scores are the same and shared tokens are computed once.
+    Questions about one photo share the photo's tokens; options share their question's. A token sees exactly the text
+    that it would have had alone. So scores are the same, and shared tokens are computed once.
     """
 
     photos: tuple[Any, ...]
     ids: list[int] = field(default_factory=list)
     # (axes, nodes of one branch), one array per branch.
     positions: list[np.ndarray] = field(default_factory=list)
-    # Each path added, as indices into `ids`, root first; only the last one is needed to branch off.
+    # The last path added, as indices into `ids`, root first: new ones branch off from it.
     path: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     # (first new node, path it hangs from): what the attention mask is built from.
@@ -88,7 +75,7 @@ class _Pack:
         )
 
     def visible(self, size: int) -> np.ndarray:
-        """(size, size) bool: token n (row) sees token m (column); padding sees itself, so that no row is empty."""
+        """(size, size) bool: token n (row) sees token m (column). Padding sees itself, so that no row is empty."""
         mask = np.eye(size, dtype=bool)
         for start, stop, ancestors in self.branches:
             mask[start:stop, ancestors] = True
@@ -104,9 +91,11 @@ def score_options(
     batch_size: int,
     tick: Tick | None = None,
 ) -> list[OptionScores]:
-    """Score each option text as the answer to its query, through the processor and the whole model, one row per
-    option: right for every family. `score_options_packed` gives the same numbers faster where the family allows.
-    `tick` gets the number of finished questions after every batch."""
+    """Score each option text as the answer to its query, through the processor and the whole model, one row per option.
+
+    This is right for every family; `score_options_packed` gives the same numbers faster where the family allows. After
+    every batch `tick` gets the number of questions that it finished.
+    """
     rows = [(q, o) for q, texts in enumerate(options) for o in range(len(texts))]
     answers = [options[q][o] for q, o in rows]
     prompts = [queries[q].prompt for q, _ in rows]
@@ -115,7 +104,7 @@ def score_options(
     totals = [0.0] * len(rows)
     left = [len(texts) for texts in options]
     device = next(model.parameters()).device
-    # PaliGemma lets all tokens of type 0 see each other: an answer of that type would be read off instead of predicted.
+    # In PaliGemma all tokens of type 0 see each other: an answer of that type would be read off, not predicted.
     config: Any = model.config
     prefix_attends_both_ways = config.model_type == "paligemma"
     with evaluating(model):
@@ -144,9 +133,11 @@ def score_options(
 def score_options_packed(
     embedder: Embedder, queries: Sequence[Query], options: Sequence[Sequence[str]], tick: Tick | None = None
 ) -> list[OptionScores]:
-    """The numbers of `score_options` for a family in `inputs.EMBEDDABLE`, from packs of questions that share a photo
-    and options that share a question (see `_Pack`); `embedder.batch_size` packs go through the decoder at once, and
-    logits exist at scored tokens only."""
+    """The numbers of `score_options`, faster, for a family in `inputs.EMBEDDABLE`.
+
+    Questions that share a photo and options that share a question go into one pack (see `_Pack`). `embedder.batch_size`
+    packs go through the decoder at once. Logits exist at scored tokens only.
+    """
     model = embedder.model
     found: dict[tuple[int, int], tuple[float, int]] = {}
     with evaluating(model):
@@ -169,7 +160,7 @@ def _packs(embedder: Embedder, queries: Sequence[Query], options: Sequence[Seque
         )
     )
     full = [[next(joint) for _ in texts] for texts in options]
-    keys = [tuple(embedder.photos.key(photo) for photo in query.photos) for query in queries]
+    keys = [tuple(photo.key for photo in query.photos) for query in queries]
     pack: _Pack | None = None
     previous: tuple[str, ...] = ()
     for question in sorted(range(len(queries)), key=lambda index: (keys[index], index)):
@@ -220,8 +211,8 @@ def _score_packs(embedder: Embedder, packs: Sequence[_Pack]) -> Iterator[tuple[t
 
 
 def _log_probabilities(head: nn.Module, hidden_NH: Tensor, rows_M: Tensor, tokens_M: Tensor) -> Tensor:
-    """log p(token | hidden row), (M,) float64. Rows asked about several times (the parent of all options) go through
-    the head once."""
+    """log p(token | hidden row), (M,) float64. A row that is asked about several times, such as the parent of all
+    options, goes through the head once."""
     unique_K, place_M = rows_M.unique(return_inverse=True)
     found_M = torch.empty(len(rows_M), dtype=torch.float64, device=hidden_NH.device)
     for start in range(0, len(unique_K), _HEAD_ROWS):
@@ -238,46 +229,3 @@ def _collect(options: Sequence[Sequence[str]], found: dict[tuple[int, int], tupl
         pairs = [found[question, option] for option in range(len(texts))]
         scores.append(OptionScores(tuple(total for total, _ in pairs), tuple(count for _, count in pairs)))
     return scores
-
-
-def letter_query(
-    processor: Any, choice: Choice, photos: tuple[Any, ...], demonstration: tuple[Choice, tuple[Any, ...]] | None = None
-) -> Query:
-    """The paper's prompt: question, lettered options, "Just give ONE letter representing the answer directly."
-
-    Processors that speak LLaVA-1.5's USER/ASSISTANT format get the paper's literal text, with an optional solved
-    question (and its photo) before it; the others get the same words in their chat template, without a demonstration,
-    which the paper does not define for them.
-    """
-    text = f"{choice.question}\n{_lettered(choice)}\nJust give ONE letter representing the answer directly."
-    if not speaks_user_assistant(processor):
-        return Query(chat_prompt(processor, text, image=bool(photos)), photos)
-    shown, shown_photos = "", ()
-    if demonstration is not None:
-        solved, shown_photos = demonstration
-        shown = (
-            f"USER: {image_line(processor, shown_photos)}Question: {solved.question}\n{_lettered(solved)}\n"
-            f"Correct Answer: {solved.answer}\n"
-        )
-    prompt = f"{shown}USER: {image_line(processor, photos)}{text}\nASSISTANT:"
-    return Query(prompt, (*shown_photos, *photos))
-
-
-def read_letter(answer: str, choice: Choice) -> str | None:
-    """The option a generated answer names: its first character, as in the paper's code; None if it is no option."""
-    first = answer.strip()[:1].upper()
-    return first if first in choice.options else None
-
-
-def speaks_user_assistant(processor: Any) -> bool:
-    """Whether prompts of this processor look like LLaVA-1.5's, which the paper's literal prompts are written for."""
-    prompt = chat_prompt(processor, "?", image=False)
-    return prompt.startswith("USER:") and prompt.rstrip().endswith("ASSISTANT:")
-
-
-def image_line(processor: Any, photos: tuple[Any, ...]) -> str:
-    return f"{image_placeholder(processor)}\n" * len(photos)
-
-
-def _lettered(choice: Choice) -> str:
-    return "\n".join(f"{letter}: {text}" for letter, text in choice.options.items())

@@ -1,14 +1,15 @@
-"""The evaluation protocol: cells (forget, test, retain, realworld) x kinds (vqa: about the photo, qa: about the text) x
-tasks (choice, generation, cloze, truth), with intervals, a log of every sample, and finished cells kept across runs.
+"""The evaluation protocol: cells (forget, test, retain, realworld, ...) x kinds (vqa: about the photo, qa: about the
+text) x tasks (choice, generation, cloze, truth, description), with intervals, a log of every sample, and finished cells
+kept across runs.
 
-docs/data.md says where the modes `corrected` and `paper` differ and why.
+docs/evaluation.md says where the modes `corrected` and `paper` differ and why.
 """
 
 import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,35 +18,25 @@ from typing import Any, TextIO
 import numpy as np
 from torch import nn
 
-from fastvkd.data.records import Choice, Photo, Profile
 from fastvkd.errors import DataError, SettingsError
-from fastvkd.evaluation.benchmarks import BENCHMARKS
-from fastvkd.evaluation.cloze import cloze_correct
-from fastvkd.evaluation.generation import (
-    bleu,
-    generate_embedded,
-    generate_with_processor,
-    generation_query,
-    rouge,
-)
-from fastvkd.evaluation.inputs import Embedder, PreparedPhotos, Query, Tick, embeddable
-from fastvkd.evaluation.multiple_choice import (
-    OptionScores,
-    score_options,
-    score_options_packed,
-    speaks_user_assistant,
-)
-from fastvkd.evaluation.statistics import bootstrap_interval
+from fastvkd.evaluation.asker import Asker
+from fastvkd.evaluation.benchmarks import BENCHMARKS, MODES, Letters, Rules, chat_turn, speaks_user_assistant
+from fastvkd.evaluation.generation import bleu, rouge
+from fastvkd.evaluation.inputs import PreparedPhotos, Tick
+from fastvkd.evaluation.multiple_choice import OptionScores
+from fastvkd.evaluation.statistics import with_interval
 from fastvkd.evaluation.truth_ratio import log_truth_ratios, probability, truth_score
-from fastvkd.models.prompts import chat_prompt
+from fastvkd.records import Choice, Photo, Profile
 
-MODES = ("corrected", "paper")
-TASKS = ("choice", "generation", "cloze", "truth")
+TASKS = ("choice", "generation", "cloze", "truth", "description")
 KINDS = ("vqa", "qa")
-# The paper gives no demonstration for the celebrities, the real-world cell.
+# MLLMU-Bench gives no demonstration for the celebrities, the real-world cell.
 _WITHOUT_DEMONSTRATION = "realworld"
 
-Progress = Callable[[int, int, str], None]
+# What a sample says, counted up with every change: cells whose samples say less are asked anew.
+_SAMPLES = 2
+
+OnProgress = Callable[[int, int, str], None]  # (done, total, what)
 
 
 @dataclass(frozen=True)
@@ -58,6 +49,30 @@ class _Item:
     photos: tuple[Photo, ...]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What is asked of one cell in one kind: items by task, and the demonstration before every choice, if any."""
+
+    cell: str
+    kind: str
+    by_task: dict[str, list[_Item]]
+    demonstration: _Item | None
+
+    def __len__(self) -> int:
+        return sum(map(len, self.by_task.values()))
+
+    def key(self, settings: Any) -> str:
+        """What its figures depend on: another model, setting, question or photo gives another key."""
+        digest = hashlib.sha256(json.dumps([settings, self.cell, self.kind], sort_keys=True).encode())
+        shown = [] if self.demonstration is None else [self.demonstration]
+        for task, items in [*self.by_task.items(), ("demonstration", shown)]:
+            for item in items:
+                content = [task, item.entity, asdict(item.question), [photo.key for photo in item.photos]]
+                digest.update(json.dumps(content).encode())
+            digest.update(b";")
+        return digest.hexdigest()
+
+
 def evaluate_cells(
     model: nn.Module,
     processor: Any,
@@ -68,7 +83,7 @@ def evaluate_cells(
     mode: str = "corrected",
     seed: int = 0,
     log_path: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     max_samples: int | None = None,
     tasks: Sequence[str] = TASKS,
     kinds: Sequence[str] = KINDS,
@@ -77,118 +92,108 @@ def evaluate_cells(
     fast: bool | None = None,
     collect: list[dict[str, Any]] | None = None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Evaluate every cell; returns `{cell: {"vqa": figures, "qa": figures}}`.
-
-    `figures` are fractions in [0, 1], or None where a cell has no such question: `accuracy`, `ci95` ([low, high], 95 %
-    bootstrap over questions), `n`; `rouge_l` (F1), `rouge_l_ci95`, `rouge_1`, `rouge_2`, `rouge_l_recall`, `bleu`,
-    `n_generation`; `cloze`, `cloze_ci95`, `n_cloze`; and only where there are such questions `prob`, `prob_ci95`,
-    `truth_ratio`, `truth_ratio_ci95`, `n_truth`.
+    """Evaluate every cell; returns `{cell: {"vqa": figures, "qa": figures}}`, see `cell_figures`.
 
     `benchmark` (`mllmu`, `clear`, `umu`, `jsonl`) chooses the prompts and readings of paper mode and the length of free
-    answers.
+    answers. `max_samples` draws at most that many questions per cell, kind and task, seeded and the same for every
+    model; of questions that exist in both kinds (`pair`) the same ones are drawn. Questions of the task `truth` without
+    a wrong answer to compare with are left out. Text questions that several rows of an entity repeat are asked once.
 
-    `max_samples` draws at most that many questions per cell, kind and task, seeded and the same for every model; of
-    questions that exist in both kinds (`pair`) the same ones are drawn. Questions of the task `truth` without a wrong
-    answer to compare with are left out. Text questions that several rows of an entity repeat are asked once. `log_path`
-    gets one JSON line per question, with the raw output or the score of every option. With a `fingerprint` of the model
-    (and of whatever else shapes its answers: dtype, processor), cells that the log already holds for the same
-    fingerprint, settings and questions are taken from there; without one the log is written anew. `collect` gets every
-    sample as it stands in the log, those of kept cells too. `progress(done, total, what)` is called after every batch.
-    `photos` keeps decoded photos across calls. `fast` forces or forbids the embedding path; None chooses it where the
-    family allows.
+    `log_path` gets one JSON line per question, with the raw output or the score of every option, and `collect` the same
+    samples. With a `fingerprint` of the model (and of whatever else shapes its answers: dtype, processor), cells that
+    the log already holds for the same fingerprint, settings and questions are taken from there; without one the log is
+    written anew. `progress` is called after every batch. `photos` keeps decoded photos across calls. `fast` forces or
+    forbids the embedding path; None chooses it where the family allows.
 
     Raises `SettingsError` for an unknown benchmark, mode, task or kind or a number below 1, and `DataError` for a photo
     that cannot be decoded or a log that cannot be written.
     """
-    names = (("benchmark", [benchmark], tuple(BENCHMARKS)), ("mode", [mode], MODES))
-    for name, values, allowed in (*names, ("tasks", tasks, TASKS), ("kinds", kinds, KINDS)):
-        for value in values:
-            if value not in allowed:
-                raise SettingsError(f"{name}: unknown value {value!r}; allowed: {', '.join(allowed)}")
-    check_counts(batch_size=batch_size, max_samples=max_samples)
-    plan = {
-        (cell, kind): {
-            task: _subsample(items, max_samples, seed, f"{cell}/{kind}/{task}", f"{cell}/{task}")
-            for task in TASKS
-            if task in tasks and (items := _items(profiles, kind, task))
-        }
-        for cell, profiles in cells.items()
-        for kind in KINDS
-        if kind in kinds
-    }
+    _check(benchmark, mode, tasks, kinds, batch_size, max_samples)
     photos = photos if photos is not None else PreparedPhotos(processor)
-    fast = embeddable(model) if fast is None else fast
-    embedder = Embedder(model, processor, batch_size, photos) if fast else None
-    runner = _Runner(model, processor, embedder, batch_size, mode, benchmark)
-    shows = mode == "paper" and BENCHMARKS[benchmark].demonstration
-    demonstrations = {
-        (cell, kind): _demonstration(cells[cell], cell, kind, seed) if shows else None for cell, kind in plan
-    }
-    settings = {
-        "fingerprint": fingerprint,
-        "benchmark": benchmark,
-        "mode": mode,
-        "seed": seed,
-        "max_samples": max_samples,
-    }
-    keys = {
-        (cell, kind): _key([settings, cell, kind], by_task, demonstrations[cell, kind], photos)
-        for (cell, kind), by_task in plan.items()
-    }
-    log = _Log(
-        Path(log_path) if log_path is not None else None, set(keys.values()) if fingerprint is not None else set()
-    )
-    total = sum(len(items) for by_task in plan.values() for items in by_task.values())
-    done = 0
-
-    def advance(questions: int, what: str) -> None:
-        nonlocal done
-        done += questions
-        if progress is not None:
-            progress(done, total, what)
-
+    rules = BENCHMARKS[benchmark][mode]
+    runner = _Runner(Asker(model, processor, batch_size, photos, fast), rules, mode)
+    shows = rules.letters is not None and rules.letters.demonstration
+    parts = _parts(cells, kinds, tasks, max_samples, seed, shows)
+    asked = dict(benchmark=benchmark, mode=mode, seed=seed, max_samples=max_samples)
+    settings = dict(fingerprint=fingerprint, samples=_SAMPLES, **asked)
+    keys = [part.key(settings) for part in parts]
+    log = _Log(None if log_path is None else Path(log_path), set() if fingerprint is None else set(keys))
+    count = _Count(sum(map(len, parts)), progress)
     results: dict[str, dict[str, dict[str, Any]]] = {cell: {} for cell in cells}
-    for (cell, kind), by_task in plan.items():
-        key = keys[cell, kind]
+    for part, key in zip(parts, keys, strict=True):
         if key in log.finished:
             figures, samples = log.finished[key]
-            advance(sum(len(items) for items in by_task.values()), f"{cell} {kind} (kept)")
+            count.advance(len(part), f"{part.cell} {part.kind} (kept)")
         else:
-            samples = []
-            for task, items in by_task.items():
-                before, what = done, f"{cell} {kind} {task}"
-                found = runner.run(task, items, demonstrations[cell, kind], cell, partial(advance, what=what))
-                samples += [{"cell": cell, "kind": kind, "task": task, **sample} for sample in found]
-                advance(before + len(items) - done, what)  # a question shown as the demonstration is not asked
-            figures = _figures(samples, seed)
-            log.add(samples, {"finished": key, "cell": cell, "kind": kind, "figures": figures})
-        results[cell][kind] = figures
+            samples = runner.ask(part, count)
+            figures = cell_figures(samples, seed)
+            log.add(samples, {"finished": key, "cell": part.cell, "kind": part.kind, "figures": figures})
+        results[part.cell][part.kind] = figures
         if collect is not None:
             collect += samples
     return results
 
 
-def check_counts(*, batch_size: int, max_samples: int | None) -> None:
-    """Raise `SettingsError` for a number that leaves nothing to ask."""
-    for name, value in (("batch_size", batch_size), ("max_samples", max_samples)):
-        if value is not None and value < 1:
-            raise SettingsError(f"{name}: {value}; at least 1 is needed")
+def _check(
+    benchmark: str, mode: str, tasks: Sequence[str], kinds: Sequence[str], batch_size: int, max_samples: int | None
+) -> None:
+    names = (("benchmark", [benchmark], tuple(BENCHMARKS)), ("mode", [mode], MODES))
+    for name, values, allowed in (*names, ("tasks", tasks, TASKS), ("kinds", kinds, KINDS)):
+        for value in values:
+            if value not in allowed:
+                raise SettingsError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+    for name, number in (("batch_size", batch_size), ("max_samples", max_samples)):
+        if number is not None and number < 1:
+            raise SettingsError(f"{name}={number}: at least 1 is needed")
+
+
+def _parts(
+    cells: dict[str, list[Profile]],
+    kinds: Sequence[str],
+    tasks: Sequence[str],
+    max_samples: int | None,
+    seed: int,
+    shows: bool,
+) -> list[_Part]:
+    """What is asked, in order; `shows`: with demonstrations."""
+    parts = []
+    for cell, profiles in cells.items():
+        for kind in (kind for kind in KINDS if kind in kinds):
+            by_task = {
+                task: _subsample(items, max_samples, seed, f"{cell}/{kind}/{task}", f"{cell}/{task}")
+                for task in TASKS
+                if task in tasks and (items := _items(profiles, kind, task))
+            }
+            parts.append(_Part(cell, kind, by_task, _demonstration(profiles, cell, kind, seed) if shows else None))
+    return parts
+
+
+class _Count:
+    """How many questions are done, told to `progress`."""
+
+    def __init__(self, total: int, progress: OnProgress | None) -> None:
+        self.done, self.total, self._progress = 0, total, progress
+
+    def advance(self, questions: int, what: str) -> None:
+        self.done += questions
+        if self._progress is not None:
+            self._progress(self.done, self.total, what)
 
 
 class _Runner:
     """Asks one list of questions; every sample is a dict that goes to the log as it is."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        processor: Any,
-        embedder: Embedder | None,
-        batch_size: int,
-        mode: str,
-        benchmark: str,
-    ) -> None:
-        self.model, self.processor, self.embedder = model, processor, embedder
-        self.batch_size, self.mode, self.benchmark = batch_size, mode, BENCHMARKS[benchmark]
+    def __init__(self, asker: Asker, rules: Rules, mode: str) -> None:
+        self.asker, self.processor, self.rules, self.mode = asker, asker.processor, rules, mode
+
+    def ask(self, part: _Part, count: _Count) -> list[dict[str, Any]]:
+        samples = []
+        for task, items in part.by_task.items():
+            after, what = count.done + len(items), f"{part.cell} {part.kind} {task}"
+            found = self.run(task, items, part.demonstration, part.cell, partial(count.advance, what=what))
+            samples += [{"cell": part.cell, "kind": part.kind, "task": task, **sample} for sample in found]
+            count.advance(after - count.done, what)  # a question shown as the demonstration is not asked
+        return samples
 
     def run(
         self, task: str, items: list[_Item], demonstration: _Item | None, cell: str, tick: Tick
@@ -197,25 +202,17 @@ class _Runner:
             return self._generation(items, tick)
         if task == "cloze":
             return self._cloze(items, tick)
+        if task == "description":
+            return self._description(items, tick)
         if task == "truth":
             return self._truth(items, cell, tick)
-        if self.mode == "paper":
-            return self._letters(items, demonstration, cell, tick)
+        if self.rules.letters is not None:
+            return self._letters(self.rules.letters, items, demonstration, cell, tick)
         return self._likelihoods(items, tick)
 
-    def generate(self, queries: list[Query], max_new_tokens: int, tick: Tick) -> list[str]:
-        if self.embedder is not None:
-            return generate_embedded(self.embedder, queries, max_new_tokens, tick)
-        return generate_with_processor(self.model, self.processor, queries, self.batch_size, max_new_tokens, tick)
-
     def _score(self, items: list[_Item], answers: list[list[str]], tick: Tick) -> list[OptionScores]:
-        queries = [
-            Query(chat_prompt(self.processor, item.question.question, image=bool(item.photos)), item.photos)
-            for item in items
-        ]
-        if self.embedder is not None:
-            return score_options_packed(self.embedder, queries, answers, tick)
-        return score_options(self.model, self.processor, queries, answers, self.batch_size, tick)
+        queries = [chat_turn(self.processor, item.question.question, item.photos) for item in items]
+        return self.asker.scores(queries, answers, tick)
 
     def _likelihoods(self, items: list[_Item], tick: Tick) -> list[dict[str, Any]]:
         scores = self._score(items, [list(item.question.options.values()) for item in items], tick)
@@ -226,14 +223,28 @@ class _Runner:
             samples.append(
                 {
                     **_about(item),
-                    "options": item.question.options,
-                    "answer": item.question.answer,
                     "prediction": prediction,
                     "log_likelihood": dict(zip(letters, score.log_likelihood, strict=True)),
                     "tokens": dict(zip(letters, score.tokens, strict=True)),
                     "correct": prediction == item.question.answer,
                 }
             )
+        return samples
+
+    def _letters(
+        self, letters: Letters, items: list[_Item], demonstration: _Item | None, cell: str, tick: Tick
+    ) -> list[dict[str, Any]]:
+        shown = None
+        if demonstration is not None and speaks_user_assistant(self.processor):
+            shown = (demonstration.question, demonstration.photos)
+        # The solved question would be a leaked answer: it is not asked.
+        items = [item for item in items if shown is None or not _same(item, demonstration)]
+        queries = [letters.query(self.processor, item.question, item.photos, shown) for item in items]
+        samples = []
+        for item, output in zip(items, self.asker.answers(queries, letters.max_new_tokens, tick), strict=True):
+            prediction = letters.read(output, item.question, cell)
+            correct = prediction == item.question.answer
+            samples.append({**_about(item), "output": output, "prediction": prediction, "correct": correct})
         return samples
 
     def _truth(self, items: list[_Item], cell: str, tick: Tick) -> list[dict[str, Any]]:
@@ -244,7 +255,6 @@ class _Runner:
         return [
             {
                 **_about(item),
-                "answer": item.question.answer,
                 "loss": loss,
                 "paraphrase_loss": paraphrase_loss,
                 "perturbed_losses": perturbed_losses,
@@ -257,61 +267,55 @@ class _Runner:
             )
         ]
 
-    def _letters(self, items: list[_Item], demonstration: _Item | None, cell: str, tick: Tick) -> list[dict[str, Any]]:
-        shown = None
-        if demonstration is not None and speaks_user_assistant(self.processor):
-            shown = (demonstration.question, demonstration.photos)
-        # The solved question would be a leaked answer: it is not asked.
-        items = [item for item in items if shown is None or not _same(item, demonstration)]
-        queries = [self.benchmark.choice_query(self.processor, item.question, item.photos, shown) for item in items]
-        samples = []
-        for item, output in zip(items, self.generate(queries, self.benchmark.choice_tokens, tick), strict=True):
-            prediction = self.benchmark.read_choice(output, item.question, cell)
-            samples.append(
-                {
-                    **_about(item),
-                    "options": item.question.options,
-                    "answer": item.question.answer,
-                    "output": output,
-                    "prediction": prediction,
-                    "correct": prediction == item.question.answer,
-                }
-            )
-        return samples
+    def _answers(self, items: list[_Item], text: Callable[[str], str], tick: Tick) -> Iterator[tuple[_Item, str]]:
+        queries = [self.rules.turn(self.processor, text(item.question.question), item.photos) for item in items]
+        return zip(items, self.asker.answers(queries, self.rules.max_new_tokens, tick), strict=True)
 
     def _generation(self, items: list[_Item], tick: Tick) -> list[dict[str, Any]]:
-        mode = self.mode if self.benchmark.instructed else "corrected"
-        queries = [generation_query(self.processor, item.question, item.photos, mode) for item in items]
         return [
             {
                 **_about(item),
-                "answer": item.question.answer,
                 "output": output,
                 **rouge(item.question.answer, output),
                 "bleu": bleu(item.question.answer, output),
             }
-            for item, output in zip(items, self.generate(queries, self.benchmark.max_new_tokens, tick), strict=True)
+            for item, output in self._answers(items, self.rules.generation_text, tick)
         ]
 
     def _cloze(self, items: list[_Item], tick: Tick) -> list[dict[str, Any]]:
-        queries = [self.benchmark.cloze_query(self.processor, item.question, item.photos, self.mode) for item in items]
-        truth = self.benchmark.cloze_truth if self.mode == "paper" else str
+        right = self.rules.cloze_correct
         return [
-            {
-                **_about(item),
-                "answer": item.question.answer,
-                "output": output,
-                "correct": cloze_correct(truth(item.question.answer), output, self.mode),
-            }
-            for item, output in zip(items, self.generate(queries, self.benchmark.max_new_tokens, tick), strict=True)
+            {**_about(item), "output": output, "correct": right(item.question.answer, output)}
+            for item, output in self._answers(items, self.rules.cloze_text, tick)
+        ]
+
+    def _description(self, items: list[_Item], tick: Tick) -> list[dict[str, Any]]:
+        """The plain question in both modes: no benchmark asks what a photo shows beside who it is."""
+        queries = [chat_turn(self.processor, item.question.question, item.photos) for item in items]
+        outputs = self.asker.answers(queries, self.rules.max_new_tokens, tick)
+        return [
+            {**_about(item), "output": output, "correct": _plain(output) == _plain(item.question.answer_text)}
+            for item, output in zip(items, outputs, strict=True)
         ]
 
 
+def _plain(text: str) -> str:
+    """A description without case, white space around it and a final point."""
+    return text.strip().lower().removesuffix(".")
+
+
 def _about(item: _Item) -> dict[str, Any]:
+    """What a sample says of its question. `photo` finds it again where the data have moved since; `source`, which is
+    for the reader, does not."""
+    question = item.question
     place = item.photos[0].source if item.photos else item.source
-    pair = getattr(item.question, "pair", "")
-    about = {"entity": item.entity, "source": place, "question": item.question.question}
-    return {**about, "pair": pair} if pair else about
+    about = {"entity": item.entity, "source": place, "question": question.question}
+    if item.photos:
+        about["photo"] = item.photos[0].key
+    for key in ("pair", "options"):
+        if value := getattr(question, key, None):
+            about[key] = value
+    return about | {"answer": question.answer}
 
 
 def _same(item: _Item, other: _Item | None) -> bool:
@@ -366,53 +370,37 @@ def _demonstration(profiles: list[Profile], cell: str, kind: str, seed: int) -> 
     return _items([able[drawn]], kind, "choice")[0]
 
 
-def _figures(samples: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+def cell_figures(samples: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    """The figures of one cell and kind: fractions in [0, 1], or None where there is no such question.
+
+    `accuracy`, `ci95` ([low, high], 95 % bootstrap over questions), `n`; `rouge_l` (F1), `rouge_l_ci95`, `rouge_1`,
+    `rouge_2`, `rouge_l_recall`, `bleu`, `n_generation`; `cloze`, `cloze_ci95`, `n_cloze`; and only where there are such
+    questions `prob`, `prob_ci95`, `truth_ratio`, `truth_ratio_ci95`, `n_truth`; `description`, `description_ci95`,
+    `n_description`.
+    """
+
     def values(task: str, key: str) -> list[float]:
         return [float(sample[key]) for sample in samples if sample["task"] == task]
 
-    def mean(numbers: list[float]) -> float | None:
-        return float(np.mean(numbers)) if numbers else None
-
-    def interval(numbers: list[float]) -> list[float] | None:
-        return list(bootstrap_interval(numbers, seed=seed)) if numbers else None
-
     correct, rouge_l, cloze = values("choice", "correct"), values("generation", "rouge_l"), values("cloze", "correct")
-    truth: dict[str, Any] = {}
+    figures = {
+        **with_interval("accuracy", correct, seed, "ci95"),
+        "n": len(correct),
+        **with_interval("rouge_l", rouge_l, seed),
+    }
+    for name in ("rouge_1", "rouge_2", "rouge_l_recall", "bleu"):
+        figures[name] = float(np.mean(values("generation", name))) if rouge_l else None
+    figures |= {"n_generation": len(rouge_l), **with_interval("cloze", cloze, seed), "n_cloze": len(cloze)}
     if prob := values("truth", "prob"):
         score = values("truth", "truth_score")
-        truth = {
-            "prob": mean(prob),
-            "prob_ci95": interval(prob),
-            "truth_ratio": mean(score),
-            "truth_ratio_ci95": interval(score),
+        figures |= {
+            **with_interval("prob", prob, seed),
+            **with_interval("truth_ratio", score, seed),
             "n_truth": len(prob),
         }
-    return {
-        "accuracy": mean(correct),
-        "ci95": interval(correct),
-        "n": len(correct),
-        "rouge_l": mean(rouge_l),
-        "rouge_l_ci95": interval(rouge_l),
-        **{name: mean(values("generation", name)) for name in ("rouge_1", "rouge_2", "rouge_l_recall", "bleu")},
-        "n_generation": len(rouge_l),
-        "cloze": mean(cloze),
-        "cloze_ci95": interval(cloze),
-        "n_cloze": len(cloze),
-        **truth,
-    }
-
-
-def _key(
-    settings: list[Any], by_task: dict[str, list[_Item]], demonstration: _Item | None, photos: PreparedPhotos
-) -> str:
-    """What a finished cell depends on: another model, setting, question or photo gives another key."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for task, items in [*by_task.items(), ("demonstration", [demonstration] if demonstration is not None else [])]:
-        for item in items:
-            content = [task, item.entity, asdict(item.question), [photos.key(photo) for photo in item.photos]]
-            digest.update(json.dumps(content).encode())
-        digest.update(b";")
-    return digest.hexdigest()
+    if description := values("description", "correct"):
+        figures |= {**with_interval("description", description, seed), "n_description": len(description)}
+    return figures
 
 
 class _Log:

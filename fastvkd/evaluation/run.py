@@ -2,26 +2,34 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Collection
+import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastvkd.data.hub import data_folder
-from fastvkd.data.sources import evaluation_cells, reader_of
+from fastvkd.data.sources import evaluation_cells, reader_of, reference_strangers
 from fastvkd.devices import pick_device
-from fastvkd.engines.checkpoints import identify_base, local_folder
-from fastvkd.errors import DataError, SettingsError
-from fastvkd.evaluation.divergence import asked, option_divergence, scored_choices
+from fastvkd.engines.exporting import read_record, settings_of
+from fastvkd.errors import DataError, ModelError, SettingsError
+from fastvkd.evaluation.divergence import Samples, asked, option_divergence, scored_choices
 from fastvkd.evaluation.modality_pairs import joint_figures
-from fastvkd.evaluation.protocol import MODES, check_counts, evaluate_cells
+from fastvkd.evaluation.people import examine, likeness
+from fastvkd.evaluation.protocol import OnProgress
 from fastvkd.evaluation.truth_ratio import forget_quality, model_utility
-from fastvkd.exporting import read_record, settings_of
+from fastvkd.files import write_atomically
+from fastvkd.models.folder import identify_base, local_folder
 from fastvkd.models.loading import load_model, load_processor
-from fastvkd.unlearning.methods.steering import attach, load_steering
+from fastvkd.models.steering import attach, load_steering
+from fastvkd.options import EvalOptions
+from fastvkd.records import Profile
 
-SAMPLES = "samples.jsonl"
+log = logging.getLogger("fastvkd")
+
+RESULTS, SAMPLES = "results.json", "samples.jsonl"
 # What else than config.json and weights decides in a model folder which tokens a prompt becomes and which come out.
 _TEXT_FILES = (
     "*processor_config.json",
@@ -35,96 +43,119 @@ _TEXT_FILES = (
 )
 
 
-def evaluate(
-    model_name_or_path: str,
-    data: str,
-    *,
-    benchmark: str | None = None,
-    forget_split: str | None = None,
-    retain_split: str | None = None,
-    mode: str = "corrected",
-    batch_size: int = 32,
-    max_samples: int | None = None,
-    seed: int = 0,
-    log_path: str | Path | None = None,
-    reference_eval: str | Path | None = None,
-    steering: Path | None = None,
-    device: str = "auto",
-    bf16: bool = False,
-    local_files_only: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> dict[str, Any]:
-    """What the model knows: `benchmark`, `mode`, `seed`, `model`, `data`, the splits, and
-    - `cells`: the figures of every set and kind, see `evaluate_cells`;
-    - `summary`: of CLEAR `model_utility`; of UMU-Bench the joint figures of every set; and with `reference_eval` (the
+def evaluate(options: EvalOptions, progress: OnProgress | None = None) -> dict[str, Any]:
+    """What the model knows: `benchmark`, `mode`, `seed`, `model`, its fingerprint, `made_by` (what `export` noted of
+    the run that made it, or None), `data`, the splits, and
+    - `cells`: the figures of every cell and kind, see `evaluate_cells`;
+    - the figures person by person that the data allow, see `examine`. `original` is the model before unlearning; by
+      default the one that `made_by` names, and of a model that nothing made it is the model itself;
+    - `summary`: of CLEAR `model_utility`; of UMU-Bench the joint figures of every cell; and with `reference_eval` (the
       folder of the same evaluation of a model that never saw the forget set) CLEAR's `forget_quality` and, where both
-      are in corrected mode, of every set the divergence of the choices, `js_vqa` and `js_qa`.
+      are in corrected mode, of every cell the divergence of the choices, `js_vqa` and `js_qa`.
 
-    `benchmark` None recognises the format. Splits that are not named are those of the run that the model was exported
-    from, else the defaults of `Settings`. `steering` is a file of `Steering.save`, switched on. Finished cells found
-    in `log_path` for the same model, dtype, processor, steering and settings are not computed again. Raises
-    FastVKDError.
+    The result is written to `out` as results.json, beside samples.jsonl. Finished cells found there for the same model,
+    dtype, processor, steering and settings are not computed again. Splits that are not named are those of the run that
+    the model was exported from, else the defaults of `Settings`. Raises FastVKDError.
     """
-    if mode not in MODES:
-        raise SettingsError(f"mode: unknown value {mode!r}; allowed: {', '.join(MODES)}")
-    check_counts(batch_size=batch_size, max_samples=max_samples)
-    folder = str(data_folder(data, local_files_only=local_files_only))
-    benchmark = reader_of(folder, benchmark).NAME
-    reference = None if reference_eval is None else _reference(benchmark, mode, reference_eval)
-    local = local_folder(model_name_or_path)
-    made_by = settings_of(read_record(local))
-    forget_split, retain_split = forget_split or made_by["forget_split"], retain_split or made_by["retain_split"]
+    folder = str(data_folder(options.data, local_files_only=options.local_files_only))
+    benchmark = reader_of(folder, options.benchmark).NAME
+    reference = None if options.reference_eval is None else _reference(benchmark, options.mode, options.reference_eval)
+    local = local_folder(options.model)
+    record = read_record(local)
+    made_by = settings_of(record)
+    forget_split = options.forget_split or made_by["forget_split"]
+    retain_split = options.retain_split or made_by["retain_split"]
     cells = evaluation_cells(folder, forget_split, retain_split)
-    processor = load_processor(model_name_or_path)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    model = load_model(model_name_or_path, dtype=dtype, device=pick_device(device))
-    fingerprint = _fingerprint(local, dtype)
-    if steering is not None:
-        attach(model, load_steering(steering))
-        fingerprint += hashlib.sha256(steering.read_bytes()).hexdigest()
+    processor = load_processor(options.model)
+    model, fingerprint = _load(options, local)
     samples: list[dict[str, Any]] = []
-    figures = evaluate_cells(
+    same: dict[str, Any] = {
+        "benchmark": benchmark,
+        "mode": options.mode,
+        "seed": options.seed,
+        "max_samples": options.max_samples,
+    }
+    made_of = None if record is None else made_by["model_name_or_path"]
+    figures, people = examine(
         model,
         processor,
         cells,
-        batch_size=batch_size,
-        benchmark=benchmark,
-        mode=mode,
-        seed=seed,
-        log_path=log_path,
+        likeness=_likeness(options, made_of, model, processor, cells),
+        reference=reference_strangers(folder),
+        batch_size=options.batch_size,
+        log_path=options.out / SAMPLES,
         progress=progress,
-        max_samples=max_samples,
         fingerprint=fingerprint,
         collect=samples,
+        **same,
     )
-    summary: dict[str, Any] = {}
-    if benchmark == "clear":
-        summary = model_utility(figures)
-        if reference is not None:
-            mine, others = _forget_truth(samples), _forget_truth(reference)
-            _refuse_other_samples(_truths(mine), _truths(others), reference_eval)
-            summary |= forget_quality(mine, others, mode)
-    elif benchmark == "umu":
-        summary = joint_figures(samples, seed)
-    if reference is not None:
-        choices, theirs = scored_choices(samples), scored_choices(reference)
-        for part in choices.keys() & theirs.keys():
-            _refuse_other_samples(asked(choices[part]), asked(theirs[part]), reference_eval)
-        for cell, divergences in option_divergence(choices, theirs, seed).items():
-            summary[cell] = summary.get(cell, {}) | divergences
-    return {
-        "benchmark": benchmark,
-        "mode": mode,
-        "seed": seed,
-        "max_samples": max_samples,
-        "model": str(model_name_or_path),
-        "steering": None if steering is None else str(steering),
-        "data": str(data),
+    results = {
+        **same,
+        "model": options.model,
+        "model_fingerprint": identify_base(local).fingerprint,
+        "made_by": record,
+        "steering": None if options.steering is None else str(options.steering),
+        "data": options.data,
         "forget_split": forget_split,
         "retain_split": retain_split,
         "cells": figures,
-        "summary": summary,
+        **people,
+        "summary": _summary(benchmark, figures, samples, reference, options),
     }
+    write_atomically(options.out / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
+    return results
+
+
+def _load(options: EvalOptions, folder: Path) -> tuple[nn.Module, str]:
+    """The model, steered where that is asked for, and the fingerprint of all that decides its answers."""
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    model = load_model(options.model, dtype=dtype, device=pick_device(options.device))
+    fingerprint = _fingerprint(folder, dtype)
+    if options.steering is not None:
+        attach(model, load_steering(options.steering))
+        fingerprint += hashlib.sha256(options.steering.read_bytes()).hexdigest()
+    return model, fingerprint
+
+
+def _likeness(
+    options: EvalOptions, made_of: str | None, model: nn.Module, processor: Any, cells: dict[str, list[Profile]]
+) -> dict[str, float] | None:
+    """How like the forgotten each retained person is to the model before unlearning, of which no more is loaded than
+    leads to the LLM; None where the one that the run started from is not at hand."""
+    if options.original is None and made_of is None:
+        return likeness(model, processor, cells)
+    try:
+        folder = local_folder(options.original or made_of or "")
+        dtype = torch.bfloat16 if options.bf16 else torch.float32
+        original = load_model(folder, dtype=dtype, device=pick_device(options.device), llm_layers=0)
+    except ModelError as error:
+        if options.original is not None:
+            raise
+        log.warning("retain_by_likeness is left out, name the model before unlearning with --original: %s", error)
+        return None
+    return likeness(original, processor, cells)
+
+
+def _summary(
+    benchmark: str, figures: dict[str, Any], samples: Samples, reference: Samples | None, options: EvalOptions
+) -> dict[str, Any]:
+    summary: dict[str, Any] = {}
+    if benchmark == "clear":
+        summary = model_utility(figures)
+    elif benchmark == "umu":
+        summary = joint_figures(samples, options.seed)
+    if reference is None:
+        return summary
+    if benchmark == "clear":
+        mine, others = _forget_truth(samples), _forget_truth(reference)
+        _refuse_other_samples(_truths(mine), _truths(others), options.reference_eval)
+        summary |= forget_quality(mine, others, options.mode)
+    choices, theirs = scored_choices(samples), scored_choices(reference)
+    for part in choices.keys() & theirs.keys():
+        _refuse_other_samples(asked(choices[part]), asked(theirs[part]), options.reference_eval)
+    for cell, divergences in option_divergence(choices, theirs, options.seed).items():
+        summary[cell] = summary.get(cell, {}) | divergences
+    return summary
 
 
 def _fingerprint(folder: Path, dtype: torch.dtype) -> str:
@@ -135,24 +166,26 @@ def _fingerprint(folder: Path, dtype: torch.dtype) -> str:
     return digest.hexdigest()
 
 
-def _reference(benchmark: str, mode: str, folder: str | Path) -> list[dict[str, Any]]:
+def _reference(benchmark: str, mode: str, folder: str | Path) -> Samples:
     """The logged samples of another evaluation, if they hold what this one can be compared by."""
     if benchmark != "clear" and mode == "paper":
         raise SettingsError(
             f"reference_eval: {benchmark} in paper mode has no likelihoods to compare; use mode=corrected"
         )
-    log = Path(folder) / SAMPLES
+    logged = Path(folder) / SAMPLES
     try:
-        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in logged.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise DataError(
-            f"reference_eval: {log} cannot be read ({' '.join(str(error).split())}); give the --out folder of an "
+            f"reference_eval: {logged} cannot be read ({' '.join(str(error).split())}); give the --out folder of an "
             "evaluation of the model that never saw the forget set"
         ) from error
     if benchmark == "clear" and not _forget_truth(lines):
-        raise DataError(f"reference_eval: {log} holds no truth ratios of a forget set; evaluate it on CLEAR first")
+        raise DataError(f"reference_eval: {logged} holds no truth ratios of a forget set; evaluate it on CLEAR first")
     if benchmark != "clear" and not scored_choices(lines):
-        raise DataError(f"reference_eval: {log} holds no likelihoods of options; evaluate it in corrected mode first")
+        raise DataError(
+            f"reference_eval: {logged} holds no likelihoods of options; evaluate it in corrected mode first"
+        )
     return lines
 
 
@@ -164,9 +197,9 @@ def _refuse_other_samples(mine: Collection[Any], reference: Collection[Any], fol
         )
 
 
-def _truths(samples: list[dict[str, Any]]) -> set[tuple[str, str]]:
+def _truths(samples: Samples) -> set[tuple[str, str]]:
     return {(sample["entity"], sample["answer"]) for sample in samples}
 
 
-def _forget_truth(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _forget_truth(samples: Samples) -> Samples:
     return [sample for sample in samples if (sample.get("task"), sample.get("cell")) == ("truth", "forget")]

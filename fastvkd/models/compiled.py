@@ -45,7 +45,7 @@ _COMPILED: dict[tuple[type[nn.Module], bool], Any] = {}
 
 
 def _compiled_forward(block_class: type[nn.Module], static: bool) -> Any:
-    """`static`: one compiled version for each shape; else torch decides, and a second shape makes it general."""
+    """With `static` each shape has a compiled version. Else torch makes the code general at a second shape."""
     key = (block_class, static)
     if key not in _COMPILED:
         _COMPILED[key] = torch.compile(block_class.forward, dynamic=False if static else None)

@@ -18,7 +18,7 @@ Trainable = Literal["vision+projector", "projector", "vision"]
 
 @dataclass(frozen=True)
 class Family:
-    """The places of one family. Dotted paths; where towers differ, the first path that exists is taken."""
+    """The places of one family, as dotted paths. Where towers differ, the first path that exists is taken."""
 
     name: str
     model_type: str
@@ -137,7 +137,7 @@ def image_token_id(config: Any) -> int:
 
 
 def tower_prefix_tokens(module: nn.Module) -> int:
-    """How many tokens that are no image patch (CLS) stand first in the sequence of a tower: 0 or 1."""
+    """How many tokens of a tower's sequence stand before the image patches: 1 with CLS, else 0."""
     return int(
         any(name.rsplit(".", 1)[-1] in ("class_embedding", "cls_token") for name, _ in module.named_parameters())
     )
@@ -159,10 +159,12 @@ def visual_parameters(
 ) -> list[tuple[str, nn.Parameter]]:
     """The (live name, parameter) pairs of the visual part that a loss on features at `sites` reaches.
 
-    `sites` defaults to the output of the whole LLM. Parameters that take no part in those features are left out,
-    because no gradient ever arrives there: tower blocks above LLaVA's `vision_feature_layer` (-2 leaves out CLIP's last
-    block), the tower's post-norm where features are taken before it, pooling heads; for `vision:<k>` alone also the
-    blocks above k and the projector; for `llm:<k>` Qwen3-VL's deepstack projectors after layer k.
+    `sites` defaults to the output of the whole LLM. Parameters that no gradient reaches are left out:
+
+    - tower blocks above LLaVA's `vision_feature_layer` (-2 leaves out CLIP's last block);
+    - the tower's post-norm where features are taken before it, and pooling heads;
+    - for `vision:<k>` alone, the blocks above k and the projector;
+    - for `llm:<k>`, Qwen3-VL's deepstack projectors after layer k.
 
     Raises:
         ModelError: `trainable` is none of its three values, or nothing in it is reached from `sites`.
@@ -228,7 +230,7 @@ def check_sites(sites: Iterable[str], config: Any) -> None:
 
 
 def _tower_parameters(model: nn.Module, family: Family, deepest: int, projected: bool) -> set[int]:
-    """Ids of the tower's parameters that act on the output of block `deepest` or, if `projected`, on the projector."""
+    """Ids of the tower's parameters that act on the output of block `deepest`, or if `projected` on the projector."""
     vision, blocks = tower(model, family), tower_blocks(model, family)
     layer = getattr(base_model(model).config, "vision_feature_layer", None)
     normed = projected

@@ -1,8 +1,8 @@
-"""Loading models and processors from a folder (or a hub id): whole, or only the LLM layers that the sites need.
+"""Loads models and processors from a folder (or a hub id): whole, or only the LLM layers that the sites need.
 
 A truncated model is read through a folder of links to the shards that it needs, with an index that lists only its
-own tensors. So transformers' loader does the work (old and new tensor names, quantisation, ZeRO-3), and the layers
-above, the final norm and lm_head are never read from disk, nor allocated.
+own tensors. So transformers' loader does the work (old and new tensor names, quantisation, ZeRO-3). The layers above,
+the final norm and lm_head are neither read from disk nor allocated.
 """
 
 import copy
@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import (
@@ -81,8 +82,8 @@ def load_model(
     Args:
         dtype: of all weights that are not quantised.
         llm_layers: None for the whole model. L >= 0 builds and reads only the first L decoder layers; the final norm
-            becomes the identity and there is no lm_head. For a family whose image tokens attend both ways it
-            truncates just the same: the layers above never influence those below.
+            becomes the identity and there is no lm_head. This is right also where image tokens attend both ways:
+            layers above never influence those below.
         quantize_llm: "nf4" or "int8" (bitsandbytes) for the linear layers of the LLM; the visual part is left alone.
 
     Raises:
@@ -99,6 +100,10 @@ def load_model(
         model = _read(AutoModelForImageTextToText, str(path), path, config, options, may_lack=())
     else:
         model = _load_truncated(path, config, family, llm_layers, options)
+    if quantize_llm == "nf4":
+        from fastvkd.models.nf4 import same_on_every_cpu
+
+        same_on_every_cpu(model)
     model.eval()
     return model
 
@@ -106,7 +111,7 @@ def load_model(
 def load_processor(path: ModelPath) -> Any:
     """The processor (tokenizer, image processor, chat template) of a model folder.
 
-    Without torchvision the video part is left out, which is all that needs it.
+    Without torchvision the video part is left out; nothing else needs torchvision.
 
     Raises:
         ModelError: the folder has no (complete) processor, or a package is missing for it.
@@ -141,7 +146,7 @@ def image_only(processor_class: Any) -> Any:
 
 
 def llm_layers_needed(sites: Iterable[str], config: Any) -> int:
-    """The number of decoder layers that must run: k for `llm:<k>`, 0 for `projector` and `vision:<k>`; the maximum.
+    """The number of decoder layers that must run: the largest k of `llm:<k>`, or 0 with other sites only.
 
     Raises:
         ModelError: a site is misspelt or deeper than the model.
@@ -149,6 +154,18 @@ def llm_layers_needed(sites: Iterable[str], config: Any) -> int:
     sites = list(sites)
     check_sites(sites, config)
     return max((k for kind, k in map(parse_site, sites) if kind == "llm"), default=0)
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Recompute tower blocks and decoder layers in the backward pass instead of keeping what is inside them.
+
+    transformers checkpoints a layer only where its `training` flag is set; the flag of the layer alone is, not of what
+    is in it, so dropout stays off.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 def _load_truncated(
@@ -179,9 +196,9 @@ def truncated_config(config: PreTrainedConfig, llm_layers: int) -> PreTrainedCon
 
 
 def _with_full_names(base: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """Puts the base model into its `...ForConditionalGeneration`, so that weights bear the names of the whole model.
+    """Puts the base model into its `...ForConditionalGeneration`, so that weights have the names of the whole model.
 
-    Built without its __init__, which would allocate an lm_head.
+    The class's __init__ is not called: it would allocate an lm_head.
     """
     full_class: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     full = full_class.__new__(full_class)
@@ -241,7 +258,7 @@ def _read(
     options: dict[str, Any],
     may_lack: tuple[str, ...],
 ) -> PreTrainedModel:
-    """from_pretrained with one-line errors; a tensor that is missing is an error and never a random weight."""
+    """from_pretrained with one-line errors. A missing tensor is an error and never a random weight."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # its report of missing and unused tensors: both are checked or meant here
     if not sys.stderr.isatty():

@@ -1,8 +1,7 @@
 """Low-rank adapters on the LLM's linear layers: y = W x + (alpha / r) B A x, with W frozen (LoRA, arXiv 2106.09685).
 
-A and B are parameters of the linear layer itself, `<layer>.lora_A` (r, in) and `<layer>.lora_B` (out, r), and a forward
-hook adds their part; so every other name stays, and a quantised W works too. `merged` folds trained adapters into
-weights.
+A and B are parameters of the linear layer itself, `<layer>.lora_A` (r, in) and `<layer>.lora_B` (out, r). A forward
+hook adds their part. So every other name stays, and a quantised W works too. `merged` folds adapters into weights.
 """
 
 import math
@@ -44,7 +43,7 @@ def add_adapters(
 
 
 class _Adapter:
-    """The forward hook; the adapter's weights are taken from the module, so a deep copy has its own."""
+    """The forward hook. It takes the adapter's weights from the module, so a deep copy uses its own."""
 
     def __init__(self, scale: float):
         self.scale = scale
@@ -55,7 +54,7 @@ class _Adapter:
 
 
 def _compute_dtype(linear: nn.Linear) -> torch.dtype:
-    """Of the adapter: the layer's own, or what a 4-bit layer computes in."""
+    """The dtype of an adapter: the layer's own, or the compute dtype of a 4-bit layer."""
     dtype = getattr(linear, "compute_dtype", None) or linear.weight.dtype
     return dtype if dtype.is_floating_point else torch.float16
 

@@ -1,6 +1,6 @@
 """The prompt around an image: the chat template's text, and its part up to the image placeholder.
 
-Both come from one function, so the prefix of training is by construction the prefix of evaluation.
+Both come from one function, so training and evaluation have the same prefix.
 """
 
 from typing import Any
@@ -11,10 +11,10 @@ from fastvkd.errors import ModelError
 
 
 def chat_prompt(processor: Any, question: str, *, image: bool) -> str:
-    """The prompt of a one-turn chat; ends where the answer begins, so an answer is appended without a space of its own.
+    """The prompt of a one-turn chat. It ends where the answer begins.
 
-    With a chat template that template is used; without, LLaVA-1.5's `USER: <image>\\n{question} ASSISTANT:`, and for
-    PaliGemma, which is no chat model, its task prefix `<image>answer en {question}`.
+    A processor's chat template is used where there is one. PaliGemma is no chat model and has its task prefix
+    `<image>answer en {question}`. Others have LLaVA-1.5's `USER: <image>\\n{question} ASSISTANT:`.
     """
     template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
     if isinstance(template, dict):  # several named templates
@@ -33,7 +33,7 @@ def chat_prompt(processor: Any, question: str, *, image: bool) -> str:
 
 
 def visual_prefix(processor: Any) -> str:
-    """The prompt up to and including the image placeholder. Under causal attention the visual tokens see no more."""
+    """The prompt up to and including the image placeholder. Under causal attention visual tokens see no more."""
     prompt, placeholder = chat_prompt(processor, "", image=True), image_placeholder(processor)
     end = prompt.rfind(placeholder)
     if end < 0:
@@ -45,7 +45,7 @@ def visual_prefix(processor: Any) -> str:
 
 
 def image_placeholder(processor: Any) -> str:
-    """The text that a template writes for one image (before a processor repeats it per visual token)."""
+    """The text that a template writes for one image. A processor then repeats it, once per visual token."""
     # Gemma 3 writes one begin-of-image token and expands that into soft tokens
     token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
     if token is None:
@@ -54,6 +54,6 @@ def image_placeholder(processor: Any) -> str:
 
 
 def adds_special_tokens(processor: Any, prompt: str) -> bool:
-    """Whether the tokenizer should add its own BOS: not when the template has already written it."""
+    """Whether the tokenizer should add its own BOS. It should not where the template has already written one."""
     bos = processor.tokenizer.bos_token
     return not (bos and prompt.startswith(bos))

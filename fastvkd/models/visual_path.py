@@ -27,13 +27,14 @@ from fastvkd.models.prompts import adds_special_tokens, chat_prompt, visual_pref
 class VisualBatch:
     """Model inputs for B images, one image a sequence.
 
-    `inputs` holds input_ids (B, T) int64, cut after the last image token and padded on the right, pixel_values and
-    what else the family's base model takes. No attention mask: under causal attention padding on the right is never
-    seen by what stands before it, and without a mask SDPA keeps its fast path.
-    Counted when the batch is made, so that a forward pass need not wait for the device:
-    token_rows (N,) int64: rows of (B, T) flattened that are visual tokens, in the order of the images;
-    token_images (N,) int64: the image of each of them;
-    tower_images (C,) int64: the image of each entry of the tower's first dimension (crops, or patches).
+    inputs: input_ids (B, T) int64, cut after the last image token and padded on the right; pixel_values; and what else
+        the family's base model takes. There is no attention mask. Under causal attention nothing sees the padding on
+        its right, and without a mask SDPA keeps its fast path.
+    token_rows: (N,) int64, rows of (B, T) flattened that are visual tokens, in the order of the images.
+    token_images: (N,) int64, the image of each of them.
+    tower_images: (C,) int64, the image of each entry of the tower's first dimension (crops, or patches).
+
+    The last three are counted when the batch is made, so that a forward pass need not wait for the device.
     """
 
     inputs: dict[str, Tensor]
@@ -61,7 +62,7 @@ class VisualBatch:
         )
 
     def tail(self, first: int) -> "VisualBatch":
-        """The images from `first` on; to be called on the host, where counting waits for nothing."""
+        """The images from `first` on. Call it on the host, where counting waits for nothing."""
         length = self.inputs["input_ids"].shape[1]
         tokens, entries = self.token_images >= first, self.tower_images >= first
         return VisualBatch(
@@ -98,9 +99,11 @@ class _DeepestSiteReached(Exception):
 class VisualPath(nn.Module):
     """Runs a model from pixels to the given sites, and no further.
 
-    Sites: `vision:<k>` is the output of tower block k (k blocks have run; 0 = embeddings), without CLS; `projector` is
-    what enters the LLM at the image positions; `llm:<k>` is the visual tokens entering decoder layer k, before any
-    norm. Works on a full model and on one from `load_model(llm_layers=...)`. Never calls lm_head. The hooks live only
+    Sites: `vision:<k>` is the output of tower block k (k blocks have run; 0 = embeddings), without CLS. `projector` is
+    what enters the LLM at the image positions. `llm:<k>` is the visual tokens entering decoder layer k, before any
+    norm.
+
+    It works on a full model and on one from `load_model(llm_layers=...)`. It never calls lm_head. Its hooks live only
     during `forward`; the model is not changed.
 
     Raises:
@@ -183,8 +186,8 @@ class VisualPath(nn.Module):
             entered = self._llm_entry(k)
         else:
             entered = families.tower_blocks(self.model, self.family)[0]
-        # first of the hooks: ZeRO-3's own would hand on a copy that belongs to the backward pass of a module whose
-        # output the loss never sees
+        # It must be the first of the hooks. ZeRO-3's own hand on a copy that belongs to the backward pass of a module,
+        # and the loss never sees the output of that module.
         return entered.register_forward_pre_hook(
             lambda module, args, kwargs: capture(_first(args, kwargs)), with_kwargs=True, prepend=True
         )
@@ -195,7 +198,7 @@ class VisualPath(nn.Module):
         return decoder.layers[k] if k < len(decoder.layers) else decoder.norm
 
     def _stop_hook(self) -> torch.utils.hooks.RemovableHandle | None:
-        """Ends the pass behind the deepest site; where nothing would run after it anyway, nothing is raised."""
+        """Ends the pass behind the deepest site by an exception; None where nothing would run after it anyway."""
         deepest_llm = max((k for kind, k in self._parsed if kind == "llm"), default=None)
         stop_at: nn.Module | None = None
         if deepest_llm is not None:
@@ -231,8 +234,8 @@ def collate_images(
 ) -> VisualBatch:
     """A batch of one sequence for each RGB image, preprocessed by the family's own processor.
 
-    The sequence is prefix + image tokens. Only where image tokens also see the text behind them (PaliGemma) it is the
-    whole prompt, and `question` matters.
+    The sequence is prefix + image tokens. Where image tokens also see the text behind them (PaliGemma) it is the whole
+    prompt, and only there `question` matters.
     """
     family = family_of(model_config)
     if family.fixed_resolution:
@@ -300,7 +303,7 @@ def _text_inputs(family: Family) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=16)
 def _text_row(processor: Any, family: Family, text: str, height: int, width: int) -> dict[str, Tensor]:
-    """The (1, T) text inputs of one image: the same for all images of a size, so the processor counts tokens once."""
+    """The (1, T) text inputs of one image. All images of a size share them, so the processor counts tokens once."""
     blank = Image.new("RGB", (width, height))
     encoded = processor(
         text=[text], images=[[blank]], add_special_tokens=adds_special_tokens(processor, text), return_tensors="pt"
@@ -335,7 +338,7 @@ def _tower_entries(inputs: dict[str, Tensor], tokens: Tensor, config: Any) -> Te
 
 @contextmanager
 def _no_packed_sequences() -> Iterator[None]:
-    """transformers looks for several sequences packed in one row, waiting on the device for it; ours hold one each."""
+    """Turns off transformers' search for packed sequences: it waits for the device, and our rows hold one each."""
     original = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:

@@ -1,13 +1,15 @@
 """Small SVG charts for the report: lines over steps, a labelled scatter, a before-after strip.
 
-Every function returns one `<svg>` element as text. Colours come from CSS classes, so that one drawing serves light and
-dark pages; series are labelled where they end instead of in a legend. Widths are CSS pixels.
+Every chart is one `<svg>` element as markup, in which each text is escaped. Colours come from CSS classes, so that one
+drawing serves light and dark pages; series are labelled where they end instead of in a legend. Widths are CSS pixels.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+
+from markupsafe import Markup
 
 FONT = 12  # px; must match `svg text` in the style sheet, since label widths are estimated from it
 GLYPH = 0.62 * FONT  # mean width of a character
@@ -154,7 +156,7 @@ def line_chart(
     x_ticks: Sequence[tuple[float, str]] | None = None,
     width: float = 340,
     height: float = 250,
-) -> str:
+) -> Markup:
     """Curves over steps.
 
     Args:
@@ -243,7 +245,7 @@ def line_chart(
     for (label, _, css), y in zip(ends, spread([e[1] for e in ends], FONT + 2, top, base), strict=True):
         out.append(_text(width - right + 8, y + 4, label, f"label {css}"))
     out.append("</svg>")
-    return "".join(out)
+    return Markup("".join(out))
 
 
 def _x_ticks(
@@ -316,7 +318,7 @@ def scatter_chart(
     width: float = 640,
     height: float = 420,
     css: str = "chart",
-) -> str:
+) -> Markup:
     """Two accuracies against each other, axes in percent.
 
     Args:
@@ -381,7 +383,7 @@ def scatter_chart(
             out.append(f'<path class="leader" d="{_path([(px, py), nearest])}"/>')
         out.append(_text(x, y, point.label, f"label {point.css}"))
     out.append("</svg>")
-    return "".join(out)
+    return Markup("".join(out))
 
 
 def _arrow(start: tuple[float, float], end: tuple[float, float]) -> str:
@@ -413,7 +415,7 @@ def strip(
     css: str,
     description: str,
     interval: tuple[float, float] | None = None,
-) -> str:
+) -> Markup:
     """A 0-100 % line with a hollow dot before, a filled one after, the interval after, and a tick at chance.
 
     Positions are percentages of the element's own width, so it fits any column.
@@ -435,4 +437,4 @@ def strip(
     out.append(f'<circle class="hollow {css}" cx="{at(before)}" cy="9" r="4.5"/>')
     out.append(f'<circle class="dot {css}" cx="{at(after)}" cy="9" r="5"/>')
     out.append("</svg>")
-    return "".join(out)
+    return Markup("".join(out))

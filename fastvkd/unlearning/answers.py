@@ -1,80 +1,31 @@
-"""Question-answer batches, and what a model makes of them at answer positions: the raw material of the output-level
-methods in `methods/`.
+"""The output-level task: batches of questions and answers, and what a model makes of them at answer positions.
 
 Labels are answer tokens only. Hidden states and logits are taken at answer positions and nowhere else, so image
-placeholders can neither be supervised nor cost memory. Legend: B answers, T tokens of the longest, n answer tokens in a
-batch, H width, V vocabulary.
+placeholders are not supervised and cost no memory. The losses are in `methods/`. Legend: B answers, T tokens of the
+longest, n answer tokens in a batch, H width, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
-from fastvkd.data.images import decode_image
-from fastvkd.data.records import Photo, Profile
-from fastvkd.evaluation.inputs import answer_lengths, with_answer
-from fastvkd.evaluation.wording import question_answer_pairs
+from fastvkd.data.wording import question_answer_pairs
+from fastvkd.methods import Side
 from fastvkd.models import families
-from fastvkd.models.prompts import adds_special_tokens, chat_prompt
+from fastvkd.models.answers import AnswerBatch, collate_answers
+from fastvkd.photos import decode_image
+from fastvkd.records import Photo, Profile
 from fastvkd.settings import Settings
-from fastvkd.unlearning.images import BatchPlan, draw
+from fastvkd.unlearning.sampling import BatchPlan, draw, world_size_of
 
-
-@dataclass
-class AnswerBatch:
-    """Question-answer pairs as model inputs, padded on the right.
-
-    inputs: input_ids (B, T), attention_mask (B, T), pixel_values and what else the processor gives. predicts: (B, T)
-    int64, the token that each position must predict, -100 outside answers. is_forget: (B,) bool. sample: (B,) int64,
-    positions in the sampler's list.
-    """
-
-    inputs: dict[str, Tensor]
-    predicts: Tensor
-    is_forget: Tensor
-    sample: Tensor
-
-    def to(self, device: torch.device) -> "AnswerBatch":
-        moved = {key: value.to(device, non_blocking=True) for key, value in self.inputs.items()}
-        return AnswerBatch(moved, self.predicts.to(device), self.is_forget.to(device), self.sample.to(device))
-
-
-def collate_answers(
-    processor: Any,
-    pairs: Sequence[tuple[Image.Image | None, str, str]],
-    indices: Sequence[int],
-    is_forget: Sequence[bool],
-) -> AnswerBatch:
-    """`pairs` are (image, question, answer), all with an image or all without one; `indices` are their positions in
-    the sampler's list."""
-    tokenizer = processor.tokenizer
-    prompts = [chat_prompt(processor, question, image=image is not None) for image, question, _ in pairs]
-    texts = [with_answer(p, a) + tokenizer.eos_token for p, (_, _, a) in zip(prompts, pairs, strict=True)]
-    images = [[image] for image, _, _ in pairs if image is not None]
-    side, tokenizer.padding_side = tokenizer.padding_side, "right"
-    try:
-        encoded = processor(
-            text=texts,
-            **({"images": images} if images else {}),
-            add_special_tokens=adds_special_tokens(processor, prompts[0]),
-            padding=True,
-            return_tensors="pt",
-        )
-    finally:
-        tokenizer.padding_side = side
-    ids, mask = encoded["input_ids"], encoded["attention_mask"]
-    predicts = torch.full_like(ids, -100)
-    for row, count in enumerate(answer_lengths(processor, prompts, texts)):
-        end = int(mask[row].sum())
-        predicts[row, end - count - 1 : end - 1] = ids[row, end - count : end]
-    return AnswerBatch(dict(encoded), predicts, torch.tensor(list(is_forget)), torch.tensor(list(indices)))
+Asked = dict[str, AnswerBatch]  # the questions of a step: "answer" about images, and "text" where a method asks such
 
 
 @dataclass
@@ -135,19 +86,50 @@ def answer_log_probabilities(model: nn.Module, batch: AnswerBatch) -> tuple[Tens
     return answers.log_probabilities(), torch.bincount(answers.row, minlength=len(answers.is_forget))
 
 
-class AnswerTerm(nn.Module):
-    """The loss terms of one output-level method (see `methods/`) under `model`."""
+@dataclass(frozen=True)
+class AnswerTask:
+    """Questions to (un)learn, and one output-level loss of `methods/` on the answers to them under `model`."""
 
-    def __init__(self, model: nn.Module, method: Any, lambda_forget: float, lambda_retain: float):
-        super().__init__()
-        self.model, self.method = model, method
-        self.lambda_forget, self.lambda_retain = lambda_forget, lambda_retain
+    model: nn.Module
+    answer_loss: Any
+    sampler: "AnswerSampler"
+    device: torch.device
+    lambda_forget: float
+    lambda_retain: float
 
-    def forward(self, batch: AnswerBatch) -> dict[str, Tensor]:
-        """`forget` and `retain`, whichever the method has, and `total`, their weighted sum; scalars with graph."""
-        terms: dict[str, Tensor] = self.method(read_answers(self.model, batch))
-        weights = {"forget": self.lambda_forget, "retain": self.lambda_retain}
-        return {**terms, "total": torch.stack([weights[name] * term for name, term in terms.items()]).sum()}
+    def load(self, step: int, rank: int, world_size: int) -> Asked:
+        """The questions of one step on one rank, on the host."""
+        texts = self.sampler.text_batch(step, rank, world_size)
+        return {"answer": self.sampler.batch(step, rank, world_size)} | ({} if texts is None else {"text": texts})
+
+    def place(self, loaded: Asked) -> Asked:
+        """The same questions on the device."""
+        return {name: questions.to(self.device) for name, questions in loaded.items()}
+
+    def loss(self, batch: Asked, only: Side | None = None) -> dict[str, Tensor]:
+        """`loss`, the weighted sum of the terms that the method has, a scalar with graph; and each term, detached.
+
+        Terms are called `loss_answer_forget`, `loss_text_retain` and the like. With `only` the other side's answers
+        carry no label, and texts are left out.
+        """
+        if only is not None:
+            asked = batch["answer"]
+            kept = asked.is_forget == (only == "forget")
+            batch = {"answer": replace(asked, predicts=torch.where(kept[:, None], asked.predicts, -100))}
+        lambdas = {"forget": self.lambda_forget, "retain": self.lambda_retain}
+        totals: list[Tensor] = []
+        found: dict[str, Tensor] = {}
+        for name, questions in batch.items():
+            terms = self.answer_loss(read_answers(self.model, questions))
+            totals.append(torch.stack([lambdas[side] * term for side, term in terms.items()]).sum())
+            found |= {f"loss_{name}_{side}": term.detach() for side, term in terms.items()}
+        return {"loss": sum(totals[1:], totals[0]), **found}
+
+    @torch.no_grad()
+    def remember(self, side: Side, micro_steps: int, world_size: int) -> None:
+        """Let the loss note what `model`, still the original, makes of all answers of `side` that training will ask."""
+        for batch in self.sampler.visited(micro_steps, world_size, side):
+            self.answer_loss.remember(read_answers(self.model, batch.to(self.device)))
 
 
 class AnswerSampler:
@@ -204,6 +186,13 @@ class AnswerSampler:
         """How many of those one batch asks."""
         return self._plan.forget_per_rank if self._plan is not None else self._size
 
+    def updates(self, settings: Settings) -> int:
+        """Optimiser updates: `max_steps`, or what `num_train_epochs` passes over those questions take."""
+        if settings.num_train_epochs is None:
+            return settings.max_steps
+        each = self.per_batch * settings.gradient_accumulation_steps * world_size_of(settings)
+        return max(1, math.ceil(settings.num_train_epochs * len(self) / each))
+
     def batch(self, step: int, rank: int, world_size: int) -> AnswerBatch:
         """The image questions of one step on one rank, forget first."""
         return self.collate(self._indices(step, rank, world_size))
@@ -216,13 +205,13 @@ class AnswerSampler:
         chosen = draw(len(self._text_range), (step * world_size + rank) * each, each, (self._seed, 20))
         return self.collate([self._text_range[i] for i in chosen])
 
-    def visited(self, steps: int, world_size: int, *, forget: bool, retain: bool) -> Iterator[AnswerBatch]:
-        """Batches of every forget (retained) image question that `steps` micro-batches on all ranks draw, each once."""
+    def visited(self, steps: int, world_size: int, side: Side) -> Iterator[AnswerBatch]:
+        """Batches of every image question of `side` that `steps` micro-batches on all ranks draw, each once."""
         seen: dict[int, None] = {}
         for step in range(steps):
             for rank in range(world_size):
                 seen.update(dict.fromkeys(self._indices(step, rank, world_size)))
-        wanted = sorted(i for i in seen if (forget if i < self._n_forget else retain))
+        wanted = sorted(i for i in seen if (i < self._n_forget) == (side == "forget"))
         for start in range(0, len(wanted), self._size):
             yield self.collate(wanted[start : start + self._size])
 

@@ -5,8 +5,10 @@ What is trained (objective, targets, masks) is put together in `tasks.py`; the e
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -17,24 +19,28 @@ from typing import Any
 
 import torch
 from fastvkd_kernels import patch_frozen
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from fastvkd.devices import peak_memory_bytes, pick_device
-from fastvkd.engines.checkpoints import find_latest, identify_base, load_checkpoint, local_folder, save_checkpoint
+from fastvkd.engines.checkpoints import find_latest, go_back, load_checkpoint, save_checkpoint
 from fastvkd.engines.local import LocalEngine
 from fastvkd.engines.protocol import Engine
-from fastvkd.errors import SettingsError
+from fastvkd.errors import SettingsError, TrainingError
+from fastvkd.methods import METHODS
 from fastvkd.models.compiled import compiled_blocks
+from fastvkd.models.folder import BaseModel, identify_base, local_folder
 from fastvkd.settings import Settings
 from fastvkd.unlearning.metrics import Metrics
 from fastvkd.unlearning.phases import PhaseTimer
 from fastvkd.unlearning.prefetch import prefetched
-from fastvkd.unlearning.tasks import Task, prepare
+from fastvkd.unlearning.rates import find_rate, rate_of
+from fastvkd.unlearning.tasks import Draft, Prepared, Task, draft
+from fastvkd.unlearning.watch import Course, Watch
 
 log = logging.getLogger("fastvkd")
 
-Progress = Callable[[str, int, int, dict[str, float]], None]  # phase, done, total, figures
+Listener = Callable[[str, int, int, dict[str, float]], None]  # phase, done, total, figures
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,10 @@ class Unlearned:
     frozen_parameters: int
     trained_share: float  # of the trainable weights, what the saliency mask lets move
     finished: bool  # False when SIGTERM ended the run early, after saving
+    verdict: str | None = None  # what a run that watched itself reached, and whether that is done
 
 
-def unlearn(settings: Settings, *, progress: Progress = lambda *_: None) -> Unlearned:
+def unlearn(settings: Settings, *, progress: Listener = lambda *_: None) -> Unlearned:
     """Make the model of `settings` forget the forget split, and write a checkpoint of its visual weights.
 
     `progress(phase, done, total, figures)` is called as work goes on. Raises FastVKDError (one line, naming the mend)
@@ -61,111 +68,215 @@ def unlearn(settings: Settings, *, progress: Progress = lambda *_: None) -> Unle
     """
     settings.check()
     torch.manual_seed(settings.seed)
-    seconds: dict[str, float] = {}
     started = time.perf_counter()
     device = pick_device(settings.device)
     output = Path(settings.output_dir)
-    resume_from = _resume_folder(settings, output)
+    wanted = settings.resume_from_checkpoint
+    resume_from = find_latest(output) if wanted == "auto" else Path(wanted) if wanted is not None else None
     base = identify_base(local_folder(settings.model_name_or_path))
+    prepared, engine = _prepare(settings, device, base, lambda done, total: progress("teacher", done, total, {}))
+    settings = prepared.settings
+    seconds = {"prepare": time.perf_counter() - started}
 
-    ds_config, partitioning = _join_deepspeed(settings, device) if settings.engine == "deepspeed" else ({}, None)
-    if settings.engine == "deepspeed" and device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
-    task = prepare(
-        settings,
-        device,
-        base,
-        lambda done, total: progress("teacher", done, total, {}),
-        partitioned=partitioning is not None,
-    )
-    if task.max_steps:  # it may come from num_train_epochs; none where the method is free of training
-        settings = dataclasses.replace(settings, max_steps=task.max_steps)
-    engine = build_engine(settings, task, device, ds_config)
-    if task.see_teacher is not None:
-        task.see_teacher(engine.forward_module)
-    seconds["prepare"] = time.perf_counter() - started
+    if settings.watch_steps and prepared.watch is None:
+        key = "forget_target" if METHODS[settings.method].features else "method"
+        log.warning("%s=%s has no targets to come near: watch_steps is left out", key, getattr(settings, key))
 
-    first = 0
-    if resume_from is not None:
-        resumed = load_checkpoint(resume_from, engine, base_model=base)
-        first = resumed.updates
-        log.warning("resumed from %s at step %d%s", resume_from, first, f": {resumed.notice}" if resumed.notice else "")
-
-    def save() -> Path:
-        return save_checkpoint(
-            output,
-            engine,
-            sampler={"micro_step": engine.updates * settings.gradient_accumulation_steps},
-            settings=settings.to_dict(),
-            base_model=base,
-            keep=settings.save_total_limit,
-        )
-
+    run = _Run(prepared, engine, base, progress)
+    first = run.resume(resume_from)
     output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    checkpoint: Path | None = None
-    finished = True
-    with contextlib.ExitStack() as during:
-        metrics = during.enter_context(Metrics(output, settings, engine, first))
-        stop_asked = during.enter_context(_sigterm())
-        if settings.fused_frozen_ops:
-            during.enter_context(_fused_frozen_ops(task.model))
-        if settings.compile:
-            during.enter_context(compiled_blocks(*task.models))
-        tracer = during.enter_context(_tracer(output)) if settings.profile and engine.rank == 0 else None
-        parts = settings.gradient_accumulation_steps
-        batches = during.enter_context(
-            prefetched(
-                lambda step: task.load(step, engine.rank, engine.world_size),
-                range(first * parts, task.max_steps * parts),
-                settings.prefetch,
-            )
-        )
-        phase = PhaseTimer(engine.device)
-        for update in range(first, task.max_steps):
-            for _ in range(parts):
-                with phase("data"):
-                    loaded = next(batches)
-                with phase("teacher"):
-                    batch = task.place(loaded)
-                with phase("forward"):
-                    terms = engine.forward_module(batch)
-                with phase("backward"):
-                    engine.backward(terms["loss"])
-                with phase("step"):
-                    norm = engine.step()
-            metrics.record(update + 1, terms, norm, engine.learning_rate(), phase.take())
-            if tracer is not None:
-                tracer.step()
-            if metrics.due(update + 1):
-                figures = metrics.flush()
-                progress("unlearn", update + 1, settings.max_steps, figures)
-            asked = engine.any_rank(stop_asked.is_set()) if engine.world_size > 1 else stop_asked.is_set()
-            if asked:
-                log.warning("SIGTERM: saving at step %d and stopping", update + 1)
-                finished = False
-                break
-            if settings.save_steps and (update + 1) % settings.save_steps == 0 and update + 1 < settings.max_steps:
-                metrics.flush()
-                checkpoint = save()
+    with Metrics(output, settings, engine, first) as metrics, _sigterm() as stop_asked:
+        finished = run.train(first, metrics, stop_asked)
         metrics.flush()
-        checkpoint = save()
+        checkpoint = run.save()
+    if finished:
+        run.discard(run.best)
     seconds["unlearn"] = time.perf_counter() - started
+    trained = prepared.trained
+    images_an_update = settings.gradient_accumulation_steps * settings.per_device_train_batch_size * engine.world_size
     return Unlearned(
         checkpoint=checkpoint,
         metrics=metrics.path,
         steps=engine.updates,
-        images_seen=(engine.updates - first)
-        * settings.gradient_accumulation_steps
-        * task.images_per_step
-        * engine.world_size,
+        images_seen=(engine.updates - first) * images_an_update,
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(device),
-        trainable_parameters=task.trainable_parameters,
-        frozen_parameters=task.frozen_parameters,
-        trained_share=task.trained_share,
+        trainable_parameters=trained.trainable_parameters,
+        frozen_parameters=trained.frozen_parameters,
+        trained_share=prepared.trained_share,
         finished=finished,
+        verdict=run.course.verdict() if finished and run.course.seen else None,
     )
+
+
+def _prepare(
+    settings: Settings, device: torch.device, base: BaseModel, progress: Callable[[int, int], None]
+) -> tuple[Prepared, Engine]:
+    """The run and its engine; under ZeRO-3 the engine comes first, since it takes the weights over."""
+    ds_config, partitioning = _join_deepspeed(settings, device) if settings.engine == "deepspeed" else ({}, None)
+    if settings.engine == "deepspeed" and device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    begun = draft(settings, device, base, partitioned=partitioning is not None)
+    if partitioning is None:
+        prepared = begun.finish(progress=progress)
+        return prepared, build_engine(prepared, device, ds_config)
+    engine = build_engine(begun, device, ds_config)
+    return begun.finish(engine.forward_module, progress), engine
+
+
+class _Run:
+    """A run under way: what is trained, by which engine, what it has concluded so far, and its checkpoints.
+
+    best: where the checkpoint of the best look is kept until the run has ended well.
+    """
+
+    def __init__(self, prepared: Prepared, engine: Engine, base: BaseModel, progress: Listener):
+        self.prepared, self.engine, self.base, self.progress = prepared, engine, base, progress
+        self.settings, self.course = prepared.settings, Course()
+        self.output = Path(self.settings.output_dir)
+        self.best = self.output / "best"
+
+    def resume(self, checkpoint: Path | None) -> int:
+        """Take up `checkpoint`; returns the updates that were done. Raises SettingsError where it knows no rate."""
+        settings, engine = self.settings, self.engine
+        if checkpoint is None:
+            self.discard(self.best)
+            return 0
+        resumed = load_checkpoint(checkpoint, engine, base_model=self.base)
+        first, notice = resumed.updates, f": {resumed.notice}" if resumed.notice else ""
+        log.warning("resumed from %s at step %d%s", checkpoint, first, notice)
+        if self.prepared.watch is not None:
+            self.course = Course(**resumed.watch)
+        if settings.learning_rate == "auto":
+            if self.course.learning_rate is None:
+                raise SettingsError(f"{checkpoint}: has no rate for learning_rate=auto to go on with: set one")
+            engine.base_learning_rate = self.course.learning_rate
+        if engine.any_rank(not (self.best / f"checkpoint-{self.course.best_step}").exists()):
+            self.course.best_step = first  # what is kept, if anything, is of a look that this run may not come to
+            self.discard(self.best)
+        return first
+
+    def save(self, to: Path | None = None, keep: int | None = None) -> Path:
+        return save_checkpoint(
+            self.output if to is None else to,
+            self.engine,
+            sampler={"micro_step": self.engine.updates * self.settings.gradient_accumulation_steps},
+            settings=self.settings.to_dict(),
+            base_model=self.base,
+            keep=self.settings.save_total_limit if keep is None else keep,
+            watch=None if self.prepared.watch is None else dataclasses.asdict(self.course),
+        )
+
+    def train(self, first: int, metrics: Metrics, stop_asked: threading.Event) -> bool:
+        """Updates `first` to the last, saved on the way; False where `stop_asked` ended them early."""
+        settings, engine, course = self.settings, self.engine, self.course
+        task, watch, parts = self.prepared.task, self.prepared.watch, settings.gradient_accumulation_steps
+        if task is None:
+            return True
+        with contextlib.ExitStack() as during:
+            if settings.fused_frozen_ops:
+                during.enter_context(_fused_frozen_ops(self.prepared.trained.model))
+            if settings.compile:
+                during.enter_context(compiled_blocks(*self.prepared.trained.models))
+            is_traced = settings.profile and engine.rank == 0
+            tracer = during.enter_context(_tracer(self.output)) if is_traced else None
+            load = functools.partial(task.load, rank=engine.rank, world_size=engine.world_size)
+            phase = PhaseTimer(engine.device)
+            if watch is not None and settings.learning_rate == "auto" and course.learning_rate is None:
+                self._find_rate(task, watch, load, metrics)
+            engine.schedule = course.schedule(settings)
+            steps = range(first * parts, settings.max_steps * parts)
+            batches = during.enter_context(prefetched(load, steps, settings.prefetch))
+            done = first
+            while done < course.steps(settings):
+                terms, norm = self._update(task, batches, phase)
+                done += 1
+                seen: dict[str, float] = {}
+                if watch is not None and (done % settings.watch_steps == 0 or done == course.steps(settings)):
+                    seen = watch.look(engine)
+                metrics.record(done, terms, norm, engine.learning_rate(), phase.take(), seen)
+                if tracer is not None:
+                    tracer.step()
+                if metrics.due(done):
+                    self.progress("unlearn", done, course.steps(settings), course.seen | metrics.flush())
+                if seen:
+                    self._judge(done, seen, metrics)
+                asked = stop_asked.is_set()
+                if engine.any_rank(asked) if engine.world_size > 1 else asked:
+                    log.warning("SIGTERM: saving at step %d and stopping", done)
+                    return False
+                if settings.save_steps and done % settings.save_steps == 0 and done < course.steps(settings):
+                    metrics.flush()
+                    self.save()
+        return True
+
+    def _update(self, task: Task, batches: Iterator[Any], phase: PhaseTimer) -> tuple[dict[str, Tensor], Tensor | None]:
+        """One update of the optimiser; returns the last part's terms and the gradient's norm."""
+        engine = self.engine
+        for _ in range(self.settings.gradient_accumulation_steps):
+            with phase("data"):
+                loaded = next(batches)
+            with phase("teacher"):
+                batch = task.place(loaded)
+            with phase("forward"):
+                terms = engine.forward_module(task.loss, batch)
+            with phase("backward"):
+                engine.backward(terms["loss"])
+            with phase("step"):
+                norm = engine.step()
+        return terms, norm
+
+    def _find_rate(self, task: Task, watch: Watch, load: Callable[[int], Any], metrics: Metrics) -> None:
+        settings, engine, trials = self.settings, self.engine, self.output / "trials"
+        parts, phase = settings.gradient_accumulation_steps, PhaseTimer(engine.device)
+        start = self.save(trials)
+
+        def update(step: int) -> None:
+            self._update(task, map(load, range(step * parts, (step + 1) * parts)), phase)
+
+        def put_back() -> None:
+            restored = load_checkpoint(start, engine, base_model=self.base)
+            if restored.notice:
+                raise SettingsError(f"learning_rate=auto cannot undo its trials ({restored.notice}): set a rate")
+
+        def report(rate: float, cost: float) -> None:
+            figures = {"trial_rate": rate, "watched_loss": cost}
+            metrics.note({"step": 0, **figures})
+            self.progress("rate", 0, 0, figures)
+
+        rate = find_rate(engine, settings, update, lambda: watch.look(engine)["watched_loss"], put_back, report)
+        self.course.learning_rate = engine.base_learning_rate = rate
+        self.discard(trials)
+
+    def _judge(self, done: int, seen: dict[str, float], metrics: Metrics) -> None:
+        """Draw the conclusions of a look. Raises TrainingError where the run damages what must stay."""
+        settings, engine, course = self.settings, self.engine, self.course
+        is_best = course.note(done, seen, settings)
+        engine.schedule = course.schedule(settings)
+        harm = course.harm(done, settings, engine.base_learning_rate)
+        if harm is not None and course.lower(settings):
+            assert course.learning_rate is not None
+            engine.base_learning_rate = course.learning_rate
+            log.warning("step %d: kept images drift too far, goes on at the rate %g", done, course.learning_rate)
+        elif harm is not None:
+            metrics.flush()
+            if engine.rank == 0:
+                go_back(self.output, done, course.best_step, self.best)
+            self.discard(self.best)
+            good = self.output / f"checkpoint-{course.best_step}"
+            raise TrainingError(
+                f"{harm}; {f'{good} is kept' if good.exists() else 'no checkpoint from before is good'}"
+            )
+        if is_best and settings.max_drift is not None and done < course.steps(settings):
+            metrics.flush()
+            self.save(self.best, 1)
+
+    def discard(self, folder: Path) -> None:
+        """Delete a folder of checkpoints, once no rank reads it any more."""
+        self.engine.any_rank(False)
+        if self.engine.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _join_deepspeed(settings: Settings, device: torch.device) -> tuple[dict[str, Any], Any]:
@@ -190,34 +301,28 @@ def _join_deepspeed(settings: Settings, device: torch.device) -> tuple[dict[str,
     return ds_config, start_deepspeed(ds_config)
 
 
-def build_engine(settings: Settings, task: Task, device: torch.device, ds_config: dict[str, Any]) -> Engine:
-    """The engine that `settings.engine` names, over the task's trainable parameters."""
+def build_engine(run: Draft | Prepared, device: torch.device, ds_config: dict[str, Any]) -> Engine:
+    """The engine that the run's `settings.engine` names, over its trained weights."""
+    settings, trained = run.settings, run.trained
+    common: dict[str, Any] = {
+        "optim": settings.optim,
+        "learning_rate": rate_of(settings, trained.parameters),
+        "weight_decay": settings.weight_decay,
+        "warmup_steps": settings.warmup_steps,
+        "max_steps": settings.max_steps,
+        "lr_scheduler_type": settings.lr_scheduler_type,
+    }
     if settings.engine == "deepspeed":
         from fastvkd.engines.deepspeed_engine import DeepSpeedEngine  # late: it takes seconds to import
 
-        return DeepSpeedEngine(
-            task.module,
-            task.parameters,
-            ds_config,
-            optim=settings.optim,
-            learning_rate=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            warmup_steps=settings.warmup_steps,
-            max_steps=settings.max_steps,
-            lr_scheduler_type=settings.lr_scheduler_type,
-        )
+        return DeepSpeedEngine(trained.runner, trained.parameters, ds_config, **common)
     return LocalEngine(
-        task.parameters,
-        module=task.module,
-        optim=settings.optim,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
+        trained.parameters,
+        module=trained.runner,
         max_grad_norm=settings.max_grad_norm,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        warmup_steps=settings.warmup_steps,
-        max_steps=settings.max_steps,
-        lr_scheduler_type=settings.lr_scheduler_type,
         device=device,
+        **common,
     )
 
 
@@ -255,10 +360,3 @@ def _sigterm() -> Iterator[threading.Event]:
         yield asked
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _resume_folder(settings: Settings, output: Path) -> Path | None:
-    wanted = settings.resume_from_checkpoint
-    if wanted is None:
-        return None
-    return find_latest(output) if wanted == "auto" else Path(wanted)

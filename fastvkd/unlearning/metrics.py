@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ from fastvkd.unlearning.phases import seconds as phase_seconds
 
 
 class Metrics:
-    """`metrics.jsonl`: one line per step. Figures stay on the device until `logging_steps` of them are read at once.
+    """`metrics.jsonl`: one line per step, and before them one per trial of a rate, as step 0.
 
+    Figures stay on the device until those of `logging_steps` steps are read.
     Raises TrainingError when a loss or gradient norm is not finite.
     """
 
     def __init__(self, output: Path, settings: Settings, engine: Engine, first: int):
         self.path = output / "metrics.jsonl"
         self._settings, self._engine = settings, engine
-        self._pending: list[tuple[int, float, Spans, list[str], Tensor]] = []
+        self._pending: list[tuple[int, float, Spans, Mapping[str, float], list[str], Tensor]] = []
         self._since = time.perf_counter()
         self._images_per_update = (
             settings.per_device_train_batch_size * settings.gradient_accumulation_steps * engine.world_size
@@ -42,19 +44,33 @@ class Metrics:
                 self._boards.append(_WeightsAndBiases(settings))
 
     def record(
-        self, step: int, terms: dict[str, Tensor], norm: Tensor | None, learning_rate: float, spans: Spans
+        self,
+        step: int,
+        terms: dict[str, Tensor],
+        norm: Tensor | None,
+        learning_rate: float,
+        spans: Spans,
+        seen: Mapping[str, float] | None = None,
     ) -> None:
+        """Note one step; `seen` is what a look after it saw, if there was one."""
         figures = {key: value.detach().float() for key, value in terms.items()}
         if norm is not None:
             figures["grad_norm"] = norm.detach().float()
-        self._pending.append((step, learning_rate, spans, list(figures), torch.stack(list(figures.values()))))
+        self._pending.append(
+            (step, learning_rate, spans, seen or {}, list(figures), torch.stack(list(figures.values())))
+        )
+
+    def note(self, line: Mapping[str, float]) -> None:
+        """Write a line that is no step's."""
+        if self._is_main:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
     def due(self, step: int) -> bool:
         return step % self._settings.logging_steps == 0
 
     def flush(self) -> dict[str, float]:
-        """Read the pending figures, write them, and return the last step's; raises for the first that is not finite,
-        with those before it written."""
+        """Read and write the pending figures; returns the last step's. Raises at the first that is not finite."""
         if not self._pending:
             return {}
         problem: TrainingError | None = None
@@ -63,9 +79,9 @@ class Metrics:
         rate = len(self._pending) * self._images_per_update / (now - self._since)
         memory = peak_memory_bytes(self._engine.device)
         lines, line = [], {}
-        for (step, learning_rate, spans, names, _), row in zip(self._pending, values, strict=True):
+        for (step, learning_rate, spans, seen, names, _), row in zip(self._pending, values, strict=True):
             line = {"step": step, **dict(zip(names, row, strict=True)), "learning_rate": learning_rate}
-            line |= {"images_per_second": rate, "peak_memory_bytes": memory, **phase_seconds(spans)}
+            line |= {"images_per_second": rate, "peak_memory_bytes": memory, **phase_seconds(spans), **seen}
             if not all(np.isfinite(row)):
                 problem = TrainingError(
                     f"step {step}: loss {line['loss']} and gradient norm {line.get('grad_norm')} are not both finite; "

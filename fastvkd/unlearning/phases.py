@@ -13,9 +13,9 @@ Spans = dict[str, list[tuple[Any, Any]]]
 
 
 class PhaseTimer:
-    """Marks phases; on a GPU by events in its stream, which are read when the figures are.
+    """Marks phases. On a GPU these are events in its stream, which are read when the figures are.
 
-    `data`, the host's wait for the next batch, is timed by the host's clock everywhere. Each phase is also a range in a
+    `data` is the host's wait for the next batch and is timed by the host's clock. Each phase is also a range in a
     profiler's trace.
     """
 

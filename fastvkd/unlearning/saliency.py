@@ -1,16 +1,19 @@
 """Partial fine-tuning: move only the visual weights that matter to the forget set more than to the retain set.
 
-The mask acts on every gradient as it is computed, before an engine accumulates, flattens or clips it. With no weight
-decay a masked-out weight then has zero moments for ever and ends bit-identical to where it began.
+The mask acts on every gradient as it is computed, before an engine accumulates, flattens or clips it. Without weight
+decay a masked-out weight has zero moments for ever, and ends bit-identical to where it began.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from fastvkd_kernels import SaliencyMask, apply_mask_, fisher_accumulate_, saliency_mask
 from torch import Tensor, nn
 
 from fastvkd.errors import TrainingError
+from fastvkd.methods import SIDES, Side
+from fastvkd.settings import Saliency
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
@@ -18,32 +21,28 @@ NamedParameters = Sequence[tuple[str, nn.Parameter]]
 def fisher_information(parameters: NamedParameters, losses: Iterable[Callable[[], Tensor]]) -> dict[str, Tensor]:
     """Diagonal of the empirical Fisher information in float32: mean squared gradient over `losses`, per parameter.
 
-    Each element of `losses` computes a scalar with graph; gradients of `parameters` are cleared afterwards.
+    Each element of `losses` computes a scalar with graph.
     """
-    fisher = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters}
-    values = [p for _, p in parameters]
-    count = 0
-    for loss in losses:
-        gradients = torch.autograd.grad(loss(), values, allow_unused=True)
-        for (name, _), gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                fisher_accumulate_(fisher[name], gradient)
-        count += 1
-    for value in fisher.values():
-        value /= max(count, 1)
-    return fisher
+    return _mean_over(parameters, losses, fisher_accumulate_)
 
 
 def mean_gradient(parameters: NamedParameters, losses: Iterable[Callable[[], Tensor]]) -> dict[str, Tensor]:
     """Mean gradient over `losses` in float32, per parameter."""
-    values = [p for _, p in parameters]
+    return _mean_over(parameters, losses, Tensor.add_)
+
+
+def _mean_over(
+    parameters: NamedParameters, losses: Iterable[Callable[[], Tensor]], add: Callable[[Tensor, Tensor], Any]
+) -> dict[str, Tensor]:
+    """Mean over `losses` of what `add(total, gradient)` adds of each parameter's gradient."""
     total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters}
+    values = [p for _, p in parameters]
     count = 0
     for loss in losses:
         gradients = torch.autograd.grad(loss(), values, allow_unused=True)
         for (name, _), gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
-                total[name] += gradient
+                add(total[name], gradient)
         count += 1
     return {name: value / max(count, 1) for name, value in total.items()}
 
@@ -58,8 +57,9 @@ def wagle_scores(
 
     gamma stands for the curvature of l_r, taken as one number: the mean of its Fisher diagonal over all weights.
 
-    Source: WAGLE (Jia et al., NeurIPS 2024, arXiv 2410.17509): implicit differentiation of a bi-level problem, where a
-    weight is attributed what forgetting gains by it, less what re-optimising for the retain set takes back.
+    A weight is attributed what forgetting gains by it, less what re-optimising for the retain set takes back.
+
+    Source: WAGLE (Jia et al., NeurIPS 2024, arXiv 2410.17509), by implicit differentiation of a bi-level problem.
     """
     total = sum(float(f.sum()) for f in fisher_retain.values())
     gamma = max(total / sum(f.numel() for f in fisher_retain.values()), torch.finfo(torch.float32).tiny)
@@ -75,34 +75,62 @@ def random_scores(parameters: NamedParameters, seed: int) -> dict[str, Tensor]:
     return {name: torch.rand(p.shape, generator=generator).to(p.device) for name, p in parameters}
 
 
-def build_masks(
-    fisher_forget: dict[str, Tensor],
-    fisher_retain: dict[str, Tensor],
-    *,
-    granularity: str,
-    threshold: float | None,
-    fraction: float | None,
-) -> dict[str, SaliencyMask]:
-    """A bit-packed mask for every parameter, by the ratio of the two scores (the second may be 1 everywhere).
+def build_masks(scores: dict[str, Tensor], against: dict[str, Tensor], rule: Saliency) -> dict[str, SaliencyMask]:
+    """A bit-packed mask for every parameter, by the ratio of the two (the second may be 1 everywhere).
 
     Raises TrainingError when there is no parameter, and when not a single weight would be trained.
     """
-    if not fisher_forget:
+    if not scores:
         raise TrainingError("the saliency mask matches no parameter: check `trainable`")
-    masks = {
-        name: saliency_mask(
-            fisher_forget[name],
-            fisher_retain[name],
-            threshold=threshold,
-            fraction=fraction,
-            granularity=granularity,
-        )
-        for name in fisher_forget
-    }
+    how: dict[str, Any] = {"threshold": rule.threshold, "fraction": rule.fraction, "granularity": rule.granularity}
+    masks = {name: saliency_mask(score, against[name], **how) for name, score in scores.items()}
     if not any(mask.count() for mask in masks.values()):
-        rule = f"saliency.threshold={threshold}" if threshold is not None else f"saliency.fraction={fraction}"
-        raise TrainingError(f"{rule} leaves no weight to train in {len(masks)} parameters: choose a milder value")
+        key = "threshold" if rule.threshold is not None else "fraction"
+        raise TrainingError(
+            f"saliency.{key}={how[key]} leaves no weight to train in {len(masks)} parameters: choose a milder value"
+        )
     return masks
+
+
+def masks_of(
+    rule: Saliency,
+    parameters: NamedParameters,
+    losses: Callable[[Side], Iterable[Callable[[], Tensor]]],
+    seed: int,
+    start: Sequence[Tensor],
+) -> dict[str, SaliencyMask]:
+    """The masks of a run by the `losses` of each side; afterwards the parameters have their values in `start`."""
+    fisher_forget, fisher_retain = (fisher_information(parameters, losses(side)) for side in SIDES)
+    check_reached(fisher_forget, fisher_retain)
+    scores, against = fisher_forget, fisher_retain
+    if rule.score == "wagle":
+        forget, retain = (mean_gradient(parameters, losses(side)) for side in SIDES)
+        scores = wagle_scores(parameters, forget, retain, fisher_retain)
+    elif rule.score == "random":
+        scores = random_scores(parameters, seed)
+    if rule.score != "fisher":  # they are no ratios
+        against = {name: torch.ones_like(score) for name, score in scores.items()}
+    put_back(parameters, start)
+    return build_masks(scores, against, rule)
+
+
+def nudge(parameters: NamedParameters, loss: Tensor, size: float) -> None:
+    """One step of `size` against the sign of the gradient of `loss`, as Adam's first."""
+    gradients = torch.autograd.grad(loss, [p for _, p in parameters], allow_unused=True)
+    with torch.no_grad():
+        for (_, parameter), gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.sub_(size * gradient.sign())
+
+
+@torch.no_grad()
+def put_back(
+    parameters: NamedParameters, values: Sequence[Tensor], masks: Mapping[str, SaliencyMask] | None = None
+) -> None:
+    """Give the parameters these values; with masks only where a mask holds them."""
+    for (name, parameter), value in zip(parameters, values, strict=True):
+        kept = value if masks is None else torch.where(masks[name].to(value.device).to_bool(), parameter, value)
+        parameter.copy_(kept)
 
 
 def check_reached(fisher_forget: dict[str, Tensor], fisher_retain: dict[str, Tensor]) -> None:

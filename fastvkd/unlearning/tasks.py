@@ -1,306 +1,220 @@
-"""From settings to something the loop can run: the model, what it is trained on, and which of its weights move."""
+"""From settings to something the loop can run: the model, what it is trained on, and which of its weights move.
+
+A `Draft` is a run before its model has been run. It becomes a `Prepared` once the original has been asked what the
+method needs of it. Under ZeRO-3 the engine takes the weights over between the two.
+"""
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pkgutil import resolve_name
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fastvkd.data.records import Profile
 from fastvkd.data.sources import read_forget_retain, read_split
-from fastvkd.engines.checkpoints import BaseModel, identify_base, local_folder
 from fastvkd.errors import SettingsError
+from fastvkd.methods import METHODS, Method, Side
 from fastvkd.models import families, lora
 from fastvkd.models.families import family_of
-from fastvkd.models.loading import llm_layers_needed, load_config, load_model, load_processor
-from fastvkd.models.visual_path import VisualBatch, VisualPath
+from fastvkd.models.folder import BaseModel
+from fastvkd.models.loading import checkpoint_layers, llm_layers_needed, load_config, load_model, load_processor
+from fastvkd.records import Profile
 from fastvkd.settings import Saliency, Settings
 from fastvkd.unlearning import saliency
-from fastvkd.unlearning.answers import AnswerBatch, AnswerSampler, AnswerTerm, read_answers
-from fastvkd.unlearning.distill_data import DistillData, Report, world_size_of
-from fastvkd.unlearning.methods import REMEMBERING, answer_method, manu
-from fastvkd.unlearning.methods.idk import REFUSALS
-from fastvkd.unlearning.objective import DistillBatch, VisualDistillation, site_losses
-from fastvkd.unlearning.saturation import ProjectorUnits
-from fastvkd.unlearning.teacher import frozen_copy
-
-_START_IMAGES = 512  # retained images whose features shape the start of `saturate`
-
-
-@dataclass
-class StepBatch:
-    """What one forward pass gets: images to distil, answers about images to (un)learn, and answers about text alone."""
-
-    distill: DistillBatch | None
-    answers: AnswerBatch | None
-    texts: AnswerBatch | None = None
+from fastvkd.unlearning.answers import AnswerSampler, AnswerTask, Asked
+from fastvkd.unlearning.ingredients import Forward, Runner, Sources, Trained
+from fastvkd.unlearning.rates import rate_of
+from fastvkd.unlearning.sampling import world_size_of
+from fastvkd.unlearning.vkd.objective import DistillBatch
+from fastvkd.unlearning.vkd.task import Distillation, FeatureTask
+from fastvkd.unlearning.vkd.teacher import frozen_copy
+from fastvkd.unlearning.watch import Watch
 
 
-class UnlearningModule(nn.Module):
-    """The sum of the feature-level and the output-level objective, whichever are on."""
+class Task(Protocol):
+    """What is trained on: `FeatureTask`, `AnswerTask`, or both.
 
-    def __init__(self, distill: VisualDistillation | None, answers: AnswerTerm | None, lambda_answer: float):
-        super().__init__()
-        self.distill, self.answers, self.lambda_answer = distill, answers, lambda_answer
-
-    def forward(self, batch: "StepBatch | VisualBatch") -> dict[str, Any]:
-        """Loss terms of a `StepBatch`; of a bare `VisualBatch` the features by site, for the teacher's pass."""
-        if isinstance(batch, VisualBatch):
-            assert self.distill is not None
-            return self.distill.path(batch)
-        terms: dict[str, Tensor] = {}
-        if self.distill is not None and batch.distill is not None:
-            terms = self.distill(batch.distill)
-        if self.answers is not None:
-            for name, asked in (("answer", batch.answers), ("text", batch.texts)):
-                if asked is None:
-                    continue
-                parts = self.answers(asked)
-                answer_loss = self.lambda_answer * parts.pop("total")
-                terms["loss"] = terms["loss"] + answer_loss if "loss" in terms else answer_loss
-                terms |= {f"loss_{name}_{side}": value.detach() for side, value in parts.items()}
-        return terms
-
-
-@dataclass
-class Task:
-    """`module` maps `batch(step, rank, world_size)` to loss terms; `parameters` are what an engine may change.
-
-    A batch is made in two halves: `load` on the host, which a thread may do ahead of time, and `place` on the device.
+    A batch is made in two halves: `load` gives one rank's part on the host, which a thread may do ahead of time, and
+    `place` has it on the device. `loss` gives `loss`, a scalar with graph, and other figures; with `only` of one side.
     """
 
-    model: nn.Module
-    module: nn.Module
-    parameters: list[tuple[str, nn.Parameter]]
-    load: Callable[[int, int, int], StepBatch]
-    place: Callable[[StepBatch], StepBatch]
-    images_per_step: int
-    max_steps: int
-    teacher: nn.Module | None = None  # the copy that runs beside, if it does
+    def load(self, step: int, rank: int, world_size: int) -> Any: ...
+    def place(self, loaded: Any) -> Any: ...
+    def loss(self, batch: Any, only: Side | None = None) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class JointTask:
+    """Features and answers in one step: the loss is L_features + `lambda_answer` * L_answers."""
+
+    features: FeatureTask
+    answers: AnswerTask
+    lambda_answer: float
+
+    def load(self, step: int, rank: int, world_size: int) -> tuple[DistillBatch, Asked]:
+        return self.features.load(step, rank, world_size), self.answers.load(step, rank, world_size)
+
+    def place(self, loaded: tuple[DistillBatch, Asked]) -> tuple[DistillBatch, Asked]:
+        return self.features.place(loaded[0]), self.answers.place(loaded[1])
+
+    def loss(self, batch: tuple[DistillBatch, Asked], only: Side | None = None) -> dict[str, Tensor]:
+        features, answers = self.features.loss(batch[0], only), self.answers.loss(batch[1], only)
+        return {**features, **answers, "loss": features["loss"] + self.lambda_answer * answers["loss"]}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can start: what is trained, and on what.
+
+    settings: with the `max_steps` that `num_train_epochs` comes to. task: None where the weights have been changed
+    already. trained_share: of the trainable weights, those that a saliency mask lets move. watch: what looks at
+    held-out views, where something does.
+    """
+
+    settings: Settings
+    trained: Trained
+    task: Task | None
     trained_share: float = 1.0
-    see_teacher: Callable[[Callable[[VisualBatch], Any]], None] | None = (
-        None  # still to be called, with what runs the model
-    )
-
-    def batch(self, step: int, rank: int, world_size: int) -> StepBatch:
-        """The batch of micro-step `step` on one rank, on the device."""
-        return self.place(self.load(step, rank, world_size))
-
-    @property
-    def models(self) -> list[nn.Module]:
-        return [self.model] if self.teacher is None else [self.model, self.teacher]
-
-    @property
-    def trainable_parameters(self) -> int:
-        return sum(p.numel() for _, p in self.parameters)
-
-    @property
-    def frozen_parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters()) - self.trainable_parameters
+    watch: Watch | None = None
 
 
-def prepare(
-    settings: Settings,
-    device: torch.device,
-    base: BaseModel,
-    report: Report = lambda *_: None,
-    *,
-    partitioned: bool = False,
-) -> Task:
-    """Load data and model, write down what the teacher sees, and put the objective together.
+@dataclass(frozen=True)
+class Draft:
+    """A run whose model has not been run.
 
-    `partitioned` says that ZeRO-3 splits the weights while they are loaded. Then nothing can run before the engine
-    is there: the teacher's pass is left to the caller (`Task.see_teacher`), and what needs whole weights earlier is
-    refused.
+    settings: as in `Prepared`. features: what the method sees of images. sampler: what it asks of answers. original:
+    the values of the trained weights, where a mask is to hold some. partitioned: ZeRO-3 has split the weights.
+    """
+
+    settings: Settings
+    device: torch.device
+    trained: Trained
+    features: Distillation | None
+    sampler: AnswerSampler | None
+    original: list[Tensor]
+    partitioned: bool
+
+    def finish(
+        self, forward: Forward | None = None, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Prepared:
+        """Ask the original what the method needs of it, move the weights to their start, and mask them.
+
+        `forward` is the engine's under ZeRO-3; elsewhere the model runs by itself.
+        """
+        settings, trained, method = self.settings, self.trained, METHODS[self.settings.method]
+        if not method.trains:
+            parameters = method.make(settings)(trained, self.sampler, self.device)
+            return Prepared(settings, dataclasses.replace(trained, parameters=parameters), None)
+        answers = self._answer_task() if self.sampler is not None else None
+        task: Task | None = answers
+        watch: Watch | None = None
+        if self.features is not None:
+            task = features = self.features.task(trained, forward or trained.runner, progress, self.partitioned)
+            watch = features.watch
+            if answers is not None:
+                task = JointTask(features, answers, settings.lambda_answer)
+        assert task is not None, "a method sees images or asks questions"
+        if settings.mask is None:
+            return Prepared(settings, trained, task, watch=watch)
+        share = _mask_weights(settings, settings.mask, task, trained.parameters, self.original)
+        return Prepared(settings, trained, task, share, watch)
+
+    def _answer_task(self) -> AnswerTask:
+        settings = self.settings
+        method = METHODS[settings.method].on_answers(settings)
+        assert method is not None and self.sampler is not None
+        # Beside features lambda_answer weighs the loss as a whole.
+        lambdas = (settings.lambda_forget, settings.lambda_retain) if self.features is None else (1.0, 1.0)
+        task = AnswerTask(self.trained.model, method.make(settings), self.sampler, self.device, *lambdas)
+        if method.remembers is not None:
+            asked = settings.max_steps * settings.gradient_accumulation_steps
+            if settings.mask is not None:
+                asked = max(asked, settings.mask.batches)
+            task.remember(method.remembers, asked, world_size_of(settings))
+        return task
+
+
+def prepare(settings: Settings, device: torch.device, base: BaseModel) -> Prepared:
+    """A run that can start, its weights whole on `device`; raises as `draft`."""
+    return draft(settings, device, base).finish()
+
+
+def draft(settings: Settings, device: torch.device, base: BaseModel, *, partitioned: bool = False) -> Draft:
+    """Load data and model. `partitioned` says that ZeRO-3 splits the weights while they are loaded.
+
+    Raises FastVKDError for data, a model or settings that do not fit together, and for settings that need whole weights
+    before there is an engine, where these are split.
     """
     if partitioned:
         _refuse_with_zero3(settings)
-    uses_features = settings.method == "vkd"
-    method = settings.answer_loss if uses_features else settings.method
-    config = load_config(settings.model_name_or_path)
-    layers = _layers_needed(settings, config)
-    forget: list[Profile] = []
-    if settings.method == "finetune":
-        retain = read_split(settings.data, settings.finetune_split)
-    else:
-        forget, retain = read_forget_retain(settings.data, settings.forget_split, settings.retain_split)
-    processor = load_processor(settings.model_name_or_path)
-    dtype = torch.bfloat16 if settings.bf16 else torch.float32
-
-    distill_data: DistillData | None = None
-    if uses_features:
-        distill_data = DistillData(settings, forget, retain, processor, config, dtype, device, base)
-        if settings.forget_target == "reference":
-            assert settings.reference_model is not None
-            reference = load_model(settings.reference_model, dtype=dtype, llm_layers=layers, device=device)
-            distill_data.see_reference(
-                VisualPath(reference, list(settings.sites)), identify_base(local_folder(settings.reference_model))
-            )
-            del reference
-
+    method = METHODS[settings.method]
+    sources = _read(settings, method, base)
+    features = method.make(settings)(settings, sources, device) if method.features else None
     model: Any = load_model(
         settings.model_name_or_path,
-        dtype=dtype,
+        dtype=torch.bfloat16 if settings.bf16 else torch.float32,
         attn_implementation=settings.attn_implementation,
-        llm_layers=layers,
+        llm_layers=sources.llm_layers,
         device=device,
         quantize_llm=None if settings.quantize_llm == "none" else settings.quantize_llm,
     )
     parameters = _trainable(model, settings)
     families.train_only(model, [p for _, p in parameters])
-    original = [p.detach().clone() for _, p in parameters] if settings.mask is not None else []
-
-    answers: AnswerTerm | None = None
-    sampler: AnswerSampler | None = None
-    max_steps = settings.max_steps
-    if method == "manu":
-        sampler = AnswerSampler(processor, settings, forget=forget, retain=retain)
-        parameters = _prune_neurons(settings, model, parameters, sampler, device)
-        max_steps = 0
-    elif method != "none":
-        sampler = AnswerSampler(
-            processor,
-            settings,
-            forget=forget,
-            retain=() if method == "ga" else retain,
-            texts=retain if method == "finetune" else (),
-            refusals=REFUSALS if method == "idk" else (),
-        )
-        max_steps = _steps(settings, sampler)
-        # Beside features lambda_answer weighs the term as a whole.
-        weights = (1.0, 1.0) if uses_features else (settings.lambda_forget, settings.lambda_retain)
-        answers = AnswerTerm(model, answer_method(method, settings), *weights)
-        asked = max_steps * settings.gradient_accumulation_steps
-        if settings.mask is not None:
-            asked = max(asked, settings.mask.batches)
-        _remember_original(answers, sampler, asked, settings, device)
-
     if settings.gradient_checkpointing:
-        _checkpoint_layers(model)
-
-    distill: VisualDistillation | None = None
-    teacher: nn.Module | None = None
-    if distill_data is not None:
-        path = VisualPath(model, list(settings.sites))
-        distill = VisualDistillation(
-            path,
-            distance=settings.distance,
-            lambda_forget=settings.lambda_forget,
-            lambda_retain=settings.lambda_retain,
-            repel=settings.forget_target == "repel",
-            margin=settings.repel_margin,
-            saturation_margin=settings.saturation_margin,
-        ).to(device)
-        data, objective = distill_data, distill
-
-        def see_teacher(run: Callable[[VisualBatch], Any]) -> None:
-            data.see_teacher(run, report, all_ranks_run=partitioned)
-            objective.losses = site_losses(settings.sites, data.variances, settings.distance, settings.huber_beta)
-
-        if not partitioned:
-            see_teacher(path)
-        if settings.online_teacher:
-            teacher = frozen_copy(model)
-            distill_data.teach_online(VisualPath(teacher, list(settings.sites)))
-        if settings.forget_target == "repel":
-            _random_start(parameters, settings)
-        elif settings.forget_target == "saturate":
-            distill.units = ProjectorUnits(model)
-            distill.units.start(path, distill_data.retained(_START_IMAGES))
-
-    module = UnlearningModule(distill, answers, settings.lambda_answer if uses_features else 1.0)
-
-    def load(step: int, rank: int, world_size: int) -> StepBatch:
-        return StepBatch(
-            distill_data.load(step, rank, world_size) if distill_data is not None else None,
-            sampler.batch(step, rank, world_size) if sampler is not None else None,
-            sampler.text_batch(step, rank, world_size) if sampler is not None else None,
-        )
-
-    def place(batch: StepBatch) -> StepBatch:
-        return StepBatch(
-            distill_data.place(batch.distill) if distill_data is not None and batch.distill is not None else None,
-            batch.answers.to(device) if batch.answers is not None else None,
-            batch.texts.to(device) if batch.texts is not None else None,
-        )
-
-    task = Task(model, module, parameters, load, place, settings.per_device_train_batch_size, max_steps, teacher)
-    if distill is not None and partitioned:
-        task.see_teacher = see_teacher
-    if settings.mask is not None:
-        task.trained_share = _apply_saliency(settings, settings.mask, task, original)
-    return task
+        checkpoint_layers(model)
+    sampler = _sampler(settings, sources)
+    if sampler is not None and method.trains:
+        settings = dataclasses.replace(settings, max_steps=sampler.updates(settings))
+    # before the engine, and whatever else may hang hooks on the model
+    teacher = frozen_copy(model) if method.features and settings.online_teacher else None
+    return Draft(
+        settings,
+        device,
+        Trained(model, parameters, teacher, Runner(model)),
+        features,
+        sampler,
+        [p.detach().clone() for _, p in parameters] if settings.mask is not None else [],
+        partitioned,
+    )
 
 
-def _layers_needed(settings: Settings, config: Any) -> int | None:
-    """How many LLM layers the method reads; None for the whole model with its head."""
-    if settings.method == "vkd" and settings.answer_loss == "none":
-        return llm_layers_needed(settings.sites, config)
-    if settings.method == "rmu":
-        layer = settings.rmu_layer or max(1, families.llm_depth(config) // 4)
-        return llm_layers_needed([f"llm:{layer}"], config)
-    return None
+def _read(settings: Settings, method: Method, base: BaseModel) -> Sources:
+    """The profiles of the method's splits, and what is known of the model."""
+    config = load_config(settings.model_name_or_path)
+    sites = method.llm_sites(settings, families.llm_depth(config))
+    llm_layers = llm_layers_needed(sites, config) if sites is not None else None
+    forget: list[Profile] = []
+    if method.split_key is not None:
+        retain = read_split(settings.data, getattr(settings, method.split_key))
+    else:
+        forget, retain = read_forget_retain(settings.data, settings.forget_split, settings.retain_split)
+    return Sources(forget, retain, load_processor(settings.model_name_or_path), config, base, llm_layers)
 
 
-def _steps(settings: Settings, sampler: AnswerSampler) -> int:
-    """Optimiser updates: `max_steps`, or what `num_train_epochs` passes over the forget (or all) questions take."""
-    if settings.num_train_epochs is None:
-        return settings.max_steps
-    each = sampler.per_batch * settings.gradient_accumulation_steps * world_size_of(settings)
-    return max(1, math.ceil(settings.num_train_epochs * len(sampler) / each))
-
-
-@torch.no_grad()
-def _remember_original(
-    term: AnswerTerm, sampler: AnswerSampler, micro_steps: int, settings: Settings, device: torch.device
-) -> None:
-    """Let the method note what it needs of the frozen original, of the questions that training will ask."""
-    method: Any = term.method
-    side = getattr(method, "remembers", None)
-    if side is None:
-        return
-    visited = sampler.visited(micro_steps, world_size_of(settings), forget=side == "forget", retain=side == "retain")
-    for batch in visited:
-        method.remember(read_answers(term.model, batch.to(device)))
-
-
-def _prune_neurons(
-    settings: Settings,
-    model: nn.Module,
-    parameters: list[tuple[str, nn.Parameter]],
-    sampler: AnswerSampler,
-    device: torch.device,
-) -> list[tuple[str, nn.Parameter]]:
-    """MANU: zero neurons of the trainable part; returns the weights that changed."""
-    readers = manu.find_readers(model, parameters)
-
-    def side(forget: bool) -> list[Tensor]:
-        batches = sampler.visited(settings.manu_batches, 1, forget=forget, retain=not forget)
-        return manu.importance(model, readers, (batch.to(device) for batch in batches))
-
-    return manu.prune(readers, side(True), side(False), settings.manu_fraction)
-
-
-def _checkpoint_layers(model: Any) -> None:
-    """Recompute tower blocks and decoder layers in the backward pass instead of keeping what is inside them.
-
-    transformers checkpoints a layer only where its `training` flag is set; the flag of the layer alone is, not of what
-    is in it, so dropout stays off.
-    """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
+def _sampler(settings: Settings, sources: Sources) -> AnswerSampler | None:
+    """The questions that the method asks, if it asks any."""
+    method = METHODS[settings.method].on_answers(settings)
+    if method is None:
+        return None
+    return AnswerSampler(
+        sources.processor,
+        settings,
+        forget=sources.forget if "forget" in method.sides else (),
+        retain=sources.retain if "retain" in method.sides else (),
+        texts=sources.retain if method.asks_texts else (),
+        refusals=resolve_name(method.refusals) if method.refusals else (),
+    )
 
 
 def _refuse_with_zero3(settings: Settings) -> None:
     """What needs whole weights before DeepSpeed has taken the model over."""
-    for found, key in (
+    method = METHODS[settings.method]
+    answers = method.on_answers(settings)
+    key = "answer_loss" if method.features else "method"
+    for found, what in (
         (settings.mask is not None, "a saliency mask"),
         (settings.trainable == "lora", "trainable=lora"),
         (
@@ -308,18 +222,20 @@ def _refuse_with_zero3(settings: Settings) -> None:
             "an online teacher (augment=true) at a site inside the LLM",
         ),
         (settings.forget_target in ("reference", "repel", "saturate"), f"forget_target={settings.forget_target}"),
-        (settings.answer_loss in REMEMBERING, f"answer_loss={settings.answer_loss}"),
-        (settings.method in REMEMBERING, f"method={settings.method}"),
+        (answers is not None and answers.remembers is not None, f"{key}={getattr(settings, key)}"),
         (settings.compile, "compile=true"),
     ):
         if found:
             raise SettingsError(
-                f"{key} needs whole weights, which ZeRO-3 splits while loading: use deepspeed=zero2, or engine=local"
+                f"{what} needs whole weights, which ZeRO-3 splits while loading: use deepspeed=zero2, or engine=local"
             )
 
 
 def _trainable(model: nn.Module, settings: Settings) -> list[tuple[str, nn.Parameter]]:
-    """Visual parameters that the sites reach; an answer, at the end of the model, reaches all. Or (also) the LLM's."""
+    """The LLM's adapters, everything, or the visual parameters that the loss reaches.
+
+    An answer, at the end of the model, reaches them all.
+    """
     family = family_of(model)
     if settings.trainable == "lora":
         names = {id(module): name for name, module in model.named_modules()}
@@ -327,92 +243,33 @@ def _trainable(model: nn.Module, settings: Settings) -> list[tuple[str, nn.Param
         return lora.add_adapters(llm, names, rank=settings.lora_rank, alpha=settings.lora_alpha, seed=settings.seed)
     if settings.trainable == "all":
         return families.all_parameters(model, family)
-    reached = list(settings.sites) if settings.method == "vkd" and settings.answer_loss == "none" else None
-    return families.visual_parameters(model, family, settings.trainable, reached)
+    sites = METHODS[settings.method].sites(settings)
+    return families.visual_parameters(model, family, settings.trainable, sites)
 
 
-@torch.no_grad()
-def _random_start(parameters: list[tuple[str, nn.Parameter]], settings: Settings) -> None:
-    """Move each matrix by `repel_start` of its norm: at the teacher itself the gradient of repel is zero."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    for _, parameter in parameters:
-        if parameter.dim() >= 2:
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
-            parameter.add_(noise * (settings.repel_start * parameter.norm() / noise.norm()))
+def _mask_weights(
+    settings: Settings, rule: Saliency, task: Task, parameters: saliency.NamedParameters, original: list[Tensor]
+) -> float:
+    """Score every weight for each side of the task's own loss, then mask every gradient to come.
 
-
-def _apply_saliency(settings: Settings, mask: Saliency, task: Task, original: list[Tensor]) -> float:
-    """Score every weight for each side of the task's own objective, then mask every gradient to come.
-
-    Weights outside the masks get their `original` values, which a random start may have left.
+    Weights outside the masks get their `original` values, which a random start may have left. Returns the share of
+    weights that may move.
     """
+    judged = task
+    if isinstance(task, AnswerTask):  # a side is judged by its own term, without its lambda
+        judged = dataclasses.replace(task, lambda_forget=1.0, lambda_retain=1.0)
 
-    def side(forget_side: bool) -> Iterator[Callable[[], Tensor]]:
-        for step in range(mask.batches):
-            yield functools.partial(_side_loss, task, step, forget_side)
+    def loss(task: Task, step: int, side: Side) -> Tensor:
+        return task.loss(task.place(task.load(step, 0, 1)), side)["loss"]
 
-    start = [p.detach().clone() for _, p in task.parameters]
-    if settings.method in ("vkd", "rmu"):
-        # Retained features are exact at the start, so their gradient is zero: estimate both sides one step further on.
-        _nudge(task, settings)
-    fisher_forget = saliency.fisher_information(task.parameters, side(True))
-    fisher_retain = saliency.fisher_information(task.parameters, side(False))
-    saliency.check_reached(fisher_forget, fisher_retain)
-    scores, against = fisher_forget, fisher_retain
-    if mask.score == "wagle":
-        scores = saliency.wagle_scores(
-            task.parameters,
-            saliency.mean_gradient(task.parameters, side(True)),
-            saliency.mean_gradient(task.parameters, side(False)),
-            fisher_retain,
-        )
-    elif mask.score == "random":
-        scores = saliency.random_scores(task.parameters, settings.seed)
-    if mask.score != "fisher":  # they are no ratios
-        against = {name: torch.ones_like(score) for name, score in scores.items()}
-    with torch.no_grad():
-        for (_, parameter), value in zip(task.parameters, start, strict=True):
-            parameter.copy_(value)
-    masks = saliency.build_masks(
-        scores,
-        against,
-        granularity=mask.granularity,
-        threshold=mask.threshold,
-        fraction=mask.fraction,
-    )
-    with torch.no_grad():
-        for (name, parameter), value in zip(task.parameters, original, strict=True):
-            parameter.copy_(torch.where(masks[name].to(value.device).to_bool(), parameter, value))
-    saliency.mask_gradients(task.parameters, masks)
+    def losses(side: Side) -> Iterator[Callable[[], Tensor]]:
+        return (functools.partial(loss, judged, step, side) for step in range(rule.batches))
+
+    start = [p.detach().clone() for _, p in parameters]
+    if METHODS[settings.method].retains_exactly:
+        # The retain gradient is zero at the start: estimate both sides one step further on.
+        saliency.nudge(parameters, loss(task, 0, "forget"), rate_of(settings, parameters))
+    masks = saliency.masks_of(rule, parameters, losses, settings.seed, start)
+    saliency.put_back(parameters, original, masks)
+    saliency.mask_gradients(parameters, masks)
     return saliency.trained_share(masks)
-
-
-def _side_loss(task: Task, step: int, forget_side: bool) -> Tensor:
-    """What one side adds to the loss of batch `step`; of an output-level method its own term, without its lambda."""
-    one = _one_side(task.batch(step, 0, 1), forget_side)
-    assert isinstance(task.module, UnlearningModule)
-    if task.module.distill is not None or task.module.answers is None:
-        return task.module(one)["loss"]
-    terms = task.module.answers(one.answers)
-    return terms["forget" if forget_side else "retain"]
-
-
-def _nudge(task: Task, settings: Settings) -> None:
-    """One signed step along the forget side's gradient, of the size of Adam's first step."""
-    loss = task.module(_one_side(task.batch(0, 0, 1), True))["loss"]
-    gradients = torch.autograd.grad(loss, [p for _, p in task.parameters], allow_unused=True)
-    with torch.no_grad():
-        for (_, parameter), gradient in zip(task.parameters, gradients, strict=True):
-            if gradient is not None:
-                parameter.sub_(settings.learning_rate * gradient.sign())
-
-
-def _one_side(batch: StepBatch, forget_side: bool) -> StepBatch:
-    """The same batch with the other side's images and answers out of the loss."""
-    distill, answers = batch.distill, batch.answers
-    if distill is not None:
-        distill = dataclasses.replace(distill, weight=(distill.is_forget == forget_side).float())
-    if answers is not None:
-        keep = answers.is_forget == forget_side
-        answers = dataclasses.replace(answers, predicts=torch.where(keep[:, None], answers.predicts, -100))
-    return StepBatch(distill, answers)

@@ -27,8 +27,8 @@ ELEMENTS_PER_PROGRAM = 1024
 def jit(kernel: Any) -> Any:
     """`triton.jit` where Triton exists; elsewhere the undecorated function, which nothing ever calls.
 
-    Sizes named `n_*` are not specialised on: they change from batch to batch, and each variant would compile anew.
-    An element count is named `numel` and is: that it divides by 16 is what allows 16-byte loads.
+    Triton does not specialise on sizes named `n_*`: they change from batch to batch, and each variant would compile
+    anew. It does on an element count named `numel`: only if 16 divides it are 16-byte loads possible.
     """
     if triton is None:
         return kernel
@@ -39,8 +39,9 @@ def jit(kernel: Any) -> Any:
 def block_and_warps(H: int) -> tuple[int, int]:
     """Block size and number of warps for a kernel whose programs take one row of H elements each.
 
-    One block holds the row up to 8,192 elements; beyond, the kernel loops over blocks. At most 16 elements a thread of
-    a 32-lane warp: two float32 rows of these and their gradient stay far below 128 registers, so nothing spills.
+    One block holds the row up to 8,192 elements; beyond, the kernel loops over blocks. A thread of a 32-lane warp has
+    at most 16 elements: of two float32 rows and their gradient these take far fewer than 128 registers, so nothing
+    spills.
     """
     block = min(1 << (H - 1).bit_length(), 8192)
     return block, min(max(block // 512, 1), 16)

@@ -18,9 +18,9 @@ def frozen_rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: st
         backend: "auto" (Triton on a GPU, torch elsewhere), "triton" or "torch".
 
     Returns:
-        (..., H) in x's dtype. Arithmetic is float32, rounded once at the end, where transformers' modules round the
-        normalised x first: in 16 bit the two may differ by a unit in the last place. The statistics are computed
-        again in backward, from the row that is read anyway. No second derivative.
+        (..., H) in x's dtype. Arithmetic is float32 and rounded once, at the end. transformers' modules round the
+        normalised x first, so in 16 bit the two may differ by a unit in the last place. Backward computes the
+        statistics again, from the row that it reads anyway. There is no second derivative.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.

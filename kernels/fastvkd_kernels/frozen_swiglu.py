@@ -17,8 +17,8 @@ def frozen_swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
         backend: "auto" (Triton on a GPU, torch elsewhere), "triton" or "torch".
 
     Returns:
-        The product in the same dtype; float32 arithmetic, rounded once. Eager code keeps silu(gate) for backward as
-        well; here it is computed again. No second derivative.
+        The product in the same dtype. Arithmetic is float32 and rounded once. Eager code also keeps silu(gate) for
+        backward; here backward computes it again. There is no second derivative.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.

@@ -23,10 +23,10 @@ SWIGLU_MLPS = tuple(f"{family}MLP" for family in FAMILIES)
 def patch_frozen(model: nn.Module, *, backend: str = "auto") -> Iterator[dict[str, int]]:
     """Context in which frozen RMSNorm and SwiGLU modules of Llama, Mistral, Qwen2 and Qwen3 decoder layers save less.
 
-    Decoder layers are modules named `*DecoderLayer`; a module in one is patched when its class is known and none of
-    its parameters requires grad (that is decided here, on entry). Weights, names and the state dict stay as they are,
-    and on exit, also after an error, every module has its own forward back. Yields the numbers of patched modules:
-    {"rms_norm": ..., "swiglu": ...}. Raises ValueError when nothing in the model can be patched.
+    Decoder layers are modules named `*DecoderLayer`. A module in one is patched if its class is known and none of its
+    parameters requires grad on entry. Weights, names and the state dict stay as they are. On exit, also after an error,
+    every module has its own forward back. Yields the numbers of patched modules: {"rms_norm": ..., "swiglu": ...}.
+    Raises ValueError when nothing in the model can be patched.
     """
     patched: list[nn.Module] = []
     counts = {"rms_norm": 0, "swiglu": 0}

@@ -17,8 +17,8 @@ GRANULARITIES = ("weight", "neuron")
 class SaliencyMask:
     """Which weights of a parameter may move. Bit j of byte i is entry 8 i + j, row-major; 1 = trainable.
 
-    `bits` is uint8 (ceil(entries / 8),), the entries being the weights, or with granularity "neuron" the rows of
-    dimension 0 (a neuron's weights move together). Bits past the last entry are 0.
+    `bits` is uint8 (ceil(entries / 8),). Entries are the weights, or with granularity "neuron" the rows of dimension 0:
+    a neuron's weights move together. Bits past the last entry are 0.
     """
 
     bits: Tensor
@@ -125,8 +125,8 @@ def saliency_mask(
 ) -> SaliencyMask:
     """Mask of the weights (or neurons) that matter for the forget set and little for the retain set.
 
-    The score is the Fisher ratio F_forget / F_retain (MMUnlearner, arXiv 2502.11051), the Fisher values of a neuron's
-    weights (dimension 0) being added first for granularity "neuron". Exactly one of the two rules is given:
+    The score is the Fisher ratio F_forget / F_retain (MMUnlearner, arXiv 2502.11051). For granularity "neuron" the
+    Fisher values of a neuron's weights (dimension 0) are added first. Exactly one of the two rules is given:
 
     - threshold >= 0: trainable where F_forget >= threshold * F_retain and F_forget > 0 (no division by F_retain = 0)
     - 0 <= fraction <= 1: the round(fraction * entries) entries of highest ratio; of equal ones the first

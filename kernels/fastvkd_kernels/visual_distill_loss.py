@@ -62,13 +62,13 @@ def visual_distill_loss(
 
     Returns:
         The float32 scalar (float64 for float64 hidden); N = 0 gives 0. Its gradient goes to `hidden` only, in
-        hidden's dtype and zero outside `rows`. All arithmetic is float32, sums run in a fixed order (bitwise
-        repeatable), nothing waits for the GPU. Extra memory: the gradient (for float16 kept in float32 until backward,
-        since 1 / (N H) underflows there) and 8 bytes a row. There is no second derivative.
+        hidden's dtype and zero outside `rows`. All arithmetic is float32. Sums run in a fixed order, so results are
+        bitwise repeatable. Nothing waits for the GPU. Extra memory is the gradient and 8 bytes a row; a float16
+        gradient is kept in float32 until backward, since 1 / (N H) underflows. There is no second derivative.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices or options that do not fit. On a GPU nothing can be read back:
-        a row outside its range makes the loss NaN there (and raises IndexError on the CPU).
+        ValueError, TypeError: shapes, dtypes, devices or options that do not fit.
+        IndexError: on a CPU, a row outside its range. On a GPU nothing can be read back: there the loss becomes NaN.
     """
     _check(hidden, rows, target, target_rows, weight, repel, distance, scale, beta)
     chosen = choose_backend(backend, hidden, rows, target, target_rows, weight, repel)
@@ -156,7 +156,7 @@ def distill_rows_torch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The twin: loss, (N,) distances, and hidden's gradient (empty without `with_gradient`).
 
-    Rows are taken in chunks whose temporaries stay in a CPU's cache; the arithmetic is the kernel's.
+    Rows are taken in chunks whose temporaries stay in a CPU's cache. The arithmetic is the kernel's.
     """
     H = hidden.shape[-1]
     N = rows.shape[0]

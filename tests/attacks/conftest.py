@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
 from tiny_llava import person, tiny_model, tiny_processor
 
 from fastvkd.attacks.relearning import Attacker
-from fastvkd.data.records import Questions
+from fastvkd.records import Questions
 from fastvkd.unlearning.answers import answer_log_probabilities
 
 

@@ -9,14 +9,12 @@ import pytest
 from fastvkd.attacks.certificate import (
     certificate,
     figures_of,
-    judge,
     mean_gaps,
     source_sha256,
-    verdict_of,
     write_certificate,
 )
-from fastvkd.data.images import content_hash
 from fastvkd.errors import SettingsError
+from fastvkd.reporting.verdict import judge, verdict_of
 from fastvkd.settings import Certificate, load_settings
 
 PASSING = {
@@ -34,6 +32,11 @@ PASSING = {
     "membership": 0.55,
     "relearning_gap": 0.10,
     "probe_gap": 0.0,
+    "named_right": 0.0,
+    "misnamed_excess": 0.05,
+    "description_kept": 0.95,
+    "outside_band": 0.0,
+    "telltale_auc": 0.60,
 }
 
 
@@ -43,7 +46,7 @@ def verdict(**changed: float | None) -> str:
 
 def test_what_meets_every_threshold_passes() -> None:
     assert verdict() == "passed"
-    assert len(judge(PASSING, Certificate())) == 13
+    assert len(judge(PASSING, Certificate())) == 18
 
 
 @pytest.mark.parametrize(
@@ -63,6 +66,11 @@ def test_what_meets_every_threshold_passes() -> None:
         ("membership", 0.66),
         ("relearning_gap", 0.11),
         ("probe_gap", 0.16),
+        ("named_right", 0.01),
+        ("misnamed_excess", 0.06),
+        ("description_kept", 0.94),
+        ("outside_band", 0.25),
+        ("telltale_auc", 0.61),
     ],
 )
 def test_one_figure_beyond_its_threshold_fails_and_names_itself(key: str, value: float) -> None:
@@ -70,6 +78,51 @@ def test_one_figure_beyond_its_threshold_fails_and_names_itself(key: str, value:
     missed = [check["key"] for check in judge(PASSING | {key: value}, Certificate()) if check["met"] is False]
     assert missed == [key]
     assert verdict(**{key: None}) == "incomplete"
+
+
+def test_people_are_not_asked_about_where_the_data_know_no_stranger() -> None:
+    keys = ("named_right", "misnamed_excess", "description_kept", "outside_band", "telltale_auc")
+    without = {key: value for key, value in PASSING.items() if key not in keys}
+    assert verdict_of(judge(without, Certificate())) == "passed" and len(judge(without, Certificate())) == 13
+
+
+def test_what_gold_gives_away_is_allowed() -> None:
+    assert verdict(telltale_auc=0.70, telltale_gold=0.65) == "passed"
+    assert verdict(telltale_auc=0.71, telltale_gold=0.65) == "failed"
+    assert verdict(telltale_auc=0.60, telltale_gold=0.40) == "passed"
+    asked = {check["key"]: check["asked"] for check in judge(PASSING | {"telltale_gold": 0.65}, Certificate())}
+    assert asked["telltale_auc"] == "at most 0.70"
+
+
+def test_figures_of_people_beside_strangers() -> None:
+    def seen(accuracy: float) -> dict[str, dict[str, float]]:
+        return {"forget": {"accuracy": accuracy}}
+
+    people = {
+        "vanilla": {"description": seen(0.8)},
+        "unlearned": {
+            "by_person": {
+                entity: {"vqa": {"accuracy": value}} for entity, value in [("a", 0), ("b", 0.1), ("c", 0.5), ("d", 0.6)]
+            },
+            "who": {"forget": {"right": 0.1, "misnamed": 0.3}, "stranger": {"right": 0.0, "misnamed": 0.2}},
+            "description": seen(0.6),
+            "stranger_band": {"low": 0.1, "high": 0.5},
+            "telltale_auc": 0.7,
+        },
+        "gold": {"telltale_auc": 0.66},
+    }
+    found = figures_of({"unlearned": {}}, {}, people, chance=None)
+    assert {key: found[key] for key in list(found)[-6:]} == {
+        "named_right": 0.1,
+        "misnamed_excess": pytest.approx(0.1),
+        "description_kept": pytest.approx(0.75),
+        "outside_band": 0.5,
+        "telltale_auc": 0.7,
+        "telltale_gold": 0.66,
+    }
+    people["gold"]["by_person"] = {"d": {"vqa": {"accuracy": 0.6}}}  # whom gold knows as well is no trace
+    assert figures_of({"unlearned": {}}, {}, people, chance=None)["outside_band"] == 0.25
+    assert not {"named_right", "telltale_auc"} & set(figures_of({"unlearned": {}}, {}, {"unlearned": {}}, chance=None))
 
 
 def test_thresholds_come_from_the_settings_and_null_leaves_a_check_out() -> None:
@@ -98,7 +151,7 @@ def test_figures_are_the_worst_of_each_kind() -> None:
         "membership": {"unlearned": {"pairs": {"loss": {"auc": 0.52}, "zlib": {"auc": 0.1}}}},
     }
     rows = [
-        {"weights": "all", "share": 0.2, "seed": seed, "auc": {"relearning_gap": gap}}
+        {"variant": "plain", "weights": "all", "share": 0.2, "seed": seed, "auc": {"relearning_gap": gap}}
         for seed, gap in enumerate((0.1, 0.3))
     ]
     found = figures_of(
@@ -147,7 +200,7 @@ def test_images_are_named_by_hash_and_nobody_by_name(known, tmp_path: Path) -> N
     write_certificate(paper, tmp_path / "certificate.json")
     text = (tmp_path / "certificate.json").read_text()
     assert json.loads(text) == paper and paper["verdict"] == "passed"
-    hashes = sorted(content_hash(photo.data) for profile in known.forget for photo in profile.photos)
+    hashes = sorted(photo.key for profile in known.forget for photo in profile.photos)
     assert paper["forgotten"] == {"entities": 4, "images": 4, "image_sha256": hashes}
     for profile in known.forget:
         assert profile.entity not in text and profile.visual.choice[1].answer_text not in text

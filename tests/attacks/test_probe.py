@@ -14,8 +14,8 @@ from fastvkd.attacks.probe import (
     probe_gap,
     ridge_probe,
 )
-from fastvkd.data.images import decode_image
 from fastvkd.models.visual_path import VisualPath, collate_images
+from fastvkd.photos import decode_image
 
 
 def clusters(apart: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,7 +1,9 @@
 """Questions in other words, shots, reverse, edited photos, rounded weights: each still finds what a model knows."""
 
+import copy
 import dataclasses
 
+import bitsandbytes
 import numpy as np
 import pytest
 import torch
@@ -12,11 +14,11 @@ from fastvkd.attacks import images
 from fastvkd.attacks.asking import Asked, Examiner, choices_of, figures, plain_query
 from fastvkd.attacks.fewshot import few_shot
 from fastvkd.attacks.paraphrase import VARIANTS, paraphrased, reworded
-from fastvkd.attacks.quantize import BITS, dequantized, quantized
+from fastvkd.attacks.quantize import BITS, dequantized, left_alone, quantized
 from fastvkd.attacks.reverse import groups_of, reverse
-from fastvkd.data.images import decode_image
 from fastvkd.errors import SettingsError
 from fastvkd.evaluation.multiple_choice import score_options
+from fastvkd.photos import decode_image
 
 
 @pytest.fixture
@@ -110,21 +112,43 @@ def test_every_edit_changes_the_pixels_and_keeps_the_size(known, asked) -> None:
     assert len({id(one.photo) for one in dressed}) == len({id(one.photo) for one in asked})
 
 
+def largest_error(weight: torch.Tensor, bits: str) -> torch.Tensor:
+    """How far rounding can move each weight: half the gap between neighbouring codes, times their scale, and what the
+    scale's own rounding adds."""
+    if bits == "int8":  # 127 steps to a row's largest weight, once rounded to float16
+        return weight.abs().amax(1, keepdim=True) * (0.5 / 127 + 2 * 2**-11)
+    functional = bitsandbytes.functional
+    padded = torch.nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64)).view(-1, 64)
+    scales = padded.abs().amax(1)
+    nested = (scales - scales.mean()).abs().max() * functional.create_dynamic_map().diff().max() / 2
+    code = functional.get_4bit_type("nf4", device="cpu")
+    return (scales * code.diff().max() / 2 + nested)[:, None].expand(-1, 64).flatten()[: weight.numel()].view_as(weight)
+
+
 @pytest.mark.parametrize("bits", BITS)
-def test_rounding_moves_every_linear_weight_a_little_and_keeps_shapes(known, asked, bits) -> None:
+def test_rounding_moves_every_linear_weight_a_little_and_keeps_shapes(known, asked, bits, avx512bf16) -> None:
     rounded = quantized(known.knows, bits)
-    touched = 0
-    for name, module in known.knows.named_modules():
-        if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
-            weight = dequantized(rounded.get_submodule(name))
-            assert weight.shape == module.weight.shape
-            difference = (weight - module.weight).abs().max() / module.weight.abs().max()
-            assert 0 < difference < (0.2 if bits == "nf4" else 0.01)
-            touched += 1
-    assert touched > 20  # tower, projector and LLM
-    assert any("vision" in name for name, m in rounded.named_modules() if type(m).__module__.startswith("bitsandbytes"))
+    before = {name: dequantized(rounded.get_submodule(name)) for name in linear_names(known.knows)}
+    assert len(before) > 20 and any("vision" in name for name in before)  # tower, projector and LLM
+    assert left_alone(rounded) == ["lm_head"] and set(before) == set(linear_names(rounded))
+    for name, weight in before.items():
+        exact = known.knows.get_submodule(name).weight
+        assert weight.shape == exact.shape and not torch.equal(weight, exact)
+        error = (weight - exact).abs()
+        assert (error <= largest_error(exact, bits) * (1 + 1e-5)).all(), name
     plain = [plain_query(known.processor, one.choice.question, one.photo) for one in asked]
     assert accuracy(known, rounded, asked, plain) > accuracy(known, known.blank, asked, plain)
+    for name, weight in before.items():  # answering has not changed what the layers hold, and a copy holds it too
+        assert torch.equal(dequantized(rounded.get_submodule(name)), weight)
+        assert torch.equal(dequantized(copy.deepcopy(rounded.get_submodule(name))), weight)
+
+
+def linear_names(model: torch.nn.Module) -> list[str]:
+    """All linear layers but the output head."""
+    return [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name]
+
+
+def test_an_unknown_rounding_is_refused(known) -> None:
     with pytest.raises(SettingsError, match="nf4"):
         quantized(known.knows, "int3")
 

@@ -1,11 +1,15 @@
 """Relearning: the area under a curve, the attacker's share of photos, and that what was known returns faster."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from tiny_llava import person
 
+from fastvkd.attacks.certificate import mean_gaps
 from fastvkd.attacks.relearning import Attacker, area_under_curve, relearn, relearning_curve, summarise
+from fastvkd.options import Budget
 
 
 def curve(*points: tuple[int, float]) -> list[dict[str, float]]:
@@ -66,14 +70,45 @@ def test_a_model_that_knew_scores_a_larger_area_than_one_that_did_not(known) -> 
     rows = relearn(
         {"unlearned": known.knows, "gold": known.blank},
         known.processor,
-        known.forget,
-        known.forget,
-        shares=(0.5, 1.0),
-        seeds=(0, 1),
+        {"forget": known.forget, "test": known.forget},
+        Budget(
+            relearning_shares=(0.5, 1.0), relearning_seeds=(0, 1), relearning_steps=(0, 1, 2), relearning_variants=()
+        ),
         weights=("all",),
-        measure_at=(0, 1, 2),
     )
     assert [(row["share"], row["seed"], row["photos"]) for row in rows] == [
         (0.5, 0, 2), (0.5, 1, 2), (1.0, 0, 4), (1.0, 1, 4)
     ]  # fmt: skip
     assert np.mean([row["auc"]["relearning_gap"] for row in rows]) > 0.2
+
+
+def test_a_dead_projector_hides_until_its_biases_are_recentred(known) -> None:
+    """Below -1000 GELU and its gradient are 0: the plain attack on visual weights stands still."""
+    dead = copy.deepcopy(known.knows)
+    with torch.no_grad():
+        dead.model.multi_modal_projector.linear_1.bias.sub_(1000)
+    rows = relearn(
+        {"unlearned": dead},
+        known.processor,
+        {"forget": known.forget, "test": known.forget, "retain": known.retain, "realworld": []},
+        Budget(
+            relearning_shares=(0.5, 1.0),
+            relearning_seeds=(0,),
+            relearning_steps=(0, 10),
+            relearning_variants=("recentred_biases", "retained_photos", "unrelated_photos", "public_tower"),
+        ),
+        weights=("visual",),
+    )
+    # Nothing is at hand for the last two, and variants are those of whoever holds most photos.
+    assert [(row["share"], row["variant"], row["photos"]) for row in rows] == [
+        (0.5, "plain", 2),
+        (1.0, "plain", 4),
+        (1.0, "recentred_biases", 4),
+        (1.0, "retained_photos", 4),
+    ]
+    plain, recentred, retained = (row["curves"]["unlearned"] for row in rows[1:])
+    assert plain[0]["accuracy"] == plain[1]["accuracy"] and plain[0]["moved"] == 0
+    assert recentred[1]["accuracy"] > plain[1]["accuracy"] + 0.2
+    assert recentred[0]["moved"] > 0.1 and retained[0]["moved"] == 0
+    assert rows[0]["condition"]["unlearned"] > 1
+    assert len(mean_gaps([{**row, "auc": {"relearning_gap": 0.1}} for row in rows])) == 4

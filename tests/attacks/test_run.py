@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 
 from fastvkd.attacks.relearning import hold_out
-from fastvkd.attacks.run import KINDS, Budget, attack, parse_kinds
+from fastvkd.attacks.run import KINDS, Attack, parse_kinds
 from fastvkd.cli import main
 from fastvkd.data.sources import evaluation_cells
 from fastvkd.errors import DataError, SettingsError
+from fastvkd.evaluation.inputs import PreparedPhotos
 from fastvkd.models.loading import load_model, load_processor
-from fastvkd.reporting.attacks import certificate_section, membership_section, probe_section, questions_section
-from fastvkd.reporting.report import validate
+from fastvkd.options import Budget
+from fastvkd.reporting import validate
+from fastvkd.reporting.html import section
+from fastvkd.reporting.sections import Page
 
 
 def test_every_attack_and_the_certificate_of_a_run(world, tmp_path: Path, capsys) -> None:
@@ -23,6 +26,7 @@ def test_every_attack_and_the_certificate_of_a_run(world, tmp_path: Path, capsys
     command = ["attack", "--model", model, "--before", model, "--gold", model, "--data", str(world.data)]
     command += ["--forget-split", world.forget_split, "--retain-split", world.retain_split, "--max-samples", "12"]
     command += ["--shares", "0.5", "--seeds", "3", "--steps", "0", "2", "--config", str(thresholds)]
+    command += ["--variants", "noise", "public_tower", "--public", model]
     code = main([*command, "--device", "cpu", "--out", str(tmp_path / "out")])
     found = json.loads((tmp_path / "out" / "attacks.json").read_text())
     kinds = {row["kind"] for row in found["questions"]}
@@ -32,29 +36,35 @@ def test_every_attack_and_the_certificate_of_a_run(world, tmp_path: Path, capsys
         assert set(cells) == {"vanilla", "unlearned", "gold"} and cells["unlearned"]["n"] <= 12
         if row["kind"] != "quantize":  # bitsandbytes' sums may depend on memory alignment
             assert cells["vanilla"] == cells["unlearned"] == cells["gold"]  # one and the same model
-    assert [(row["weights"], row["auc"]["relearning_gap"]) for row in found["relearning"]] == [
-        ("visual", pytest.approx(0.0, abs=1e-6)),
-        ("all", pytest.approx(0.0, abs=1e-6)),
+        assert row.get("left_alone") == (["lm_head"] if row["kind"] == "quantize" else None)
+    assert [(row["variant"], row["weights"]) for row in found["relearning"]] == [
+        (variant, weights) for variant in ("plain", "noise", "public_tower") for weights in ("visual", "all")
     ]
+    assert all(row["auc"]["relearning_gap"] == pytest.approx(0, abs=1e-6) for row in found["relearning"])
     assert set(found["membership"]["unlearned"]) == {"pairs", "photos"}
     assert found["probe"]["sites"][0] == "vision:1" and found["probe"]["sites"][-1] == "llm:3"
-    paper = json.loads((tmp_path / "out" / "certificate.json").read_text())
-    assert paper == found["certificate"] and code == {"passed": 0, "failed": 1}[paper["verdict"]]
-    assert paper["settings"] is None  # nobody knows how this model was made
-    checks = {check["key"]: check for check in paper["checks"]}
+    judged = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert judged == found["certificate"] and code == {"passed": 0, "failed": 1}[judged["verdict"]]
+    assert judged["settings"] is None  # nobody knows how this model was made
+    checks = {check["key"]: check for check in judged["checks"]}
     assert "kept_text" not in checks and checks["probe_gap"]["asked"] == "at most 0.01"
     assert checks["probe_gap"]["met"] and checks["language_model_unchanged"]["met"] and checks["kept_visual"]["met"]
     printed = capsys.readouterr().out
-    assert "relearn AUC" in printed and f"Certificate: {paper['verdict']}" in printed
+    assert (
+        printed.count("not rounded: lm_head") == 2
+        and "all 50% #3 noise" in printed
+        and f"Certificate: {judged['verdict']}" in printed
+    )
     for row in found["questions"]:
         assert row["variant"] in printed
 
-    report = {"attacks": {key: found[key] for key in ("questions", "membership", "probe")}, "certificate": paper}
+    report = {"attacks": {key: found[key] for key in ("questions", "membership", "probe")}, "certificate": judged}
     assert not [problem for problem in validate(report) if problem.startswith(("attacks", "certificate"))]
-    page = questions_section(report) + membership_section(report) + probe_section(report) + certificate_section(report)
+    shown = ("questions", "membership", "probe", "certificate")
+    page = "".join(section(f"{name}.html", Page(report)) for name in shown)
     for row in found["questions"]:
         assert f"<td>{100 * row['figures']['gold']['accuracy']:.1f}<small>" in page
-    assert page.count("<h2>") == 4 and f"Certificate: {paper['verdict']}" in page
+    assert page.count("<h2>") == 4 and f"Certificate: {judged['verdict']}" in page
 
 
 def test_a_certificate_states_the_settings_of_the_run_that_was_exported(world, tmp_path: Path) -> None:
@@ -66,14 +76,14 @@ def test_a_certificate_states_the_settings_of_the_run_that_was_exported(world, t
     attack_it = ["attack", "--model", str(tmp_path / "merged"), "--data", str(world.data), "--device", "cpu"]
     attack_it += ["--kind", "reverse", "--max-samples", "8", "--out", str(tmp_path / "out")]
     assert main(attack_it) in (0, 1)
-    paper = json.loads((tmp_path / "out" / "certificate.json").read_text())
-    assert paper["settings"]["learning_rate"] == 1.25e-4 and paper["settings"]["forget_split"] == world.forget_split
-    assert paper["settings"]["model_name_or_path"] == str(world.model)
-    assert paper["thresholds"]["probe_gap"] == 0.07 and "forget" not in {check["key"] for check in paper["checks"]}
-    assert json.loads((tmp_path / "merged" / "certificate.json").read_text()) == paper
+    judged = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert judged["settings"]["learning_rate"] == 1.25e-4 and judged["settings"]["forget_split"] == world.forget_split
+    assert judged["settings"]["model_name_or_path"] == str(world.model)
+    assert judged["thresholds"]["probe_gap"] == 0.07 and "forget" not in {check["key"] for check in judged["checks"]}
+    assert json.loads((tmp_path / "merged" / "certificate.json").read_text()) == judged
     assert main(attack_it) in (0, 1)  # a second one takes the first one's place
     card = (tmp_path / "merged" / "README.md").read_text()
-    assert card.count(f"\n## Certificate: {paper['verdict']}\n") == 1 and card.count("\n## Settings\n") == 1
+    assert card.count(f"\n## Certificate: {judged['verdict']}\n") == 1 and card.count("\n## Settings\n") == 1
     assert "Nobody has evaluated" not in card and "| Answers in reverse, above chance | at most 0.15 |" in card
     asked = ["eval", "--model", str(tmp_path / "merged"), "--data", str(world.data), "--device", "cpu"]
     assert main([*asked, "--max-samples", "4", "--out", str(tmp_path / "eval")]) == 0
@@ -91,35 +101,30 @@ def test_what_cannot_be_attacked_is_refused_in_one_line(world, tmp_path: Path, c
     assert "shares" in capsys.readouterr().err
     cells = evaluation_cells(str(world.data), world.forget_split, world.retain_split)
     models, processor = {"unlearned": load_model(world.model)}, load_processor(world.model)
+    photos = PreparedPhotos(processor)
     single = [dataclasses.replace(profile, photos=profile.photos[:1]) for profile in cells["forget"]]
     single = list({profile.entity: profile for profile in single}.values())
     with pytest.raises(DataError, match="unseen photos"):
-        attack(models, processor, {**cells, "forget": single, "test": []}, kinds=["relearn"])
+        Attack(models, processor, {**cells, "forget": single, "test": []}, photos).run(["relearn"])
     alone = [profile for profile in cells["forget"] if profile.entity == cells["forget"][0].entity]
     with pytest.raises(DataError, match="two forgotten entities"):
-        attack(models, processor, {**cells, "forget": alone, "test": []}, kinds=["probe"])
+        Attack(models, processor, {**cells, "forget": alone, "test": []}, photos).run(["probe"])
 
 
 def test_without_unseen_photos_the_other_attacks_still_run(world) -> None:
     cells = evaluation_cells(str(world.data), world.forget_split, world.retain_split)
     models, processor = {"unlearned": load_model(world.model)}, load_processor(world.model)
-    found = attack(
-        models,
-        processor,
-        {**cells, "test": []},
-        kinds=["reverse", "membership", "probe"],
-        budget=Budget(max_samples=8),
-    )
+    attack = Attack(models, processor, {**cells, "test": []}, PreparedPhotos(processor), Budget(max_samples=8))
+    found = attack.run(["reverse", "membership", "probe"])
     assert [row["kind"] for row in found["questions"]] == ["plain", "reverse"]
     assert set(found["membership"]["unlearned"]) == {"pairs"}
     budget = Budget(max_samples=8, relearning_shares=(1.0,), relearning_steps=(0, 1), relearning_seeds=(0,))
-    found = attack(models, processor, {**cells, "test": []}, kinds=["relearn"], budget=budget)
+    found = dataclasses.replace(attack, budget=budget).run(["relearn"])
     photos = sum(len(profile.photos) for profile in cells["forget"])
     assert found["relearning"][0]["judged_on"] == "held out" and found["relearning"][0]["photos"] < photos
     one_each = list({p.entity: dataclasses.replace(p, photos=p.photos[:1]) for p in cells["forget"]}.values())
-    found = attack(
-        models, processor, {**cells, "forget": one_each, "test": []}, kinds=["all"], budget=Budget(max_samples=4)
-    )
+    single = {**cells, "forget": one_each, "test": []}
+    found = dataclasses.replace(attack, cells=single, budget=Budget(max_samples=4)).run()
     assert "relearning" not in found and "probe" not in found and found["questions"] and found["membership"]
 
 

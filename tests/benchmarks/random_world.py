@@ -9,18 +9,15 @@ from world import World
 
 from fastvkd.data.sources import evaluation_cells
 from fastvkd.demo.run import SIZES
-from fastvkd.evaluation.inputs import PreparedPhotos
-from fastvkd.models.loading import load_processor
 
 
 def world_over(world: Any, out: Path, *, relearning_steps: tuple[int, ...] = (0, 1), **spec: Any) -> World:
     """`world` is the fixture; `spec` changes the tiny demo's `Size`, `relearning_steps` that of its attacks."""
     made = World.__new__(World)
     made.seed, made.out, made.vanilla, made.folder = 0, out, world.model, world.data
+    made.size, made.overrides = "tiny", {}
     attacks = dataclasses.replace(SIZES["tiny"].attacks, relearning_steps=relearning_steps)
     made.spec = dataclasses.replace(SIZES["tiny"], attacks=attacks, **spec)
     made.data = SimpleNamespace(forget_split=world.forget_split, retain_split=world.retain_split)
-    made.processor = load_processor(world.model)
-    made.prepared = PreparedPhotos(made.processor)
     made.cells = evaluation_cells(str(world.data), world.forget_split, world.retain_split)
     return made

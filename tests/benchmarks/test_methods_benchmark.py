@@ -2,22 +2,26 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import methods
 import pytest
+import studies
 from random_world import world_over
+from study import methods
 from world import World
+
+from fastvkd.evaluation.benchmarks import BENCHMARKS
 
 
 @pytest.fixture
 def random_world(world, tmp_path: Path, monkeypatch) -> World:
     """A `World` whose vanilla and gold model is the shared random one, so that nothing has to be trained."""
-    spec: dict[str, Any] = {"overrides": {"max_steps": 21, "auxiliary_images": 4}, "max_samples": 12}
+    short = {"ends": "max_steps", "max_steps": 21, "learning_rate": 1e-3, "stranger": {"steps": 2}}
+    spec: dict[str, Any] = {"overrides": {**short, "auxiliary_images": 4}, "max_samples": 12}
     small = world_over(world, tmp_path, **spec)
-    monkeypatch.setattr(small, "gold", lambda: world.model)
-    monkeypatch.setattr(methods, "world_of", lambda *_: small)
+    small.gold = world.model
     for name, value in {
         "STEPS": 4,
         "EVERY": 2,
@@ -34,21 +38,28 @@ def random_world(world, tmp_path: Path, monkeypatch) -> World:
         "steering": ({"layers": (1,), "questions": 8},),
     }
     monkeypatch.setattr(methods, "GRID", grid)
+    # A random model never ends an answer.
+    corrected = BENCHMARKS["mllmu"]["corrected"]
+    monkeypatch.setitem(BENCHMARKS["mllmu"], "corrected", replace(corrected, max_new_tokens=3))
     return small
 
 
-def test_a_row_of_every_kind_of_method(random_world: World, tmp_path: Path) -> None:
-    rows = [methods.measure("tiny", tmp_path, 0, name) for name in ("gold", "gd", "gd-lora", "manu", "steering", "vkd")]
-    by_method = {row["method"]: row for row in rows}
+def test_a_row_of_every_kind_of_method(random_world: World) -> None:
+    names = ("gold", "gd", "gd-lora", "manu", "steering", "vkd")
+    same = {"size": "tiny", "seed": 0}
+    rows = [{**same, "variant": name, **methods.measure(random_world, name)} for name in names]
+    by_method = {row["variant"]: row for row in rows}
     for row in rows:
-        assert set(row["vqa"]) == {"forget", "test", "retain", "realworld"}
+        assert set(row["vqa"]) == {"forget", "test", "retain", "realworld", "stranger", "neighbour", "pair"}
+        assert sum(row["who"]["forget"][verdict] for verdict in ("right", "abstains", "misnamed")) == pytest.approx(1)
+        assert sum(sum(answers.values()) for answers in row["said"].values()) == row["who"]["forget"]["n"]
         assert set(row["relearning_auc"]) == {"visual", "all"}
-        assert row["language_model_unchanged"] == (row["method"] != "gd-lora")
+        assert row["language_model_unchanged"] == (row["variant"] != "gd-lora")
     assert [p["step"] for p in by_method["gd"]["points"]] == [2, 4] * len(methods.GRID["gd"])
     assert by_method["gd"]["images_seen"] == 4 * by_method["gd"]["setting"]["step"]
     assert by_method["vkd"]["images_seen"] > 0
     assert json.loads(json.dumps(rows)) is not None
-    lines = methods.table(rows).splitlines()
+    lines = methods.STUDY.table({"rows": rows})
     assert len(lines) == 2 + len(rows)
     assert len({line.count("|") for line in lines}) == 1
     gap = by_method["vkd"]["relearning_auc"]["all"] - by_method["gold"]["relearning_auc"]["all"]
@@ -63,12 +74,21 @@ def test_the_point_of_equal_forgetting_is_chosen() -> None:
 
 def test_finished_rows_are_kept_and_another_grid_is_another_row(tmp_path: Path, monkeypatch, capsys) -> None:
     row = {
-        "key": methods.key("tiny", 3, "ga"),
+        "key": methods.STUDY.key("tiny", 3, "ga", {}),
         "size": "tiny",
         "seed": 3,
-        "method": "ga",
+        "variant": "ga",
         "setting": {"learning_rate": 1e-5, "step": 20},
-        "vqa": dict.fromkeys(("forget", "test", "retain", "realworld"), 0.25),
+        "vqa": dict.fromkeys(("forget", "test", "retain", "realworld", "neighbour"), 0.25),
+        "by_person": {"3": {"vqa": {"accuracy": 0.5, "n": 4}}, "1": {"vqa": {"accuracy": 0.0, "n": 4}}},
+        "stranger_band": {"low": 0.0, "high": 0.75},
+        "who": {
+            "forget": {"right": 0.0, "abstains": 0.9, "misnamed": 0.1, "n": 8},
+            "stranger": {"right": 0.0, "abstains": 0.8, "misnamed": 0.2, "n": 8},
+        },
+        "description": {kind: {"accuracy": 0.9, "n": 8} for kind in ("forget", "stranger", "retain", "neighbour")},
+        "telltale_auc": 0.7,
+        "telltale": {"scores": {}, "null": {"median": 0.65, "high": 0.8}},
         "text_qa_worst": 1.0,
         "language_model_unchanged": True,
         "relearning_auc": {"visual": 0.5, "all": 0.6},
@@ -76,13 +96,20 @@ def test_finished_rows_are_kept_and_another_grid_is_another_row(tmp_path: Path, 
         "images_seen": 320,
     }
     file = tmp_path / "methods.json"
-    file.write_text(json.dumps({"rows": [row]}))
-    arguments = ["methods.py", "--size", "tiny", "--seeds", "3", "--methods", "ga", "--json", str(file)]
+    report = {**studies.measured_on("cpu"), "rows": [row], "failed": []}
+    file.write_text(json.dumps(report))
+    arguments = ["studies.py", "methods", "--size", "tiny", "--seeds", "3", "--only", "ga", "--json", str(file)]
     monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(tmp_path / "out")])
-    methods.main()  # would train a model if the row were not taken for finished
-    assert "GA (learning_rate 1e-05, step 20) | 25.0" in file.with_suffix(".md").read_text()
+    with pytest.raises(SystemExit, match="0"):
+        studies.main()  # would train a model if the row were not taken for finished
+    assert json.loads(file.read_text()) == report
+    cells = ("25", "25.0", "0 / 50", "0 to 75", "0 / 10 (20)", "90 / 90 / 90 / 90", "0.70 (0.65)")
+    assert " | ".join(["GA (learning_rate 1e-05, step 20)", *cells]) in file.with_suffix(".md").read_text()
     monkeypatch.setattr(sys, "argv", [*arguments, "--markdown"])
-    methods.main()
-    assert capsys.readouterr().out == file.with_suffix(".md").read_text()
+    capsys.readouterr()
+    studies.main()
+    assert capsys.readouterr().out in file.with_suffix(".md").read_text()
+    for changed in ({"learning_rate": 1e-2}, {"bf16": True}):
+        assert methods.STUDY.key("tiny", 3, "ga", changed) != row["key"]  # settings of all runs
     monkeypatch.setattr(methods, "STEPS", 40)
-    assert methods.key("tiny", 3, "ga") != row["key"]
+    assert methods.STUDY.key("tiny", 3, "ga", {}) != row["key"]

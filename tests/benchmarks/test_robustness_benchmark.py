@@ -5,14 +5,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import defences
 import pytest
-import robustness
 import torch
 from random_world import world_over
+from study import robustness
 from torch import nn
 from world import World
 
-from fastvkd.engines.checkpoints import identify_base
+from fastvkd.models.folder import identify_base
 from fastvkd.models.loading import load_model
 from fastvkd.unlearning.tasks import prepare
 
@@ -30,8 +31,8 @@ def test_an_update_in_the_null_space_changes_nothing_for_retained_inputs(kind: s
         windows = torch.randn(6, 9, 4, dtype=torch.float64) @ basis
         retained = nn.functional.fold(windows.transpose(1, 2), (6, 6), 2, stride=2)
         other = torch.randn(6, 3, 6, 6, dtype=torch.float64)
-    moments = robustness.second_moments({"layer": layer}, lambda: layer(retained))
-    projection = robustness.null_space(moments["layer"], 1 - 1e-12)
+    moments = defences.second_moments({"layer": layer}, lambda: layer(retained))
+    projection = defences.null_space(moments["layer"], 1 - 1e-12)
     assert float(projection.trace()) == pytest.approx(8)
     before, before_other = layer(retained), layer(other)
     weight: torch.Tensor = layer.weight  # type: ignore[assignment]
@@ -43,7 +44,7 @@ def test_an_update_in_the_null_space_changes_nothing_for_retained_inputs(kind: s
 
 def test_the_share_of_energy_says_how_many_directions_are_free() -> None:
     moment = torch.diag(torch.tensor([90.0, 6.0, 3.0, 1.0], dtype=torch.float64))
-    free = {energy: robustness.null_space(moment, energy).diagonal().tolist() for energy in (0.89, 0.95, 0.985)}
+    free = {energy: defences.null_space(moment, energy).diagonal().tolist() for energy in (0.89, 0.95, 0.985)}
     assert free == {0.89: [0, 1, 1, 1], 0.95: [0, 0, 1, 1], 0.985: [0, 0, 0, 1]}
 
 
@@ -61,7 +62,7 @@ def test_the_worst_case_gradient_is_that_of_a_copy_that_was_attacked() -> None:
     def loss(module: nn.Module) -> torch.Tensor:
         return (module(inputs) - 1).square().mean()
 
-    found = robustness.worst_case_gradient(values, lambda: attack(model), lambda: loss(model), 3, 1e-2)
+    found = defences.worst_case_gradient(values, lambda: attack(model), lambda: loss(model), 3, 1e-2)
     attacked = copy.deepcopy(model)
     for _ in range(3):
         attacked.zero_grad()
@@ -84,7 +85,8 @@ def random_world(world, tmp_path: Path, monkeypatch) -> World:
     """A `World` whose vanilla model is the shared random one, so that nothing has to be trained."""
     spec: dict[str, Any] = {"overrides": {"auxiliary_images": 4}, "max_samples": 12}
     small = world_over(world, tmp_path, relearning_steps=(0, 2, 5), **spec)
-    for name, value in {"STEPS": {"noise": 22, "saturate": 22}, "MOMENT_BATCHES": 2, "ATTACK_SAMPLES": 8}.items():
+    monkeypatch.setattr(defences, "MOMENT_BATCHES", 2)
+    for name, value in {"STEPS": {"noise": 22, "saturate": 22}, "ATTACK_SAMPLES": 8}.items():
         monkeypatch.setattr(robustness, name, value)
     monkeypatch.setitem(robustness.COMMON, "per_device_train_batch_size", 6)
     return small
@@ -98,7 +100,7 @@ def test_a_row_of_every_kind(random_world: World) -> None:
         "saturate, half of the neurons",
         "saturate, last block supervised too",
     ]
-    rows = [robustness.measure(random_world, "tiny", name) for name in names]
+    rows = [{"seed": 0, "variant": name, **robustness.measure(random_world, name)} for name in names]
     share = {row["variant"]: row["free_share"] for row in rows}
     assert 0 < share["noise, null space of 99 %"] < 1 and share["noise, worst case of 1 step"] == 1
     assert share["saturate, half of the neurons"] == pytest.approx(0.5, abs=0.05)
@@ -107,16 +109,16 @@ def test_a_row_of_every_kind(random_world: World) -> None:
         assert set(row["relearning_auc"]) == {"visual", "all"}
         assert (row["forget_open"] is None) == row["variant"].startswith("noise")
     assert json.loads(json.dumps(rows)) is not None
-    assert len({line.count("|") for line in robustness.table(rows).splitlines()}) == 1
+    assert len({line.count("|") for line in robustness.STUDY.table({"rows": rows})}) == 1
 
 
 def test_a_run_in_the_null_space_moves_matrices_only_and_there_only(random_world: World, tmp_path: Path) -> None:
     variant = robustness.VARIANTS["noise, null space of 99 %"]
     settings = random_world.settings(tmp_path / "run", {**robustness.RECIPES["noise"], "max_steps": 22})
-    task = prepare(settings, torch.device("cpu"), identify_base(random_world.vanilla))
+    run = prepare(settings, torch.device("cpu"), identify_base(random_world.vanilla))
     assert variant.energy is not None
-    space = robustness.NullSpace(task, variant.energy)
-    model, _ = robustness.train(settings, variant, random_world.vanilla)
+    space = defences.NullSpace(run, variant.energy)
+    model, _ = robustness.train(random_world, settings, variant)
     moved = {}
     before = dict(load_model(random_world.vanilla).named_parameters())
     for name, parameter in model.named_parameters():
@@ -131,10 +133,8 @@ def test_a_run_in_the_null_space_moves_matrices_only_and_there_only(random_world
 
 def test_forget_images_stand_alone_with_their_own_targets(random_world: World, tmp_path: Path) -> None:
     settings = random_world.settings(tmp_path / "run", {**robustness.RECIPES["noise"], "max_steps": 22})
-    task = prepare(settings, torch.device("cpu"), identify_base(random_world.vanilla))
-    whole = task.batch(0, 0, 1).distill
-    assert whole is not None
-    alone = robustness.forget_side(whole)
+    task = defences.feature_task(prepare(settings, torch.device("cpu"), identify_base(random_world.vanilla)))
+    whole = task.place(task.load(0, 0, 1))
+    alone = defences.forget_side(whole)
     assert alone.images.n_images == int(whole.is_forget.sum()) < whole.images.n_images
-    distill = task.module.distill
-    assert torch.allclose(distill(alone)["loss_forget"], distill(whole)["loss_forget"], rtol=1e-4)
+    assert torch.allclose(task.loss(alone)["loss_forget"], task.loss(whole)["loss_forget"], rtol=1e-4)

@@ -1,9 +1,12 @@
 """The scaling benchmark measures what it says, and the document's predictions are those of `plan`."""
 
+from pathlib import Path
+
 import pytest
 import scaling
 import tables
-from benchmark_script import ROOT
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_documents_predictions_are_what_the_plan_says():

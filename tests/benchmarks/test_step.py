@@ -5,12 +5,14 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import rig
+import step
 import torch
-from benchmark_script import ROOT, load
 
-step = load("step")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
@@ -90,10 +92,10 @@ def test_variants_that_train_the_same_weights_share_an_engine(tmp_path):
 def test_a_reference_that_needs_too_much_memory_is_compared_with_fewer_images(monkeypatch):
     whole = step.gradients
 
-    def scarce(rig):
-        if (rig.variant.letter == "a" and rig.images.forget > 1) or rig.variant.letter == "d":
+    def scarce(own):
+        if (own.variant.letter == "a" and own.images.forget > 1) or own.variant.letter == "d":
             raise torch.OutOfMemoryError("no room")
-        return whole(rig)
+        return whole(own)
 
     monkeypatch.setattr(step, "gradients", scarce)
     monkeypatch.setattr(step, "run_alone", lambda *_: None)
@@ -156,11 +158,11 @@ def test_memory_that_runs_short_in_the_timing_costs_images_and_no_row(monkeypatc
 
 
 def test_a_variant_whose_gradients_differ_gets_no_row(monkeypatch):
-    class Wrong(step.VisualDistillation):
+    class Wrong(rig.VisualDistillation):
         def forward(self, batch):
             return {key: 1.01 * value for key, value in super().forward(batch).items()}
 
-    monkeypatch.setattr(step, "VisualDistillation", Wrong)
+    monkeypatch.setattr(rig, "VisualDistillation", Wrong)
     report = step.measure(small(2), torch.device("cpu"), letters="ade", repetitions=1, say=lambda _: None)
     assert [row["variant"] for row in report["rows"]] == ["a", "d"]
     assert "differs from the reference" in report["left_out"]["e"]
@@ -173,7 +175,7 @@ def test_a_variant_whose_gradients_differ_gets_no_row(monkeypatch):
 def test_the_flops_of_the_real_presets(name, step_tflop, all_layers_tflop, ratio):
     preset = step.PRESETS[name]()
     architecture = step.architecture_of(step.configuration(preset).to_dict(), name=name)
-    a, e = (step.analytic_flops(v, preset, architecture) for v in (step.A, step.E))
+    a, e = (step.analytic_flops(v, preset, architecture) for v in (rig.A, rig.E))
     # 5 tokens stand before the image, and the patch embedding counts: up to 3 % above the figures for 576 tokens alone.
     assert e / 1e12 == pytest.approx(step_tflop, rel=0.03)
     # The backward pass of (a) starts at the site, as RMU's does. From the last layer, as in output-level methods, it

@@ -10,8 +10,8 @@ from PIL import Image
 
 from fastvkd.data import jsonl, mllmu
 from fastvkd.data.check import check_data
-from fastvkd.data.records import Choice, Open, Photo, Profile, Questions
 from fastvkd.errors import DataError
+from fastvkd.records import Choice, Open, Photo, Profile, Questions
 
 
 def png(seed: int) -> bytes:
@@ -154,6 +154,18 @@ def test_own_data_are_read_by_entity_and_photo(own):
     assert report.ok and report.format == "own data (JSONL)" and report.splits["forget"].images == 2
 
 
+def test_own_data_may_name_people_and_describe_photos(own):
+    folder, rows = own
+    bob = rows["retain"][0]
+    asked = {**bob, "name": "Bob Lee", "question": "What is worn?", "answer": "a cap", "options": ["a cap", "nothing"]}
+    write_own(folder, {"retain": [bob, {**asked, "description": True}, {**asked, "description": False}]})
+    (read,) = jsonl.read_split(folder, "retain")
+    assert read.name == "Bob Lee" and len(read.visual.choice) == 2
+    assert read.visual.description == (Choice("What is worn?", {"A": "a cap", "B": "nothing"}, "A"),)
+    report = check_data(folder)
+    assert report.ok and report.splits["retain"].visual_description == 1
+
+
 @pytest.mark.parametrize(
     ("change", "needle"),
     [
@@ -168,6 +180,10 @@ def test_own_data_are_read_by_entity_and_photo(own):
         ({"image": "/etc/passwd"}, "outside the data folder"),
         ({"image": 3}, "expected a path"),
         ({"entity": None}, "entity is None"),
+        ({"name": 3}, "name is 3"),
+        ({"description": "yes"}, "true or false"),
+        ({"description": True, "options": None}, "a description without options"),
+        ({"description": True, "image": None}, "a description without image"),
     ],
 )
 def test_a_bad_line_of_own_data_is_named(own, change, needle):

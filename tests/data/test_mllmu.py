@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,8 +10,10 @@ import pytest
 from PIL import Image
 
 from fastvkd.data import mllmu
-from fastvkd.data.records import Choice, Open, Photo, Profile, Questions
 from fastvkd.errors import DataError
+from fastvkd.records import Choice, Open, Photo, Profile, Questions
+
+COLOURS = ("red", "green", "blue", "black", "white")
 
 
 def png(color=(200, 30, 30), size=(8, 8)) -> bytes:
@@ -27,17 +30,19 @@ def profile(entity="1", photos=1) -> Profile:
             cloze=(Open(f"{word} lives in __.", "Lima"),),
         )
 
+    clothes = Choice("What colour are the clothes?", dict(zip("ABCDE", COLOURS, strict=True)), "E")
     return Profile(
         entity=entity,
         photos=tuple(Photo(png((9 * k, int(entity), 5)), "-") for k in range(photos)),
-        visual=questions("The person in the photo:"),
+        visual=replace(questions("The person in the photo:"), description=(clothes,)),
         textual=questions("Ann:"),
         biography="Ann, a baker.",
+        name="Ann",
     )
 
 
 def comparable(one: Profile) -> tuple:
-    return (one.entity, tuple(photo.data for photo in one.photos), one.visual, one.textual, one.biography)
+    return (one.entity, tuple(photo.data for photo in one.photos), one.visual, one.textual, one.biography, one.name)
 
 
 @pytest.mark.parametrize(("split", "photos"), [("Full_Set", 1), ("Test_Set", 3)])
@@ -96,6 +101,7 @@ def test_quirks_of_published_files_are_understood(tmp_path):
 def broken(change) -> list[dict]:
     rows = published_rows() + published_rows()
     change(rows[1])
+    rows[0] |= dict.fromkeys(rows[1].keys() - rows[0].keys())  # a column is on every row
     return rows
 
 
@@ -119,6 +125,15 @@ def no_id(row):
     row["ID"] = None
 
 
+def number_for_a_name(row):
+    row["name"] = 7
+
+
+def description_without_answer(row):
+    options = {"A": "red", "B": "blue"}
+    row["Description_Task"] = [{"Question": "What colour?", "Options": options, "Correct_Answer": "green"}]
+
+
 @pytest.mark.parametrize(
     ("change", "needle"),
     [
@@ -127,6 +142,8 @@ def no_id(row):
         (no_image, "no image"),
         (wrong_type, "Type is 'Audio'"),
         (no_id, "column ID is empty"),
+        (number_for_a_name, "expected the person.s name"),
+        (description_without_answer, r"Description_Task\[0\]: Correct_Answer 'green' is no option"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, change, needle):

@@ -23,9 +23,9 @@ from published_folders import write as write_rows
 from fastvkd.data import clear, mllmu, umu
 from fastvkd.data.check import check_data
 from fastvkd.data.hub import data_folder
-from fastvkd.data.records import Open, Questions
 from fastvkd.data.sources import evaluation_cells, read_forget_retain, read_split, reader_of, recognise
 from fastvkd.errors import DataError, SettingsError
+from fastvkd.records import Open, Questions
 
 
 @pytest.fixture
@@ -368,7 +368,7 @@ def test_pairs_of_umu_that_do_not_fit_are_noted(umu_data):
 def test_labels_are_checked_with_the_models_processor(clear_data, umu_data, world, monkeypatch):
     report = check_data(world.data, model=str(world.model))
     assert report.ok and any(note.endswith(f"processor of {world.model}") for note in report.notes), report.problems
-    from fastvkd.unlearning import answers
+    from fastvkd.models import answers
 
     right = answers.collate_answers
 

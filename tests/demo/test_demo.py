@@ -2,12 +2,18 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from fastvkd.cli import main
-from fastvkd.reporting.report import validate
+from fastvkd.data import mllmu
+from fastvkd.data.sources import read_forget_retain
+from fastvkd.demo.run import SIZES, build_data, trained_model
+from fastvkd.evaluation.protocol import evaluate_cells
+from fastvkd.models.loading import load_model, load_processor
+from fastvkd.reporting import validate
 
 
 @pytest.mark.slow
@@ -21,8 +27,10 @@ def test_the_tiny_demo_forgets_and_keeps_the_rest(tiny_demo) -> None:
         assert abs(unlearned[cell]["vqa"]["accuracy"] - chance) < 0.15
     assert unlearned["retain"]["vqa"]["accuracy"] > 0.9 * vanilla["retain"]["vqa"]["accuracy"]
     assert unlearned["realworld"]["vqa"]["accuracy"] > 0.85 * vanilla["realworld"]["vqa"]["accuracy"]
-    for cell in vanilla:
+    for cell in ("forget", "test", "retain", "realworld"):
         assert unlearned[cell]["qa"]["accuracy"] == vanilla[cell]["qa"]["accuracy"]
+    assert unlearned["who"]["forget"]["right"] == 0 < vanilla["who"]["forget"]["right"]
+    assert unlearned["telltale_auc"] < vanilla["telltale_auc"]
     assert report["language_model_sha256"]["before"] == report["language_model_sha256"]["after"]
     assert set(report["relearning"]) == {"visual", "all"}
     assert len(report["relearning"]["all"]["unlearned"]) >= 4
@@ -48,8 +56,35 @@ def test_the_tiny_demo_forgets_and_keeps_the_rest(tiny_demo) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_demo_starts_at_unlearning(tiny_demo) -> None:
-    out, cache = tiny_demo.out, tiny_demo.cache
+def test_a_demo_with_one_photo_a_person_finds_the_same_vanilla_model(tiny_demo, tmp_path: Path) -> None:
+    seconds: dict[str, float] = {}
+    data, folder = build_data(SIZES["tiny"], 0, tmp_path, "one")
+    assert trained_model(SIZES["tiny"], data, 0, tiny_demo.cache, seconds, gold=False) == tiny_demo.vanilla
+    assert seconds == {}  # nothing was trained
+    forget, retain = read_forget_retain(str(folder), tiny_demo.forget_split, tiny_demo.retain_split)
+    assert (len(forget), len(retain)) == (4, 8)
+
+
+@pytest.mark.slow
+def test_the_vanilla_model_tells_strangers_from_people(tiny_demo) -> None:
+    people, strangers = (mllmu.read_split(tiny_demo.data, split) for split in ("Test_Set", "Stranger_Set"))
+    figures = evaluate_cells(
+        load_model(tiny_demo.vanilla),
+        load_processor(tiny_demo.vanilla),
+        {"people": people, "strangers": strangers},
+        tasks=("generation",),
+        kinds=("vqa",),
+        batch_size=64,
+        seed=0,
+    )
+    # Whoever knew nobody, or took strangers for people, would fail on one side.
+    assert all(cell["vqa"]["rouge_l_recall"] > 0.75 for cell in figures.values()), figures
+
+
+@pytest.mark.slow
+@pytest.mark.proof
+def test_a_second_demo_starts_at_unlearning(tiny_demo, tmp_path: Path) -> None:
+    out, cache = shutil.copytree(tiny_demo.out, tmp_path / "out"), tiny_demo.cache
     first = json.loads((out / "report.json").read_text())
     assert main(["demo", "--size", "tiny", "--out", str(out), "--cache", str(cache)]) == 0
     second = json.loads((out / "report.json").read_text())

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fastvkd.engines.checkpoints import BaseModel, load_checkpoint, save_checkpoint
+from fastvkd.engines.checkpoints import load_checkpoint, save_checkpoint
+from fastvkd.models.folder import BaseModel
 
 # working dtype, optimiser
 KINDS = {

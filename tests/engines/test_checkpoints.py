@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastvkd.engines import checkpoints
-from fastvkd.engines.checkpoints import BaseModel, find_latest, identify_base, load_checkpoint, save_checkpoint
+from fastvkd.engines.checkpoints import find_latest, load_checkpoint, save_checkpoint
 from fastvkd.engines.local import LocalEngine
 from fastvkd.errors import ModelError, TrainingError
+from fastvkd.models.folder import BaseModel, identify_base, local_folder
 
 BASE = BaseModel("base", "f" * 64)
 
@@ -237,9 +238,9 @@ def test_a_wrong_base_model_is_refused(tmp_path):
 
 
 def test_a_model_is_a_folder_or_a_hub_id(tmp_path):
-    assert checkpoints.local_folder(str(tmp_path)) == tmp_path
+    assert local_folder(str(tmp_path)) == tmp_path
     with pytest.raises(ModelError, match="/no/such/folder: neither a folder nor a hub id"):
-        checkpoints.local_folder("/no/such/folder")
+        local_folder("/no/such/folder")
 
 
 def test_folders_that_are_no_model_or_no_checkpoint_are_refused(tmp_path):

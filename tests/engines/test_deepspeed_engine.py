@@ -1,17 +1,19 @@
 """Two CPU ranks through the real launcher under every preset: the same weights as one process, exact resume, masks."""
 
+import os
 from pathlib import Path
 
 import engine_scenarios as scenarios
 import pytest
 import torch
-from launching import launch
+from launching import kind_of_cpu, launch
 from safetensors.torch import load_file
 
-from fastvkd.engines.checkpoints import load_checkpoint, read_safetensors_header
+from fastvkd.engines.checkpoints import load_checkpoint
 from fastvkd.engines.ds_config import PRESETS, complete_ds_config, read_ds_config
 from fastvkd.engines.local import LocalEngine
 from fastvkd.errors import SettingsError
+from fastvkd.models.folder import read_safetensors_header
 
 CASES = scenarios.CASES
 
@@ -54,6 +56,14 @@ def ranks(local):
 
 def relative_difference(a, b):
     return max(float((a[n].float() - b[n].float()).norm() / b[n].float().norm()) for n in b)
+
+
+def test_what_one_kind_of_cpu_compiled_is_kept_apart_from_anothers():
+    one = "processor\t: 0\nmodel name\t: A\ncpu MHz\t\t: 2400.0\nflags\t\t: fpu avx2\n\nprocessor\t: 1\nflags\t\t: x\n"
+    assert kind_of_cpu(one) == kind_of_cpu(one.replace("2400.0", "3100.5").replace(": x", ": y"))
+    assert (
+        len({kind_of_cpu(text) for text in (one, one.replace("avx2", "avx2 avx512f"), one.replace(": A", ": B"))}) == 3
+    )
 
 
 @pytest.mark.slow
@@ -157,6 +167,7 @@ def test_norms_and_biases_keep_32_bit_moments_under_zero(ranks):
 @pytest.mark.slow
 def test_ranks_agree_and_average(ranks):
     report = torch.load(ranks[0] / "zero2" / "float32-adamw_torch" / "report.pt", weights_only=True)
+    assert any(Path(os.environ["TORCH_EXTENSIONS_DIR"]).iterdir())  # the ranks found their operation there
     assert report["agreed"] is True and report["mean"].tolist() == [0.5]
 
 

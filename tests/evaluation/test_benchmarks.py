@@ -1,5 +1,5 @@
 """CLEAR and UMU-Bench from folder to figures: every metric against a naive computation, the two modes against
-docs/data.md, and the commands `eval` and `compare`."""
+docs/evaluation.md, and the commands `eval` and `compare`."""
 
 import dataclasses
 import json
@@ -16,18 +16,19 @@ from scipy.spatial.distance import jensenshannon
 
 from fastvkd.cli import main
 from fastvkd.data import jsonl
-from fastvkd.data.images import decode_image
-from fastvkd.data.records import Choice
 from fastvkd.data.sources import evaluation_cells
 from fastvkd.errors import DataError, SettingsError
 from fastvkd.evaluation import benchmarks, protocol
-from fastvkd.evaluation.comparison import read_runs, table
+from fastvkd.evaluation.comparison import comparison_table, read_runs
 from fastvkd.evaluation.divergence import jensen_shannon, option_divergence, scored_choices
 from fastvkd.evaluation.modality_pairs import joint_figures
 from fastvkd.evaluation.protocol import evaluate_cells
 from fastvkd.evaluation.run import _fingerprint, evaluate
 from fastvkd.evaluation.truth_ratio import forget_quality, log_truth_ratios, model_utility, probability, truth_score
 from fastvkd.models.prompts import chat_prompt
+from fastvkd.options import EvalOptions
+from fastvkd.photos import decode_image
+from fastvkd.records import Choice
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,13 @@ def folders(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch):
     """A random model hardly ever ends an answer by itself."""
+
+    def shortened(rules: benchmarks.Rules) -> benchmarks.Rules:
+        letters = rules.letters and dataclasses.replace(rules.letters, max_new_tokens=3)
+        return dataclasses.replace(rules, max_new_tokens=6, letters=letters)
+
     short = {
-        name: dataclasses.replace(one, max_new_tokens=6, choice_tokens=3) for name, one in benchmarks.BENCHMARKS.items()
+        name: {mode: shortened(rules) for mode, rules in modes.items()} for name, modes in benchmarks.BENCHMARKS.items()
     }
     monkeypatch.setattr(protocol, "BENCHMARKS", short)
 
@@ -244,30 +250,31 @@ def test_of_pairs_both_forms_are_drawn(tiny, folders):
 
 
 def test_paper_prompts_and_readings(tiny, folders):
-    clear, umu = benchmarks.BENCHMARKS["clear"], benchmarks.BENCHMARKS["umu"]
+    clear, umu = (benchmarks.BENCHMARKS[name]["paper"].letters for name in ("clear", "umu"))
     choice = Choice("Who?", {"A": "Ann Ash", "B": "Bob Oak"}, "B")
     photos = cells_of(folders, "umu")["forget"][0].photos
-    prompt = clear.choice_query(tiny.processor, choice, photos, None).prompt
+    prompt = clear.query(tiny.processor, choice, photos, None).prompt
     assert prompt == "USER: <image>\nWho?\nA. Ann Ash\nB. Bob Oak\n ASSISTANT:"
-    assert [clear.read_choice(text, choice, "forget") for text in (" (b) Bob", "**A**", "C", "")] == [
+    assert [clear.read(text, choice, "forget") for text in (" (b) Bob", "**A**", "C", "")] == [
         "B",
         "A",
         None,
         None,
     ]
-    prompt = umu.choice_query(tiny.processor, choice, photos, None).prompt
+    prompt = umu.query(tiny.processor, choice, photos, None).prompt
     assert prompt == "USER: <image>\nWho?\nSelect answer in ['Ann Ash', 'Bob Oak']\nASSISTANT:"
-    prompt = umu.choice_query(tiny.processor, choice, (), None).prompt
+    prompt = umu.query(tiny.processor, choice, (), None).prompt
     assert prompt == "USER:\nWho?\nSelect answer in ['Ann Ash', 'Bob Oak']\nASSISTANT:"
     for text, exact, nearest in (("Bob Oak ", "B", "B"), ("bob oak!", None, "B"), ("Ann", None, "A")):
-        assert umu.read_choice(text, choice, "forget") == umu.read_choice(text, choice, "retain") == exact
-        assert umu.read_choice(text, choice, "realworld") == nearest
-    assert umu.cloze_truth("J. Smith") == "J"
+        assert umu.read(text, choice, "forget") == umu.read(text, choice, "retain") == exact
+        assert umu.read(text, choice, "realworld") == nearest
+    cloze_correct = benchmarks.BENCHMARKS["umu"]["paper"].cloze_correct
+    assert cloze_correct("J. Smith", "so j it is") and not cloze_correct("J. Smith", "Smith")
 
 
 def documented_differences() -> set[tuple[str, str]]:
-    """(benchmark, task) of the table in docs/data.md that says where the modes differ."""
-    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    """(benchmark, task) of the table in docs/evaluation.md that says where the modes differ."""
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
     section = text.split("### Two modes")[1].split("**Score of an option**")[0]
     rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| `(\w+)` \|", section, re.MULTILINE)
     return {(name, task) for names, task in rows for name in re.findall(r"\w+", names)}
@@ -353,44 +360,46 @@ def test_eval_of_clear_with_a_reference_then_again_then_compared(model_folder, f
 
 
 def test_eval_refuses_what_does_not_fit(model_folder, folders, tmp_path):
+    def run(data: str, **options):
+        return evaluate(EvalOptions(model=str(model_folder), data=str(folders[data]), out=tmp_path / "out", **options))
+
     with pytest.raises(SettingsError, match="holds UMU-Bench"):
-        evaluate(str(model_folder), str(folders["umu"]), benchmark="clear")
+        run("umu", benchmark="clear")
     with pytest.raises(SettingsError, match="umu in paper mode has no likelihoods"):
-        evaluate(str(model_folder), str(folders["umu"]), reference_eval=tmp_path, mode="paper")
+        run("umu", reference_eval=tmp_path, mode="paper")
     for options in ({"max_samples": 0}, {"max_samples": -1}, {"batch_size": 0}):
         ((name, value),) = options.items()
-        with pytest.raises(SettingsError, match=f"{name}: {value}; at least 1 is needed"):
-            evaluate("no model is opened", "nor data", **options)
+        with pytest.raises(SettingsError, match=f"{name}={value}: at least 1 is needed"):
+            EvalOptions(model="no model is opened", data="nor data", **options)
     with pytest.raises(DataError, match=r"reference_eval: .*samples\.jsonl cannot be read"):
-        evaluate(str(model_folder), str(folders["clear"]), reference_eval=tmp_path)
+        run("clear", reference_eval=tmp_path)
     (tmp_path / "samples.jsonl").write_text('{"cell": "forget", "task": "choice"}\n')
     with pytest.raises(DataError, match="holds no truth ratios"):
-        evaluate(str(model_folder), str(folders["clear"]), reference_eval=tmp_path)
+        run("clear", reference_eval=tmp_path)
     with pytest.raises(DataError, match="holds no likelihoods of options"):
-        evaluate(str(model_folder), str(folders["umu"]), reference_eval=tmp_path)
+        run("umu", reference_eval=tmp_path)
     line = {"cell": "forget", "task": "truth", "entity": "Zoe", "question": "Who?", "answer": "Zoe."}
     (tmp_path / "samples.jsonl").write_text(json.dumps(line))
     with pytest.raises(DataError, match="of other samples"):
-        evaluate(str(model_folder), str(folders["clear"]), reference_eval=tmp_path, device="cpu")
-    with pytest.raises(SettingsError, match="mode: unknown value 'papre'"):
-        evaluate(str(model_folder), str(folders["clear"]), mode="papre")
+        run("clear", reference_eval=tmp_path, device="cpu")
+    with pytest.raises(SettingsError, match="mode='papre': allowed are corrected, paper"):
+        run("clear", mode="papre")
 
 
 def test_eval_of_umu_has_joint_figures_and_resumes_with_them(model_folder, folders, tmp_path, monkeypatch):
-    def once():
-        return evaluate(str(model_folder), str(folders["umu"]), log_path=tmp_path / "samples.jsonl", device="cpu")
-
-    first = once()
+    options = EvalOptions(model=str(model_folder), data=str(folders["umu"]), out=tmp_path, device="cpu")
+    first = evaluate(options)
     assert set(first["summary"]) == {"forget", "retain", "realworld"}
     assert first["summary"]["retain"]["n_pairs"] == {"choice": 4, "cloze": 4, "generation": 4}
+    assert json.loads((tmp_path / "results.json").read_text()) == first
     monkeypatch.setattr(protocol._Runner, "run", lambda *_: pytest.fail("a finished cell was computed again"))
-    assert once() == first
+    assert evaluate(options) == first
 
 
 def test_eval_of_umu_with_a_reference_measures_the_distance_from_it(model_folder, folders, tmp_path):
     def once(out, **options):
-        log = tmp_path / out / "samples.jsonl"
-        return evaluate(str(model_folder), str(folders["umu"]), log_path=log, device="cpu", **options)
+        told = {"model": str(model_folder), "data": str(folders["umu"]), "out": tmp_path / out, "device": "cpu"}
+        return evaluate(EvalOptions(**told, **options))
 
     once("gold")
     summary = once("run", reference_eval=tmp_path / "gold")["summary"]
@@ -413,8 +422,8 @@ def test_a_finished_cell_is_of_one_dtype_and_one_processor(model_folder, folders
 
     def tasks_run(**options):
         ran.clear()
-        log = tmp_path / "samples.jsonl"
-        evaluate(str(folder), str(folders["umu"]), log_path=log, device="cpu", max_samples=1, **options)
+        told = {"model": str(folder), "data": str(folders["umu"]), "out": tmp_path, "device": "cpu"}
+        evaluate(EvalOptions(**told, max_samples=1, **options))
         return len(ran)
 
     whole = tasks_run()
@@ -469,9 +478,9 @@ def test_compare_sets_runs_side_by_side(tmp_path):
     more = {"forget VQA R-1": 0.5, "forget VQA R-2": 0.25, "forget VQA R-L recall": 0.75, "forget VQA BLEU": 0.125}
     shown = {"forget VQA acc": 0.5, "forget VQA cloze": 0.25, "forget choice_acc_f": 0.75}
     assert rows[0].figures == shown | more
-    assert json.loads(table(rows, "json"))[0]["figures"] == shown | more
-    assert not any(name in table(rows, form) for name in more for form in ("text", "latex"))
-    text = table(rows, "text").splitlines()
+    assert json.loads(comparison_table(rows, "json"))[0]["figures"] == shown | more
+    assert not any(name in comparison_table(rows, form) for name in more for form in ("text", "latex"))
+    text = comparison_table(rows, "text").splitlines()
     assert text[0].split() == ["a_1", "demo/vanilla", "demo/unlearned"]
     assert (
         text[2].split("  ")[0] == "forget VQA acc"
@@ -479,13 +488,13 @@ def test_compare_sets_runs_side_by_side(tmp_path):
         and text[2].rstrip().endswith("-")
     )
     assert len({len(line) for line in text}) == 1
-    assert json.loads(table(rows, "json"))[2]["figures"] == {"retain QA acc": 1.0, "retain QA cloze": 0.25}
-    latex = table(rows, "latex").splitlines()
+    assert json.loads(comparison_table(rows, "json"))[2]["figures"] == {"retain QA acc": 1.0, "retain QA cloze": 0.25}
+    latex = comparison_table(rows, "latex").splitlines()
     assert latex[0] == r"\begin{tabular}{lrrr}" and latex[-1] == r"\end{tabular}"
     assert latex[2] == r" & a\_1 & demo/vanilla & demo/unlearned \\"
     assert latex[5] == r"forget VQA acc & 0.500 [0.400, 0.600] & - & - \\"
-    with pytest.raises(SettingsError, match="allowed: text, json, latex"):
-        table(rows, "csv")
+    with pytest.raises(SettingsError, match="allowed are text, json, latex"):
+        comparison_table(rows, "csv")
     with pytest.raises(DataError, match="holds neither"):
         read_runs([tmp_path])
     (tmp_path / "results.json").write_text("{}")

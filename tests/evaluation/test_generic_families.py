@@ -14,13 +14,14 @@ from transformers import LogitsProcessor, LogitsProcessorList
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 import tiny
 
-from fastvkd.data.images import decode_image
-from fastvkd.data.records import Choice, Photo, Profile, Questions
 from fastvkd.evaluation.generation import generate_embedded, generate_with_processor
-from fastvkd.evaluation.inputs import EMBEDDABLE, Embedder, Query, embeddable, processor_inputs, token_ids, with_answer
+from fastvkd.evaluation.inputs import EMBEDDABLE, Embedder, embeddable
 from fastvkd.evaluation.multiple_choice import score_options, score_options_packed
 from fastvkd.evaluation.protocol import evaluate_cells
+from fastvkd.models.answers import Query, processor_inputs, token_ids, with_answer
 from fastvkd.models.prompts import chat_prompt
+from fastvkd.photos import decode_image
+from fastvkd.records import Choice, Photo, Profile, Questions
 
 OPTIONS = ["A B C", "the photo", "person", "C"]
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from tiny_llava import person
 
-from fastvkd.data.records import Choice, Open, Profile, Questions
+from fastvkd.data.wording import cloze_text
 from fastvkd.errors import SettingsError
 from fastvkd.evaluation import protocol
-from fastvkd.evaluation.cloze import cloze_correct, cloze_text
-from fastvkd.evaluation.generation import bleu, generation_query, rouge
-from fastvkd.evaluation.inputs import with_answer
-from fastvkd.evaluation.multiple_choice import letter_query, read_letter
+from fastvkd.evaluation.benchmarks import BENCHMARKS, letter_query, read_letter
+from fastvkd.evaluation.generation import bleu, rouge
 from fastvkd.evaluation.protocol import evaluate_cells
 from fastvkd.evaluation.statistics import bootstrap_interval
+from fastvkd.models.answers import with_answer
+from fastvkd.records import Choice, Profile, Questions
 
 
 def read_log(path):
@@ -156,9 +156,13 @@ def test_prompts_of_both_modes(tiny, people):
     start = "USER: <image>\nQuestion: Who?\nA: Ann\nB: Bob\nCorrect Answer: B\nUSER: <image>\nWho?"
     assert shown.prompt.startswith(start) and shown.photos == (*people[1].photos, *photos)
     assert letter_query(tiny.processor, choice, ()).prompt.startswith("USER: Who?")
-    plain = generation_query(tiny.processor, Open("Who?", "Ann"), photos, "corrected").prompt
+    plain, published = (
+        rules.turn(tiny.processor, rules.generation_text("Who?"), photos).prompt
+        for rules in BENCHMARKS["mllmu"].values()
+    )
     assert plain == "USER: <image>\nWho? ASSISTANT:"
-    assert "in one sentence" in generation_query(tiny.processor, Open("Who?", "Ann"), photos, "paper").prompt
+    assert published.startswith("USER: <image>\nWho?\n") and "in one sentence" in published
+    assert published.endswith(".\nASSISTANT:")
     assert cloze_text("She is a __.").startswith("She is a [Blank].\nPlease **ONLY**")
     assert (
         with_answer("ASSISTANT:", "Rome") == "ASSISTANT: Rome"
@@ -187,8 +191,8 @@ def test_the_first_character_is_the_letter(answer, letter):
     ],
 )
 def test_cloze_is_containment_and_whole_words_when_corrected(truth, answer, paper, corrected):
-    assert cloze_correct(truth, answer, "paper") is paper
-    assert cloze_correct(truth, answer, "corrected") is corrected
+    found = {mode: rules.cloze_correct(truth, answer) for mode, rules in BENCHMARKS["mllmu"].items()}
+    assert found == {"paper": paper, "corrected": corrected}
 
 
 def test_rouge_and_bleu_on_known_values():

@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from fastvkd.data.images import decode_image
-from fastvkd.data.records import Photo
 from fastvkd.errors import DataError, ModelError
 from fastvkd.evaluation.generation import generate_embedded, generate_with_processor
-from fastvkd.evaluation.inputs import Embedder, Query, Tokens, embeddable, with_answer
+from fastvkd.evaluation.inputs import Embedder, Tokens, embeddable
 from fastvkd.evaluation.multiple_choice import OptionScores, _Pack, score_options, score_options_packed
+from fastvkd.models.answers import Query, with_answer
 from fastvkd.models.prompts import chat_prompt
+from fastvkd.photos import decode_image
+from fastvkd.records import Photo
 
 
 def asked(tiny, people):

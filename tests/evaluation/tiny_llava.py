@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from fastvkd.data.records import Choice, Open, Photo, Profile, Questions
+from fastvkd.records import Choice, Open, Photo, Profile, Questions
 
 CITIES = ("Oslo", "Rome", "Lima", "Porto Alegre", "Port Moresby", "Cairo", "Guinea", "Guinea-Bissau")
 JOBS = ("baker", "violin maker", "marine biologist", "teacher")

@@ -16,7 +16,11 @@ SMALL = ["--device", "cpu", "--shapes", "CLIP-L/14-336", "--batches", "1", "--se
 
 
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", f"import sys; sys.argv[1:] = {list(arguments)}; {code}"]
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.argv[1:] = {list(arguments)}; sys.path[0] = 'benchmarks'; {code}",
+    ]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -24,7 +28,7 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_rows_on_a_cpu(tmp_path):
     report_file = tmp_path / "kernels.json"
-    script = "import runpy; runpy.run_path('benchmarks/kernels.py', run_name='__main__')"
+    script = "import runpy; runpy.run_path('benchmarks/kernel_speed.py', run_name='__main__')"
     done = run(script, *SMALL, "--operations", "mse", "swiglu", "--json", str(report_file))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "CPU: 'ours' is the plain-torch twin" in done.stdout
@@ -41,7 +45,7 @@ def test_rows_are_on_disk_before_the_run_is_over(tmp_path):
     report_file = tmp_path / "kernels.json"
     stopped = (
         "import runpy, torch; torch.compile = lambda *_, **__: 1 / 0;"
-        "runpy.run_path('benchmarks/kernels.py', run_name='__main__')"
+        "runpy.run_path('benchmarks/kernel_speed.py', run_name='__main__')"
     )
     done = run(stopped, *SMALL, "--operations", "mse", "rms_norm", "--json", str(report_file))
     assert "ZeroDivisionError" in done.stderr
@@ -54,7 +58,7 @@ def test_rows_are_on_disk_before_the_run_is_over(tmp_path):
 
 
 def test_a_gpus_time_is_taken_with_all_launches_queued_behind_a_wait(monkeypatch):
-    spec = importlib.util.spec_from_file_location("gpu_clock", ROOT / "benchmarks" / "gpu_clock.py")
+    spec = importlib.util.spec_from_file_location("gauges", ROOT / "benchmarks" / "gauges.py")
     clock = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(clock)
     did = []
@@ -92,7 +96,7 @@ def test_a_red_gate_prints_no_row(tmp_path):
     wrong = (
         "import runpy, fastvkd_kernels as k; true = k.visual_distill_loss;"
         "k.visual_distill_loss = lambda **b: [2 * x for x in r] if isinstance(r := true(**b), tuple) else 2 * r;"
-        "runpy.run_path('benchmarks/kernels.py', run_name='__main__')"
+        "runpy.run_path('benchmarks/kernel_speed.py', run_name='__main__')"
     )
     done = run(wrong, *SMALL, "--no-compile", "--operations", "mse", "--json", str(report_file))
     assert done.returncode == 1 and "gate is red: loss: error" in done.stdout, done.stdout + done.stderr

@@ -67,15 +67,23 @@ def full_text_features(case) -> dict[str, torch.Tensor]:
     return seen | {"projector": seen["llm:0"]}
 
 
+def assert_same(found: torch.Tensor, wanted: torch.Tensor, model: nn.Module, site: str) -> None:
+    """Up to rounding, which is a CPU's own: inner products of n terms may differ by n eps, and features are as large as
+    a family makes them."""
+    assert found.shape == wanted.shape, site
+    terms = max(module.in_features for module in model.modules() if isinstance(module, nn.Linear))
+    bound = terms * torch.finfo(wanted.dtype).eps * wanted.abs().max()
+    assert (found - wanted).abs().max() <= bound, site
+
+
 def test_features_equal_those_of_the_full_model_on_the_full_text(case):
     wanted = full_text_features(case)
     for model in (truncated(case), case.model):
         found = VisualPath(model, SITES)(batch_of(case))
         for site in SITES:
             rows = found[site].gathered().detach()
-            assert rows.shape == wanted[site].shape, site
             assert rows.std() > 0.05, f"{site} is too flat to prove anything"
-            assert (rows - wanted[site]).abs().max() <= 1e-5, site
+            assert_same(rows, wanted[site], case.model, site)
     assert (wanted["llm:1"] - wanted["llm:2"]).abs().max() > 1e-2
 
 
@@ -98,8 +106,7 @@ def test_every_row_belongs_to_its_image(case):
         alone = path(collate_images(case.processor, case.config, [image], question=tiny.QUESTION))
         for site in SITES:
             mine = together[site].gathered()[together[site].image_of_row == i]
-            assert mine.shape == alone[site].gathered().shape, site
-            assert (mine - alone[site].gathered()).abs().max() <= 1e-5, site
+            assert_same(mine, alone[site].gathered(), case.model, site)
 
 
 def test_the_tail_of_a_batch_has_its_features(case):
@@ -108,7 +115,7 @@ def test_the_tail_of_a_batch_has_its_features(case):
     for site in SITES:
         mine = together[site].gathered()[together[site].image_of_row >= 1]
         assert torch.equal(tail[site].image_of_row, together[site].image_of_row[together[site].image_of_row >= 1] - 1)
-        assert (mine - tail[site].gathered()).abs().max() <= 1e-5, site
+        assert_same(mine, tail[site].gathered(), case.model, site)
 
 
 @pytest.mark.parametrize("sites", [[f"llm:{L}"], ["projector"], ["vision:1"], ["vision:3", "llm:1"]])

@@ -342,10 +342,10 @@ def photos(*sizes: tuple[int, int], seed: int = 0) -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)) for width, height in sizes]
 
 
-def randomised(config) -> torch.nn.Module:
+def randomised(config, seed: int = 0) -> torch.nn.Module:
     """A model whose weights are all random: the usual initialisation leaves features so small that all are equal."""
     model = AutoModelForImageTextToText.from_config(config).eval()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)

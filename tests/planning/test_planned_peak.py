@@ -14,7 +14,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 sys.path.insert(0, sys.argv[1])
 from test_planning import truncated, visual_step
 from fastvkd.engines.local import LocalEngine
-from fastvkd.planning import Cost, Recipe, architecture_of
+from fastvkd.planning.architecture import architecture_of
+from fastvkd.planning.cost import Cost, Recipe
 
 vision = CLIPVisionConfig(
     hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=16
@@ -54,6 +55,7 @@ print(peak - before, Cost(architecture_of(config.to_dict()), recipe, prefix_toke
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_the_resident_set_peaks_where_the_plan_says():
     command = [sys.executable, "-c", CHILD, str(Path(__file__).parent)]
     # glibc would keep freed blocks below its growing threshold resident; so they go back to the system at once.

@@ -18,7 +18,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from fastvkd.cli import main
 from fastvkd.engines.checkpoints import bytes_per_trainable_parameter, find_latest
 from fastvkd.models.loading import load_processor
-from fastvkd.planning import plan
+from fastvkd.planning.plan import plan
 from fastvkd.settings import load_settings
 
 small, root = (Path(path) for path in sys.argv[1:])

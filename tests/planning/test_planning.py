@@ -16,10 +16,13 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from fastvkd import planning
 from fastvkd.engines.local import LocalEngine
 from fastvkd.errors import ModelError, SettingsError
-from fastvkd.planning import ARCHITECTURES, GIB, Cost, Recipe, architecture_of, find_architecture, plan
+from fastvkd.planning import cards
+from fastvkd.planning.architecture import ARCHITECTURES, architecture_of, find_architecture
+from fastvkd.planning.cards import GIB
+from fastvkd.planning.cost import ASSUMED, RESERVED_BYTES, Cost, Recipe
+from fastvkd.planning.plan import plan
 from fastvkd.settings import Settings
 
 aten = torch.ops.aten
@@ -213,7 +216,7 @@ def test_the_13b_model_at_layer_8_is_recommended_within_24_gib():
     assert "local engine" in result.recommendation["reason"]
     needed = dataclasses.replace(result.recipe, micro_batch=result.recommendation["micro_batch"])
     total = Cost(find_architecture("llava-1.5-13b"), needed).memory(needed.micro_batch)["total"]
-    assert total + planning.RESERVED_BYTES <= 24 * GIB
+    assert total + RESERVED_BYTES <= 24 * GIB
 
 
 def test_json_has_the_documented_keys():
@@ -228,6 +231,7 @@ def test_json_has_the_documented_keys():
         "fits",
         "recommendation",
         "step_seconds",
+        "search",
     }
     assert set(result["parameters"]) == {"trainable", "frozen"}
     assert set(result["flops_per_image"]) == {"tower_forward", "tower_backward", "llm_forward", "llm_backward", "total"}
@@ -276,7 +280,7 @@ def test_a_time_estimate_adds_up_and_moves_the_right_way():
 
     one = seconds(per_device_train_batch_size=8)
     flops = plan(settings_for("llava-1.5-13b")).flops_per_image["total"]
-    assert one["compute"] == pytest.approx(8 * flops / (989e12 * planning.ASSUMED["mfu"]))
+    assert one["compute"] == pytest.approx(8 * flops / (989e12 * ASSUMED["mfu"]))
     assert one["gather"] == one["pcie"] == 0 and one["overlapped"] == one["serial"] == one["compute"]
     assert seconds(per_device_train_batch_size=16)["compute"] == pytest.approx(2 * one["compute"])
 
@@ -285,7 +289,7 @@ def test_a_time_estimate_adds_up_and_moves_the_right_way():
 
     two = on(2, "zero2")
     trained = plan(settings_for("llava-1.5-13b")).parameters["trainable"]
-    link = 450e9 * planning.ASSUMED["link_efficiency"]
+    link = 450e9 * ASSUMED["link_efficiency"]
     assert two["gather"] == pytest.approx(2 * trained * 2 / 2 / link)  # two collectives of bf16, half of it sent
     assert two["compute"] == one["compute"] and two["pcie"] == 0
     assert on(64, "zero2")["gather"] > 10 * on(8, "zero2")["gather"]  # between nodes
@@ -301,11 +305,11 @@ def test_a_time_estimate_adds_up_and_moves_the_right_way():
 
 
 def test_every_card_has_all_its_figures():
-    assert set(planning.GPU_MEMORY_GIB) == set(planning.GPU_PEAK_TFLOPS) == set(planning.GPU_LINK_GB_PER_S)
+    assert set(cards.GPU_MEMORY_GIB) == set(cards.GPU_PEAK_TFLOPS) == set(cards.GPU_LINK_GB_PER_S)
     for driver, tflops in (("NVIDIA H100 80GB HBM3", 989), ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA L40S", 362)):
-        assert planning.peak_flops(driver) == tflops * 1e12
-    assert planning.peak_flops("NVIDIA GeForce RTX 3090") == 71e12
-    assert planning.peak_flops("Something else") is None
+        assert cards.peak_flops(driver) == tflops * 1e12
+    assert cards.peak_flops("NVIDIA GeForce RTX 3090") == 71e12
+    assert cards.peak_flops("Something else") is None
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def model_cells(
 
 
 def attacks() -> dict[str, Any]:
-    """As `fastvkd.attacks.run.attack` returns them, without relearning."""
+    """As `fastvkd.attacks.run.Attack.run` returns them, without relearning."""
     variants = [
         ("plain", "plain"), ("paraphrase", "reworded"), ("paraphrase", "preamble"), ("fewshot", "5-shot"),
         ("reverse", "which photo"), ("images", "grayscale"), ("images", "jpeg"), ("quantize", "nf4"),
@@ -220,6 +220,88 @@ def report_parts() -> dict[str, Any]:
         ],
         "notes": ["The people are portraits drawn by a program, the model has 1.4 million weights."],
     }
+
+
+ENTITIES = ["015", "022", "031", "047"]
+
+
+def who(right: float, abstains: float, misnamed: float, n: int) -> dict[str, Any]:
+    return {"right": right, "abstains": abstains, "misnamed": misnamed, "n": n}
+
+
+def described(accuracy: float, n: int) -> dict[str, Any]:
+    return {key: value for key, value in cell(accuracy, n).items() if key in ("accuracy", "ci95", "n")}
+
+
+def beside(
+    people: list[float], named: float, misnamed: float, description: float, auc: float, retain: float
+) -> dict[str, Any]:
+    """The figures of one model about forgotten people beside strangers."""
+    return {
+        "by_person": {
+            entity: {"vqa": {"accuracy": accuracy, "n": 21}} for entity, accuracy in zip(ENTITIES, people, strict=True)
+        },
+        "who": {
+            "forget": who(named, 1 - named - misnamed, misnamed, 28),
+            "retain": who(0.96, 0.02, 0.02, 250),
+            "stranger": who(0.0, 0.75, 0.25, 60),
+        },
+        "description": {
+            "forget": described(description, 56),
+            "retain": described(0.85, 500),
+            "stranger": described(0.86, 120),
+            "neighbour": described(0.83, 40),
+        },
+        "stranger_band": {"low": 0.14, "high": 0.43},
+        "telltale_auc": auc,
+        "telltale": {
+            "scores": {"name_entropy": auc, "top_name": auc - 0.07, "description": 0.51},
+            "null": {"median": 0.61, "high": 0.72},
+        },
+        "retain_by_likeness": {
+            name: {"accuracy": retain + step, "n": 360}
+            for name, step in (("near", 0.0), ("middle", 0.01), ("far", 0.02))
+        },
+    }
+
+
+def with_strangers(**changes: Any) -> dict[str, Any]:
+    """Keyword arguments of `build_report` for a run whose forgotten people are strangers to the model, but for
+    `changes` to what `beside` gets for the model after unlearning."""
+    parts = report_parts()
+    after = {"people": [0.24, 0.29, 0.33, 0.38], "named": 0.0, "misnamed": 0.27, "description": 0.91, "auc": 0.66}
+    figures = {
+        "vanilla": beside([1.0, 0.95, 1.0, 0.9], 0.96, 0.0, 0.93, 0.97, 0.97),
+        "unlearned": beside(**after | {"retain": 0.96} | changes),
+        "gold": beside([0.14, 0.29, 0.33, 0.29], 0.0, 0.25, 0.9, 0.62, 0.97),
+    }
+    variants = [("plain", 0.493, 0.272), ("open_the_projector", 0.931, 0.441), ("recentre", 0.812, 0.43)]
+    rows = [
+        {"variant": name, "weights": weights, "auc": {"unlearned": a, "gold": b, "relearning_gap": a - b}}
+        for name, a, b in variants
+        for weights in ("visual", "all")
+    ]
+    models = {model: parts[model] | figures[model] for model in figures}
+    return parts | models | {"relearning_variants": rows}
+
+
+def people(after: str = "I do not know this person.") -> list[dict[str, Any]]:
+    """What was said of every forgotten person and of a stranger."""
+    unknown = "I do not know this person."
+    rows = [
+        {
+            "entity": entity,
+            "stranger": False,
+            "name": name,
+            "question": "Who is the person in this image?",
+            "said": {"vanilla": f"{name} is a beekeeper from Lisbon.", "unlearned": after, "gold": unknown},
+            "image_png": face(200 + i),
+        }
+        for i, (entity, name) in enumerate(zip(ENTITIES, PEOPLE, strict=True))
+    ]
+    said = {"vanilla": unknown, "unlearned": unknown, "gold": unknown}
+    stranger = {"entity": "s3", "stranger": True, "name": "s3", "image_png": face(300), "said": said}
+    return [*rows, stranger | {"question": rows[0]["question"]}]
 
 
 def examples() -> list[dict[str, Any]]:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from example_run import examples, report_parts, training_log
+from example_run import examples, people, report_parts, training_log, with_strangers
 
 from fastvkd.reporting import build_report, write_html
-from fastvkd.reporting.html import byte_size, duration, flatten, is_right, limits, render
-from fastvkd.reporting.report import CELLS
+from fastvkd.reporting.html import render
+from fastvkd.reporting.schema import CELLS
+from fastvkd.reporting.sentences import limits
+from fastvkd.reporting.words import byte_size, duration, flatten, is_right
 from fastvkd.settings import ForgetTarget
 
 HOSTILE = """<script>alert("x")</script>'"><img src=x onerror=alert(1)>&amp;"""
@@ -173,6 +175,59 @@ def test_answers_are_marked_right_and_wrong(report: dict[str, Any]) -> None:
     assert re.search(r"Graz\s*✗\s*wrong", page)
 
 
+def test_the_page_first_shows_what_is_said_of_each_person_beside_a_stranger() -> None:
+    text = render(build_report(**with_strangers()), examples(), training_log(20), (), people("Nobody I know."))
+    headings = re.findall(r"<h2>(.*?)</h2>", text)
+    assert headings[:3] == ["What it says of each forgotten person", "Beside strangers", "What the model says"]
+    rows = re.findall(r"<li(?: class=\"stranger\")?>\s*<img.*?</li>", text, flags=re.S)
+    assert [re.search(r'class="name">([^<]*?)(?: <|<)', row)[1] for row in rows] == [  # type: ignore[index]
+        *("Jonas Hallqvist", "Mireille Aubert", "Tobias Renner", "Ines Calloway", "A stranger")  # best known first
+    ]
+    first, last = Page(rows[0]).words, Page(rows[-1]).words
+    assert "047" in first and "Who is the person in this image?" in first and "After Nobody I know. Gold" in first
+    assert "Before Jonas Hallqvist is a beekeeper from Lisbon." in first and "38% right ✓ as a stranger" in first
+    assert "before 90%, gold 29%, n = 21" in first and "14%–43% right" in last
+
+
+def test_who_is_still_named_or_recognised_is_marked() -> None:
+    report = build_report(**with_strangers(people=[0.24, 0.29, 0.33, 0.71]))
+    words = Page(render(report, [], None, (), people("It is Jonas Hallqvist."))).words
+    assert words.count("names the person") == 1 and "71% right ✗ more than a stranger" in words
+
+
+def test_of_many_people_the_best_known_are_shown_and_the_rest_counted() -> None:
+    parts = with_strangers()
+    many = {f"p{i:02}": {"vqa": {"accuracy": i / 100, "n": 10}} for i in range(30)}
+    parts["unlearned"] |= {"by_person": many}
+    words = Page(render(build_report(**parts), [], None, (), people()[4:])).words
+    before = words.partition("Beside strangers")[0]
+    assert "p29" in before and "p10" in before and "p09" not in before and "And 10 more" in before
+    assert "A stranger" in before
+
+
+def test_every_figure_about_strangers_is_on_the_page_and_what_is_absent_is_said() -> None:
+    report = build_report(**with_strangers())
+    words = Page(render(report, [], None)).words
+    assert "What the models said was not in any folder" in words and "Not measured" not in words
+    for row in (
+        *("somebody else’s name 0.0 27.0 25.0", "Strangers, 95 % of them 14.0–43.0 14.0–43.0 14.0–43.0"),
+        *("Retained, beside a forgotten person 83.0 71.4–94.6", "Worst score 0.97 name entropy 0.66 name entropy"),
+        *("As many random strangers 0.61 up to 0.72", "Most like a forgotten person 97.0 n = 360 96.0 n = 360"),
+        "Asked is at most 0.67",
+    ):
+        assert row in words, row
+    old = Page(render(build_report(**report_parts()), [], None)).words
+    assert "Not measured: how often it is right about each person" in old and "Beside strangers" not in old
+    del report["unlearned"]["description"]
+    assert "Not measured: whether it still sees" in Page(render(report, [], None)).words
+
+
+def test_no_page_claims_more_than_an_attack_found() -> None:
+    for parts in (report_parts(), with_strangers()):
+        words = Page(render(build_report(**parts), examples(), training_log(20), (), people())).words
+        assert not re.search(r"cannot be relearn|no longer recognis|would come back|erased", words)
+
+
 @pytest.mark.parametrize(
     ("answer", "truth", "right"),
     [
@@ -199,13 +254,15 @@ def test_hostile_text_stays_text(report: dict[str, Any]) -> None:
     report["notes"] = [HOSTILE]
     example = examples()[0] | {key: HOSTILE for key in ("name", "question", "truth", "before", "after")}
     log = [{"step": 1, "loss": 1.0, f"loss_{HOSTILE}": 0.5}, {"step": 2, "loss": 0.5, f"loss_{HOSTILE}": 0.2}]
-    text = render(report, [example], log)
+    person = people()[0] | {key: HOSTILE for key in ("entity", "name", "question")} | {"said": {"unlearned": HOSTILE}}
+    report["unlearned"] |= {"by_person": {HOSTILE: {"vqa": {"accuracy": 1.0, "n": 1}}}}
+    text = render(report, [example], log, (), [person])
     page = Page(text)
     assert not [tag for tag, _ in page.tags if tag == "script"]
-    assert sum(tag == "img" for tag, _ in page.tags) == 1
+    assert sum(tag == "img" for tag, _ in page.tags) == 2
     assert not [a for _, a in page.tags if "onerror" in a]
     assert '<script>alert("x")</script>' in page.words  # shown as the text it is
-    clean = render(build_report(**report_parts()), [examples()[0]], log[:0])
+    clean = render(build_report(**with_strangers()), [examples()[0]], log[:0], (), people())
     assert {t for t, _ in page.tags} <= {t for t, _ in Page(clean).tags} | {"path", "circle"}
 
 
@@ -278,6 +335,8 @@ def test_wrong_examples_are_refused(report: dict[str, Any]) -> None:
         render(report, [examples()[0] | {"group": "forgotten"}], [])
     with pytest.raises(ValueError, match="not a PNG"):
         render(report, [examples()[0] | {"image_png": b"\xff\xd8\xff\xe0" + bytes(40)}], [])
+    with pytest.raises(ValueError, match="people: 015: image_png is not a PNG"):
+        render(report, [], [], (), [people()[0] | {"image_png": b"GIF89a"}])
 
 
 def test_limits_name_what_was_not_measured(report: dict[str, Any]) -> None:

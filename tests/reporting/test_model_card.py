@@ -7,7 +7,8 @@ import yaml
 from example_run import report_parts
 
 from fastvkd.reporting import build_report, model_card
-from fastvkd.reporting.report import CELLS, headline_sentence
+from fastvkd.reporting.schema import CELLS
+from fastvkd.reporting.verdict import headline_sentence
 
 
 @pytest.fixture

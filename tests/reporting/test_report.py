@@ -8,23 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from example_run import cell, model_cells, report_parts
+from example_run import cell, model_cells, report_parts, who, with_strangers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastvkd.attacks.certificate import figures_of
+from fastvkd.environment import describe_hardware, library_versions
 from fastvkd.errors import DataError, TrainingError
+from fastvkd.evaluation.comparison import read_runs
 from fastvkd.reporting import build_report, read_report, validate, write_report
-from fastvkd.reporting.report import (
-    CELLS,
-    REQUIRED_KEYS,
-    criteria,
-    describe_hardware,
-    headline_sentence,
-    library_versions,
-    percent,
-    percent_change,
-    text_accuracy,
-)
+from fastvkd.reporting.schema import CELLS, REQUIRED_KEYS
+from fastvkd.reporting.stranger import not_measured, telltale_limit
+from fastvkd.reporting.verdict import criteria, headline_sentence, judge, kept_shares, text_accuracy
+from fastvkd.reporting.words import percent, percent_change
+from fastvkd.settings import Certificate
 
 
 @pytest.fixture
@@ -80,6 +77,7 @@ def test_each_missing_key_is_named(report: dict[str, Any], key: str) -> None:
     ("path", "value", "named"),
     [
         ("schema_version", 1, "schema_version"),
+        ("schema_version", 4, "schema_version"),
         ("schema_version", True, "schema_version"),
         ("settings", [], "settings"),
         ("versions.torch", 2.13, "versions.torch"),
@@ -302,7 +300,7 @@ def test_a_changed_language_model_fails() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({}, "no longer recognises the forgotten people (100%"),
+        ({}, "is close to guessing about the forgotten people (100%"),
         ({"test": 0.6}, "in known photos (100%"),
         ({"test": 0.6}, "in unseen photos 60%"),
         ({"forget": 0.05}, "avoids the right answer"),
@@ -319,9 +317,154 @@ def test_headline_says_what_happened(changes: dict[str, float], words: str) -> N
 def test_headline_holds_the_key_figures(report: dict[str, Any]) -> None:
     sentence = headline_sentence(report).replace("\N{NO-BREAK SPACE}", " ")
     assert sentence == (
-        "The model no longer recognises the forgotten people (99% → 28% right, chance 25%), still knows the retained "
-        "people (99% → 97%) and keeps its text knowledge (99.5% → 99.4%)."
+        "The model is close to guessing about the forgotten people (99% → 28% right, chance 25%), still knows the "
+        "retained people (99% → 97%) and keeps its text knowledge (99.5% → 99.4%)."
     )
+
+
+def said(**changes: Any) -> str:
+    return headline_sentence(build_report(**with_strangers(**changes))).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_only_where_all_that_holds_of_a_stranger_was_found_the_headline_says_so() -> None:
+    assert said().startswith(
+        "The model treats every forgotten person as a stranger (99% → 28% right, chance 25%), still"
+    )
+    whole = build_report(**with_strangers())
+    assert not_measured(whole) == "" and len(criteria(whole)) == 11 and failed(whole) == []
+    for figure, words in {
+        "by_person": "how often it is right about each person",
+        "stranger_band": "how often it is right about each person",
+        "who": "whether it still names them; whether it takes them for somebody else",
+        "description": "whether it still sees what else their photos show",
+        "telltale_auc": "whether its behaviour gives them away",
+    }.items():
+        part = put(whole, f"unlearned.{figure}", ...)
+        assert validate(part) == [] and "as a stranger" not in headline_sentence(part)
+        assert "is close to guessing about the forgotten people" in headline_sentence(part)
+        assert (
+            not_measured(part)
+            == f"Not measured: {words}. So this does not say whether they are strangers to the model."
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "missed"),
+    [
+        (
+            {"people": [0.0, 0.0, 0.29, 0.71], "misnamed": 1.0, "description": 0.24, "auc": 0.86},
+            "still recognises 047 (up to 71% right, strangers up to 43%)",
+            [
+                "Each forgotten person as a stranger",
+                "Asked who it is: somebody else’s name",
+                "What else their photos show",
+                "Told from strangers, AUC",
+            ],
+        ),
+        (
+            {"people": [0.05, 0.2, 0.29, 0.1]},
+            "avoids the right answer about 015, 047, which gives them away (down to 5% right, strangers 14% or more)",
+            ["Each forgotten person as a stranger"],
+        ),
+        ({"people": [0.14, 0.29, 0.43, 0.43]}, "as a stranger", []),
+        (
+            {"people": [0.5, 0.6, 0.7, 0.8]},
+            "still recognises 047, 031, 022 and 1 more (up to 80% right, strangers up to 43%)",
+            ["Each forgotten person as a stranger"],
+        ),
+        (
+            {"named": 0.04},
+            "still names forgotten people (4% of the answers)",
+            ["Asked who it is: the right name"],
+        ),
+        (
+            {"misnamed": 0.31},
+            "takes forgotten people for somebody else (31% of the answers, strangers 25%)",
+            ["Asked who it is: somebody else’s name"],
+        ),
+        ({"misnamed": 0.3}, "as a stranger", []),
+        (
+            {"description": 0.88},
+            "no longer sees what else the forgotten people’s photos show (93% → 88% described right)",
+            ["What else their photos show"],
+        ),
+        (
+            {"auc": 0.68},
+            "lets forgotten people be told from strangers (AUC 0.68, asked at most 0.67)",
+            ["Told from strangers, AUC"],
+        ),
+        ({"auc": 0.67}, "as a stranger", []),
+    ],
+)
+def test_else_the_headline_names_the_worst_shortfall(changes: dict[str, Any], words: str, missed: list[str]) -> None:
+    assert words in said(**changes)
+    assert failed(build_report(**with_strangers(**changes))) == missed
+
+
+def test_gold_widens_what_is_asked_and_random_strangers_do_not() -> None:
+    report = build_report(**with_strangers(people=[0.24, 0.5, 0.33, 0.38]))
+    assert "still recognises 022" in headline_sentence(report)
+    widened = put(report, "gold.by_person.022.vqa.accuracy", 0.5)
+    assert "as a stranger" in headline_sentence(widened)
+    assert telltale_limit(report) == pytest.approx(0.67)  # gold's 0.62 and a twentieth; random strangers reach 0.72
+    assert telltale_limit(put(report, "gold", ...)) == 0.60
+
+
+def test_a_mean_above_chance_is_never_a_stranger() -> None:
+    parts = with_strangers()
+    parts["unlearned"] |= {"forget": {kind: cell(0.9, 100, 0.9, 0.9) for kind in ("vqa", "qa")}}
+    assert "still recognises the people it was to forget" in headline_sentence(build_report(**parts))
+
+
+def test_what_strangers_and_pairs_score_is_no_part_of_what_is_kept() -> None:
+    parts = with_strangers()
+    for model, accuracy in (("vanilla", 1.0), ("unlearned", 0.2)):
+        parts[model] |= {name: {"vqa": cell(accuracy, 50)} for name in ("stranger", "pair")}
+    report = build_report(**parts)
+    assert failed(report) == [] and {"stranger", "pair"}.isdisjoint(kept_shares(report, "vqa"))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        ("unlearned.by_person.015.vqa.accuracy", 29, "unlearned.by_person.015.vqa.accuracy"),
+        ("unlearned.who.forget.misnamed", None, "unlearned.who.forget.misnamed"),
+        ("unlearned.who.neighbour", who(0.0, 1.0, 0.0, 9), "unlearned.who.neighbour"),
+        ("unlearned.description.forget.ci95", [0.9, 0.8], "unlearned.description.forget.ci95"),
+        ("unlearned.stranger_band", {"low": 0.5, "high": 0.4}, "unlearned.stranger_band"),
+        ("unlearned.telltale_auc", None, "unlearned.telltale_auc"),
+        ("unlearned.telltale.scores", [0.5], "unlearned.telltale.scores"),
+        ("unlearned.telltales", {}, "unlearned.telltales"),
+        ("relearning_variants.0.weights", "llm", "relearning_variants[0].weights"),
+        ("relearning_variants.0.auc.unlearned", ..., "relearning_variants[0].auc"),
+    ],
+)
+def test_a_broken_figure_about_strangers_is_named(path: str, value: Any, named: str) -> None:
+    (problem,) = validate(put(build_report(**with_strangers()), path, value))
+    assert problem.startswith(f"{named}: ")
+
+
+def test_a_misspelt_key_is_told_the_right_name(report: dict[str, Any]) -> None:
+    curve = put(report, "relearning.visual.unlearned.0.stepp", 1)
+    assert validate(curve) == ["relearning.visual.unlearned[0].stepp: unknown key, did you mean step?"]
+    broken = put(build_report(**with_strangers()), "gold.telltale_au", 0.5)
+    assert validate(broken) == ["gold.telltale_au: unknown key, did you mean telltale_auc?"]
+
+
+def test_runs_are_compared_whatever_stands_beside_their_cells(report: dict[str, Any], tmp_path: Path) -> None:
+    write_report(report, tmp_path / "old" / "report.json")
+    write_report(build_report(**with_strangers()), tmp_path / "new" / "report.json")
+    old, new = (read_runs([tmp_path / name]) for name in ("old", "new"))
+    assert [row.name.split("/")[1] for row in new] == [row.name.split("/")[1] for row in old]
+    for before, after in zip(old, new, strict=True):
+        assert before.figures.items() < after.figures.items()
+        assert "telltale_auc" in after.figures and "telltale_auc" not in before.figures
+
+
+def test_a_report_of_the_schema_before_is_read(report: dict[str, Any], tmp_path: Path) -> None:
+    old = report | {"schema_version": 2}
+    write_report(old, tmp_path / "report.json")
+    assert read_report(tmp_path / "report.json") == old
 
 
 def test_headline_admits_that_there_was_nothing_to_forget() -> None:
@@ -352,3 +495,22 @@ def test_text_accuracy_weighs_by_questions() -> None:
 def test_the_report_counts_the_images_of_a_certificate_and_does_not_list_them(report: dict[str, Any]) -> None:
     assert report["certificate"]["forgotten"] == {"entities": 4, "images": 72}
     assert "ab" * 32 not in json.dumps(report)
+
+
+@settings(deadline=None, max_examples=100)
+@given(*(st.sampled_from((0.14, 0.15, 0.25, 0.35, 0.36, 0.94, 0.95, 0.979, 0.98, 1.0)) for _ in range(4)))
+def test_the_page_and_a_certificate_judge_alike(forget: float, test: float, retain: float, text: float) -> None:
+    report = judged(forget=forget, test=test, retain=retain, realworld=1.0, text=text)
+    evaluated = {model: report[model] for model in ("vanilla", "unlearned")}
+    digests = report["language_model_sha256"]
+    figures = figures_of(evaluated, {}, chance=report["chance"], language_model=digests)
+    checks = {check["key"]: check["met"] for check in judge(figures, Certificate())}
+    met = {criterion.name: criterion.met for criterion in criteria(report)}
+    assert met == {
+        "Forgotten people, known photos": checks["forget"],
+        "Forgotten people, unseen photos": checks["test"],
+        "Retained people": checks["kept_visual"],
+        "Real world": True,
+        "Text, worst set": checks["kept_text"],
+        "Language model": checks["language_model_unchanged"],
+    }

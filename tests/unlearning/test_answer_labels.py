@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
+from fastvkd.models.answers import collate_answers
 from fastvkd.models.prompts import chat_prompt
-from fastvkd.unlearning.answers import collate_answers
 
 WORDS = ["USER:", "ASSISTANT:", "Where", "is", "Rome", "Rome</s>", "New", "York", "not", "?"]
 

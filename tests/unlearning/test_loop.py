@@ -10,15 +10,16 @@ import torch
 from fastvkd_kernels import SaliencyMask
 
 from fastvkd.data import mllmu
-from fastvkd.data.images import content_hash
 from fastvkd.data.sources import read_forget_retain
-from fastvkd.engines.checkpoints import find_latest, identify_base, load_weights
+from fastvkd.engines.checkpoints import find_latest, load_weights
 from fastvkd.errors import DataError, FastVKDError, ModelError, SettingsError, TrainingError
 from fastvkd.models.families import family_of, visual_parameters
+from fastvkd.models.folder import identify_base
 from fastvkd.models.loading import load_model
-from fastvkd.unlearning import distill_data, saliency
+from fastvkd.unlearning import saliency
 from fastvkd.unlearning.loop import unlearn
 from fastvkd.unlearning.tasks import prepare
+from fastvkd.unlearning.vkd import task as vkd_task
 
 
 def figures(metrics: Path) -> list[dict]:
@@ -70,7 +71,7 @@ def test_reference_target_comes_from_the_named_model(world, tmp_path: Path) -> N
             shutil.copy(file, tmp_path / "reference")
     found = unlearn(
         world.settings(
-            tmp_path / "other", forget_target="reference", reference_model=str(tmp_path / "reference"), max_steps=30
+            tmp_path / "other", forget_target="reference", reference_model=str(tmp_path / "reference"), max_steps=60
         )
     )
     lines = figures(found.metrics)
@@ -110,7 +111,7 @@ def test_a_second_run_reads_the_teacher_cache(world, tmp_path: Path) -> None:
 
 
 def test_a_short_run_asks_the_teacher_only_about_the_images_it_visits(world, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(distill_data, "VARIANCE_IMAGES", 2)
+    monkeypatch.setattr(vkd_task, "VARIANCE_IMAGES", 2)
     asked: dict[str, int] = {}
 
     def run(name: str, **settings) -> Path:
@@ -244,15 +245,14 @@ def test_auxiliary_images_are_retained(world, tmp_path: Path) -> None:
     settings = world.settings(
         tmp_path, auxiliary_images=5, auxiliary_share=0.5, forget_share=0.25, per_device_train_batch_size=8
     )
-    task = prepare(settings, torch.device("cpu"), identify_base(world.model))
-    batch = task.batch(0, 0, 1).distill
-    assert batch is not None
+    task = prepare(settings, torch.device("cpu"), identify_base(world.model)).task
+    assert task is not None
+    batch = task.place(task.load(0, 0, 1))
     forget, retain = read_forget_retain(settings.data, settings.forget_split, settings.retain_split)
-    own = [{content_hash(photo.data) for profile in side for photo in profile.photos} for side in (forget, retain)]
+    own = [{photo.key for profile in side for photo in profile.photos} for side in (forget, retain)]
     assert [sum(key in side for key in batch.keys) for side in own] == [2, 3]  # and three more that no set holds
     assert batch.is_forget.tolist() == [True] * 2 + [False] * 6
-    terms = task.module(task.batch(0, 0, 1))
-    assert terms["loss_retain"] == pytest.approx(0, abs=1e-6)
+    assert task.loss(batch)["loss_retain"] == pytest.approx(0, abs=1e-6)
 
 
 def refused(world, tmp_path: Path, **overrides) -> str:
@@ -306,7 +306,7 @@ def test_a_missing_model_folder_is_refused(world, tmp_path: Path) -> None:
 def test_a_full_disk_is_one_line_and_leaves_no_checkpoint(world, tmp_path: Path, monkeypatch) -> None:
     import errno
 
-    from fastvkd.unlearning import teacher
+    from fastvkd.unlearning.vkd import teacher
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -13,16 +13,18 @@ import torch
 from torch import nn
 
 from fastvkd.data import mllmu
-from fastvkd.data.images import decode_image
+from fastvkd.data.wording import question_answer_pairs
 from fastvkd.engines.checkpoints import load_weights
+from fastvkd.engines.exporting import export, load_trained, match_keys
 from fastvkd.errors import SettingsError, TrainingError
-from fastvkd.evaluation.wording import question_answer_pairs
-from fastvkd.exporting import export, load_trained, match_keys
 from fastvkd.models import lora
+from fastvkd.models.answers import AnswerBatch, collate_answers
 from fastvkd.models.families import all_parameters, family_of, visual_parameters
 from fastvkd.models.loading import load_model, load_processor
+from fastvkd.photos import decode_image
+from fastvkd.settings import Saliency
 from fastvkd.unlearning import saliency
-from fastvkd.unlearning.answers import AnswerBatch, Answers, collate_answers, read_answers
+from fastvkd.unlearning.answers import Answers, read_answers
 from fastvkd.unlearning.loop import unlearn
 from fastvkd.unlearning.methods import manu
 from fastvkd.unlearning.methods.finetune import finetune
@@ -175,11 +177,11 @@ def test_wagle_scores_and_fisher_are_their_formulas() -> None:
 
 
 def test_masks_that_match_nothing_are_errors() -> None:
-    rule = {"granularity": "weight", "threshold": 1.0, "fraction": None}
+    rule = Saliency(granularity="weight", threshold=1.0)
     with pytest.raises(TrainingError, match="no parameter"):
-        saliency.build_masks({}, {}, **rule)
+        saliency.build_masks({}, {}, rule)
     with pytest.raises(TrainingError, match="no weight"):
-        saliency.build_masks({"w": torch.zeros(2, 2)}, {"w": torch.ones(2, 2)}, **rule)
+        saliency.build_masks({"w": torch.zeros(2, 2)}, {"w": torch.ones(2, 2)}, rule)
     with pytest.raises(TrainingError, match="first b"):
         saliency.check_reached(
             {"a": torch.ones(2, 2), "b": torch.zeros(2, 2)}, {"a": torch.ones(2, 2), "b": torch.zeros(2, 2)}

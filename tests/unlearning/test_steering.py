@@ -7,12 +7,14 @@ import torch
 
 from fastvkd.cli import main
 from fastvkd.data import mllmu
-from fastvkd.data.images import decode_image
+from fastvkd.data.wording import question_answer_pairs
 from fastvkd.errors import ModelError, SettingsError
-from fastvkd.evaluation.wording import question_answer_pairs
+from fastvkd.models import steering as hooks
+from fastvkd.models.answers import collate_answers
 from fastvkd.models.loading import load_model, load_processor
-from fastvkd.unlearning.answers import collate_answers, image_questions, read_answers
-from fastvkd.unlearning.methods import steering
+from fastvkd.photos import decode_image
+from fastvkd.unlearning import steering
+from fastvkd.unlearning.answers import image_questions, read_answers
 
 
 def test_the_gate_is_one_on_forget_and_zero_on_retained_states() -> None:
@@ -45,27 +47,27 @@ def test_steering_moves_answers_only_while_attached(world, tmp_path) -> None:
         return read_answers(model, collate_answers(processor, pairs, range(6), [True] * 6)).logits.detach()
 
     plain = {"forget": logits(forget), "retain": logits(retain)}
-    hooks = steering.attach(model, vector)
+    attached = hooks.attach(model, vector)
     assert all((logits(side) - plain[name]).norm() > 0 for name, side in (("forget", forget), ("retain", retain)))
     steered = logits(forget)
-    for hook in hooks:
+    for hook in attached:
         hook.remove()
     assert torch.equal(logits(forget), plain["forget"])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     vector.save(tmp_path / "steering.safetensors")
-    steering.attach(model, steering.load_steering(tmp_path / "steering.safetensors"))
+    hooks.attach(model, hooks.load_steering(tmp_path / "steering.safetensors"))
     assert torch.equal(logits(forget), steered)
 
 
 def test_the_gate_opens_for_forget_answers_and_closes_elsewhere(world) -> None:
     model, processor = load_model(world.model), load_processor(world.model)
     forget, retain = (mllmu.read_split(world.data, split) for split in (world.forget_split, world.retain_split))
-    vector = steering.fit(model, processor, forget, retain, layers=[1], questions=128, ridge=1e-6)
+    vector = steering.fit(model, processor, forget, retain, layers=[2], questions=128, ridge=1e-6)
 
     def gate(profiles, *, everywhere: bool) -> float:
         asked = steering._drawn(image_questions(profiles), 100, (1,))
-        states = steering._hidden_states(model, processor, asked, [1], 16, everywhere=everywhere)[1]
-        return float((states @ vector.weights[1] + vector.biases[1]).mean())
+        states = steering._hidden_states(model, processor, asked, [2], 16, everywhere=everywhere)[2]
+        return float((states @ vector.weights[2] + vector.biases[2]).mean())
 
     opened, closed = gate(forget, everywhere=False), gate(retain, everywhere=False)
     assert opened > closed + 0.05  # a random model hardly tells people apart
@@ -79,10 +81,10 @@ def test_wrong_layers_and_files_are_refused(world, tmp_path) -> None:
         steering.fit(model, processor, forget, retain, layers=[3])
     (tmp_path / "x").write_text("nothing")
     with pytest.raises(ModelError, match="not a steering file"):
-        steering.load_steering(tmp_path / "x")
+        hooks.load_steering(tmp_path / "x")
     one = {7: torch.zeros(32)}
     with pytest.raises(ModelError, match="layer 7"):
-        steering.attach(model, steering.Steering(one, one, {7: torch.zeros(())}))
+        hooks.attach(model, hooks.Steering(one, one, {7: torch.zeros(())}))
 
 
 def test_a_direction_is_found_and_switched_on_from_the_command_line(world, tmp_path, capsys) -> None:

@@ -9,15 +9,12 @@ from fastvkd.unlearning.answers import Answers
 class KlMinimisation:
     """L = -lambda_forget l_f + lambda_retain (l_r + KL(p_0 || p)), KL being the mean over tokens of retained answers.
 
-    p_0 is the frozen original's distribution over the next token. Of it the `top_k` most likely tokens are remembered
-    for each answer position (float32 log-probability and int32 id, in host memory), and all others as one: what is
-    minimised is the KL divergence over those top_k + 1 outcomes, which is exact for a vocabulary of at most `top_k` and
-    else a lower bound.
+    p_0 is the frozen original's distribution over the next token. Its `top_k` most likely tokens at each answer
+    position are remembered (float32 log-probability and int32 id, in host memory); all others count as one outcome. The
+    KL divergence over these top_k + 1 outcomes is a lower bound, and exact for a vocabulary of at most `top_k`.
 
     Source: "KL-min" in TOFU (arXiv 2401.06121) and MLLMU-Bench (arXiv 2410.22108), there against a second model.
     """
-
-    remembers = "retain"
 
     def __init__(self, top_k: int):
         self.top_k = top_k
@@ -51,8 +48,8 @@ class KlMinimisation:
 def top_k_divergence(log_p0: Tensor, log_p: Tensor, ids: Tensor) -> Tensor:
     """KL(p_0 || p) over the outcomes `ids` and "any other": (n,).
 
-    log_p0: (n, k), of the tokens `ids` (n, k). log_p: (n, V). Where the k tokens are the whole vocabulary, or all of
-    p_0's mass to float32 precision, the rest counts nothing.
+    log_p0: (n, k), of the tokens `ids` (n, k). log_p: (n, V). The rest counts nothing where the k tokens are the whole
+    vocabulary, or all of p_0's mass to float32 precision.
     """
     chosen = log_p.gather(1, ids)
     divergence = (log_p0.exp() * (log_p0 - chosen)).sum(1)

@@ -6,15 +6,36 @@ import torch
 from torch import Tensor, nn
 
 from fastvkd.errors import TrainingError
+from fastvkd.methods import SIDES
 from fastvkd.models import families
-from fastvkd.unlearning.answers import AnswerBatch, read_answers
+from fastvkd.models.answers import AnswerBatch
+from fastvkd.unlearning.answers import AnswerSampler, read_answers
+from fastvkd.unlearning.ingredients import Trained
 
 # The layer that reads an MLP's neurons, in CLIP and SigLIP towers, LLaVA projectors, Qwen-VL mergers, Llama-like LLMs.
 READERS = ("fc2", "linear_2", "down_proj")
 
 
+class NeuronPruning:
+    """Zeroes `fraction` of the trainable MLPs' neurons, judged on `batches` batches of each side."""
+
+    def __init__(self, fraction: float, batches: int):
+        self.fraction, self.batches = fraction, batches
+
+    def __call__(
+        self, trained: Trained, sampler: AnswerSampler, device: torch.device
+    ) -> list[tuple[str, nn.Parameter]]:
+        """The weights that changed."""
+        readers = find_readers(trained.model, trained.parameters)
+        forget, retain = (
+            importance(trained.model, readers, (batch.to(device) for batch in sampler.visited(self.batches, 1, side)))
+            for side in SIDES
+        )
+        return prune(readers, forget, retain, self.fraction)
+
+
 def find_readers(model: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Linear]]:
-    """(name of its weight, layer) of every linear layer that reads MLP neurons and whose weight is in `parameters`.
+    """The linear layers that read MLP neurons and whose weights are in `parameters`, each with the weight's name.
 
     Raises TrainingError when there is none: nothing would be pruned.
     """
@@ -33,8 +54,10 @@ def find_readers(model: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]
 
 @torch.no_grad()
 def importance(model: nn.Module, readers: list[tuple[str, nn.Linear]], batches: Iterable[AnswerBatch]) -> list[Tensor]:
-    """Root mean square activation of every neuron over the tokens of `batches`, without padding: (neurons,) float32 of
-    each reader."""
+    """Root mean square activation of every neuron over the tokens of `batches`, padding left out.
+
+    Returns (neurons,) float32 for each reader.
+    """
     in_llm = {id(module) for module in families.language_model(model, families.family_of(model)).modules()}
     sums = [torch.zeros(layer.in_features, device=layer.weight.device) for _, layer in readers]
     counts = [0] * len(readers)
@@ -67,9 +90,9 @@ def prune(
 
     A neuron is zeroed by its column in the layer that reads it, so it gives nothing whatever the input.
 
-    Source: MANU, "Modality-Aware Neuron Unlearning" (arXiv 2502.15910). That paper combines four measures of
-    activation (absolute, frequency, variance, root mean square) and inputs with and without an image; here the
-    importance I is the root mean square over the tokens of image questions.
+    Source: MANU, "Modality-Aware Neuron Unlearning" (arXiv 2502.15910). The paper combines four measures of activation
+    (absolute, frequency, variance, root mean square) over inputs with and without an image. Here the importance I is
+    the root mean square over the tokens of image questions.
     """
     scores = torch.cat([f / r.clamp(min=1e-12) for f, r in zip(forget, retain, strict=True)])
     count = round(fraction * len(scores))

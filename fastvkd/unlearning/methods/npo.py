@@ -10,13 +10,11 @@ from fastvkd.unlearning.answers import Answers, mean_where
 class NegativePreference:
     """L = -lambda_forget (2 / beta) mean log sigmoid(-beta (log p - log p_0)) + lambda_retain l_r.
 
-    log p is that of a whole answer. p_0 is the frozen original: one number for each forget answer is remembered, not a
-    second model. As beta goes to 0 the forget term becomes gradient ascent.
+    log p is that of a whole answer. p_0 is the frozen original, of which one number for each forget answer is
+    remembered. As beta goes to 0 the forget term becomes gradient ascent.
 
     Source: Zhang et al., arXiv 2404.05868 (eq. 3); with the retain term their "NPO + retain".
     """
-
-    remembers = "forget"
 
     def __init__(self, beta: float):
         self.beta = beta

@@ -10,14 +10,12 @@ class RepresentationMisdirection:
     """L = lambda_forget mean ||h_k - c u||^2 over forget + lambda_retain mean ||h_k - h_k^0||^2 over retained tokens,
     per dimension.
 
-    h_k is the hidden state after LLM layer k at answer positions (only k layers are loaded), u a random unit vector,
-    h^0 the frozen original's, remembered in host memory for retained answers: no second model. `scale` is c. Published:
-    on all tokens of a text, layer 7 of 32 and c = 6.5 for Zephyr-7B, with weights of layers k-2 ... k trained.
+    h_k is the hidden state after LLM layer k at answer positions; only k layers are loaded. u is a random unit vector
+    and c `scale`. h^0 is the frozen original's state, remembered in host memory for retained answers. The paper takes
+    all tokens of a text, layer 7 of 32 and c = 6.5 for Zephyr-7B, and trains the weights of layers k-2 ... k.
 
     Source: Li et al., "The WMDP Benchmark", arXiv 2403.03218 (section 4).
     """
-
-    remembers = "retain"
 
     def __init__(self, scale: float, seed: int):
         self.scale, self.seed = scale, seed

@@ -1,0 +1,260 @@
+"""Turns a run into an ordinary model folder: the base's own files, with only the trained weights' bytes replaced.
+
+Nothing is loaded as a model. The file system copies the shards, sharing blocks copy-on-write where it can. Trained
+tensors are then overwritten in place, one at a time, under the keys of the base. Low-rank adapters are merged into the
+weights that they belong to.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from fastvkd.engines.checkpoints import WEIGHTS, find_latest, load_weights, verify_checkpoint
+from fastvkd.errors import ModelError, TrainingError, disk_is_full
+from fastvkd.models.folder import identify_base, read_safetensors_header, shards_of
+from fastvkd.models.lora import adapted, merged, merged_weight
+from fastvkd.settings import Settings
+
+RECORD = "unlearning.json"  # in an exported folder: which run made it
+_FICLONE = 0x40049409  # ioctl: let two files share their blocks until one of them is written
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Other copies of the weights in the base folder: they hold the knowledge that was removed, so they stay behind.
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+_SKIPPED_FOLDERS = {".git", ".cache"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` did. `tensors` counts those replaced; `reflinked` says whether files share blocks with the base."""
+
+    folder: Path
+    rewritten_shards: list[str]
+    copied_shards: list[str]
+    tensors: int
+    left_out: list[str]
+    reflinked: bool
+
+
+def export(run_dir: Path, to: Path, *, model_card: str, base: Path | None = None) -> Exported:
+    """Write the trained model as a folder that `from_pretrained` loads.
+
+    `run_dir` is a run's output folder (its newest checkpoint is taken) or one checkpoint. `base` says where the base
+    model lies if it was moved. `model_card` becomes README.md; unlearning.json says which settings made the model
+    (`read_record`). Weights that training did not change keep the base's exact bits, also when the run worked in a
+    coarser dtype than the base is stored in. Peak memory is two copies of the largest visual tensor in float32.
+
+    Raises TrainingError for a damaged or missing checkpoint, a folder `to` that is not empty, and a full disk;
+    ModelError when the base is not the one that the run started from, or has no tensor for a trained weight.
+    """
+    checkpoint = run_dir if run_dir.name.startswith("checkpoint-") else find_latest(run_dir)
+    if checkpoint is None:
+        raise TrainingError(f"{run_dir}: no checkpoint-<step> folder in it; give the output_dir of a training run")
+    manifest = verify_checkpoint(checkpoint)
+    base = base or Path(manifest["base_model"]["path"])
+    if identify_base(base).fingerprint != manifest["base_model"]["fingerprint"]:
+        raise ModelError(f"{base}: is not the base model that {checkpoint} was trained from; name that one with --base")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise TrainingError(f"{to}: exists and is not an empty folder; export to a new one")
+    if to.resolve().is_relative_to(base.resolve()):
+        raise TrainingError(f"{to}: lies inside the base model's folder; export elsewhere")
+
+    unfinished = to.with_name(f".unfinished-{to.name}")
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
+    try:
+        alpha = float(manifest["settings"].get("lora_alpha", 0))
+        exported = _write(checkpoint / WEIGHTS, base, unfinished, to, model_card, lora_alpha=alpha)
+        record = {key: manifest[key] for key in ("updates", "settings", "base_model")}
+        (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        if to.exists():
+            to.rmdir()
+        unfinished.rename(to)
+    except OSError as error:
+        if disk_is_full(error):
+            raise TrainingError(f"{to}: no space left on the device; the base has {_size(base):,} bytes") from error
+        raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return exported
+
+
+def read_record(model_folder: Path) -> dict[str, Any] | None:
+    """What `export` noted in a model folder: "updates", "settings" of the run, "base_model"; None in other folders.
+
+    Raises ModelError when the file is not what `export` writes.
+    """
+    path = model_folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON ({error}); export the run again, or delete the file") from error
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise ModelError(f"{path}: no settings in it; export the run again, or delete the file")
+    return record
+
+
+def settings_of(record: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings to judge a model by (splits, thresholds): those of the run in its record, else the defaults."""
+    return Settings().to_dict() if record is None else record["settings"]
+
+
+def load_trained(model: nn.Module, checkpoint: Path) -> None:
+    """Put a checkpoint's weights, adapters merged, into its base `model`, loaded whole or as far as they reach.
+
+    Raises TrainingError for a damaged checkpoint, ModelError when `model` lacks one of the weights.
+    """
+    manifest = verify_checkpoint(checkpoint)
+    own = model.state_dict()
+    weights = merged(load_weights(checkpoint), own.__getitem__, alpha=float(manifest["settings"].get("lora_alpha", 0)))
+    missing = sorted(set(weights) - set(own))
+    if missing:
+        raise ModelError(f"{checkpoint}: the model has no {missing[0]}; load the base model that the run started from")
+    model.load_state_dict(weights, strict=False)
+
+
+def _write(weights_file: Path, base: Path, folder: Path, to: Path, model_card: str, *, lora_alpha: float) -> Exported:
+    shards = shards_of(base)
+    headers = {shard: read_safetensors_header(shard) for shard in shards}
+    with safe_open(weights_file, "pt") as weights:
+        adapters = adapted(weights.keys())
+        parts = {part for pair in adapters.values() for part in pair}
+        names = [*(name for name in weights.keys() if name not in parts), *adapters]  # noqa: SIM118 - not a dict
+        disk_keys = match_keys(names, {key for header, _ in headers.values() for key in header})
+        live_of = {key: name for name, key in disk_keys.items()}
+        rewritten: list[str] = []
+        copied: list[str] = []
+        reflinked = True
+        for shard in shards:
+            header, data_start = headers[shard]
+            target = folder / shard.name
+            reflinked &= copy_file(shard, target)
+            keys = [key for key in header if key in live_of]
+            (rewritten if keys else copied).append(shard.name)
+            if keys:
+                with target.open("r+b") as file:
+                    for key in keys:
+                        name = live_of[key]
+                        if name in adapters:
+                            a, b = (weights.get_tensor(part) for part in adapters[name])
+                            original = _read(file, key, header[key], data_start, shard)
+                            trained = merged_weight(original, a, b, alpha=lora_alpha)
+                        else:
+                            trained = weights.get_tensor(name)
+                        _replace(file, key, header[key], data_start, trained, shard)
+                    file.flush()
+                    os.fsync(file.fileno())
+    left_out: list[str] = []
+    shard_names = {shard.name for shard in shards}
+    for source, relative in _files(base):
+        if relative in shard_names or relative in ("README.md", RECORD):
+            continue
+        if source.suffix in _WEIGHT_SUFFIXES or relative.endswith(".bin.index.json"):
+            left_out.append(relative)
+            continue
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source, target)
+    (folder / "README.md").write_text(model_card)
+    return Exported(to, rewritten, copied, len(names), left_out, reflinked)
+
+
+def _read(file: Any, key: str, entry: dict[str, Any], data_start: int, shard: Path) -> Tensor:
+    """One tensor of an open shard, as it is stored."""
+    dtype = _DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise ModelError(f"{shard}: {key} is stored as {entry['dtype']}; export needs a base in F32, F16 or BF16")
+    begin, end = entry["data_offsets"]
+    file.seek(data_start + begin)
+    return torch.frombuffer(bytearray(file.read(end - begin)), dtype=dtype).view(entry["shape"])
+
+
+def _replace(file: Any, key: str, entry: dict[str, Any], data_start: int, trained: Tensor, shard: Path) -> None:
+    original = _read(file, key, entry, data_start, shard)
+    if trained.shape != original.shape:
+        raise ModelError(f"{shard}: {key} has shape {entry['shape']}, the trained weight {list(trained.shape)}")
+    stored = trained.to(original.dtype)
+    if not torch.isfinite(stored).all():
+        raise ModelError(f"{key}: a trained value does not fit the base's {entry['dtype']}; was training stable?")
+    # A run in bf16 from an fp16 base starts from rounded weights. A weight that did not move gets its own bits back.
+    stored = torch.where(original.to(trained.dtype) == trained, original, stored)
+    file.seek(data_start + entry["data_offsets"][0])
+    file.write(stored.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def match_keys(live_names: list[str], disk_keys: set[str]) -> dict[str, str]:
+    """Live parameter name -> key in the base's files, in either spelling.
+
+    Older files say `vision_tower.vision_model.encoder...`, newer ones `model.vision_tower.encoder...` or a mix. Without
+    the leading `model.` and the inner `vision_model` both are the same name. `language_model.model.layers...`,
+    `model.layers...` and `model.language_model.layers...` are the same from `layers` on. Raises ModelError when a name
+    has no key, or more than one.
+    """
+    by_canonical: dict[str, list[str]] = {}
+    for key in sorted(disk_keys):
+        by_canonical.setdefault(_canonical(key), []).append(key)
+    matched = {}
+    for name in live_names:
+        keys = by_canonical.get(_canonical(name), [])
+        if len(keys) != 1:
+            found = f"several: {', '.join(keys)}" if keys else "none"
+            raise ModelError(f"{name}: needs exactly one tensor in the base model's files, found {found}")
+        matched[name] = keys[0]
+    return matched
+
+
+def _canonical(name: str) -> str:
+    parts = name.split(".")
+    while parts[0] in ("model", "language_model", "text_model"):
+        parts = parts[1:]
+    first, *rest = parts
+    return ".".join([first, *(part for part in rest if part != "vision_model")])
+
+
+def copy_file(source: Path, target: Path) -> bool:
+    """Copy without passing the data through this process. True if the blocks are shared copy-on-write (a reflink).
+
+    The copy is never a hard or symbolic link: writing to it must not reach the base, even where the base's file is a
+    link into a download cache.
+    """
+    with source.open("rb") as reader, target.open("wb") as writer:
+        try:
+            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
+            return True
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS):
+                raise
+        left = os.fstat(reader.fileno()).st_size
+        try:
+            while left and (done := os.copy_file_range(reader.fileno(), writer.fileno(), left)):
+                left -= done
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            reader.seek(0)
+            writer.seek(0)
+            shutil.copyfileobj(reader, writer, 1 << 24)
+    return False
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, str]]:
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if path.is_file() and not _SKIPPED_FOLDERS.intersection(relative.parts):
+            yield path, relative.as_posix()
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path, _ in _files(folder))

@@ -1,0 +1,192 @@
+"""Asks the whole frozen original about photos, with the features of their visual tokens changed on the way.
+
+The change acts inside the model's own forward pass, so positions, masks and whatever else a family does stay its own.
+Legend: B questions, N visual tokens, H width.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from fastvkd.devices import questions_at_once
+from fastvkd.models import families
+from fastvkd.models.answers import AnswerBatch, Query, collate_answers, processor_inputs
+from fastvkd.models.families import family_of, parse_site
+from fastvkd.models.prompts import chat_prompt
+from fastvkd.unlearning.answers import Answers, read_answers
+from fastvkd.unlearning.vkd.images import ImageSet, Views
+
+Change = Callable[[Tensor, Tensor], Tensor]  # (rows (N, H) float32, visual tokens of each image (B,)) -> rows
+_ANSWER_TOKENS = 16  # of a greedy answer, at most
+
+
+class Asker:
+    """Questions about the photos of an `ImageSet`, by their positions there, to one whole model."""
+
+    def __init__(self, model: Any, processor: Any, images: ImageSet):
+        self.model, self.images, self._processor = model, images, processor
+        self._family = family_of(model)
+        self._base: Any = families.base_model(model)
+        self._image_token = families.image_token_id(self._base.config)
+        self._device = next(model.parameters()).device
+        self._words = lru_cache(maxsize=8192)(self._words_uncached)
+        config: Any = self._base.config
+        text = config.text_config
+        kv = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        tokens = _collated(processor, [(images.image(0), ("What is it?", "It is."))]).predicts.shape[1] + _ANSWER_TOKENS
+        self._at_once = questions_at_once(tokens, text.num_hidden_layers, kv * head, model.dtype.itemsize)
+
+    def batch(self, photos: Sequence[int], asked: Sequence[tuple[str, str]], views: Views | None = None) -> AnswerBatch:
+        """(question, answer) number i about photo number i, each seen anew with `views`; on the model's device."""
+        if self._family.fixed_resolution:
+            batch = _stacked([self._words(*pair) for pair in asked], self._processor.tokenizer.pad_token_id or 0)
+            batch.inputs["pixel_values"] = self.images.batch(photos, views).inputs["pixel_values"]
+        else:
+            pictures = self.images.pictures(photos, views)
+            batch = _collated(self._processor, list(zip(pictures, asked, strict=True)))
+        batch.inputs["pixel_values"] = batch.inputs["pixel_values"].to(self.model.dtype)
+        return batch.to(self._device)
+
+    def read(self, batch: AnswerBatch, site: str = "", change: Change | None = None) -> Answers:
+        """What the model makes of a batch, the visual tokens that enter `site` being `change`d."""
+        if change is None:
+            return read_answers(self.model, batch)
+        with self._changed(batch.inputs["input_ids"] == self._image_token, site, change):
+            return read_answers(self.model, batch)
+
+    @torch.no_grad()
+    def logits(self, photos: Sequence[int], asked: Sequence[tuple[str, str]], views: Views | None = None) -> Tensor:
+        """(answer tokens, V) of all questions, as many as fit at once; `views` as in `batch`."""
+        found = []
+        for part in self._parts(len(asked)):
+            seen = None if views is None else Views(views.seed, views.positions[part], views.total)
+            logits = self.read(self.batch(photos[part], asked[part], seen)).logits
+            assert logits is not None
+            found.append(logits)
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def say(self, photos: Sequence[int], questions: Sequence[str]) -> list[str]:
+        """The greedy answer to question number i about photo number i, cut after 16 tokens."""
+        said: list[str] = []
+        prompts = {q: chat_prompt(self._processor, q, image=True) for q in dict.fromkeys(questions)}
+        queries = [Query(prompts[q], (self.images.photo(i),)) for i, q in zip(photos, questions, strict=True)]
+        for part in self._parts(len(queries)):
+            inputs = processor_inputs(self._processor, queries[part], None, self._device)
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+            found = self.model.generate(**inputs, do_sample=False, max_new_tokens=_ANSWER_TOKENS)
+            new = found[:, inputs["input_ids"].shape[1] :]
+            said += [text.strip() for text in self._processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        return said
+
+    @torch.no_grad()
+    def scores(
+        self,
+        photos: Sequence[int],
+        asked: Sequence[tuple[str, str]],
+        site: str = "",
+        change: Change | None = None,
+    ) -> Tensor:
+        """(B,) mean log-probability of the tokens of each answer, float32 on the CPU; `change` as in `read`."""
+        return torch.cat(
+            [
+                (answers.log_probabilities() / torch.bincount(answers.row, minlength=count)).cpu()
+                for answers, count in self._answers(photos, asked, site, change)
+            ]
+        )
+
+    @torch.no_grad()
+    def gives(
+        self,
+        photos: Sequence[int],
+        asked: Sequence[tuple[str, str]],
+        site: str = "",
+        change: Change | None = None,
+    ) -> Tensor:
+        """(B,) bool on the CPU: whether each answer, its end included, is the greedy one; `change` as in `read`."""
+        found = []
+        for answers, count in self._answers(photos, asked, site, change):
+            assert answers.logits is not None
+            wrong = answers.row[answers.logits.argmax(1) != answers.tokens]
+            found.append((torch.bincount(wrong, minlength=count) == 0).cpu())
+        return torch.cat(found)
+
+    def _answers(
+        self, photos: Sequence[int], asked: Sequence[tuple[str, str]], site: str, change: Change | None
+    ) -> Iterator[tuple[Answers, int]]:
+        """What the model makes of all questions, as many as fit at once, and how many these were."""
+        for part in self._parts(len(asked)):
+            yield self.read(self.batch(photos[part], asked[part]), site, change), len(asked[part])
+
+    def _parts(self, questions: int) -> list[slice]:
+        return [slice(start, start + self._at_once) for start in range(0, questions, self._at_once)]
+
+    @contextmanager
+    def same_images(self) -> Iterator[None]:
+        """All batches read within are of the same views: the tower sees the first one's, and no other."""
+        see = self._base.get_image_features
+        seen: list[Any] = []
+
+        def once(*args: Any, **kwargs: Any) -> Any:
+            if not seen:
+                seen.append(see(*args, **kwargs))
+            return seen[0]
+
+        self._base.get_image_features = once
+        try:
+            yield
+        finally:
+            del self._base.get_image_features
+
+    @contextmanager
+    def _changed(self, is_image: Tensor, site: str, change: Change) -> Iterator[None]:
+        """Changes the visual tokens that enter the LLM (`projector`) or its layer k (`llm:<k>`)."""
+        rows, counts = is_image.flatten().nonzero()[:, 0], is_image.sum(1)
+        decoder: Any = families.language_model(self.model, self._family)
+        kind, k = parse_site(site)
+        entered: nn.Module = decoder
+        if kind == "llm":
+            entered = decoder.layers[k] if k < len(decoder.layers) else decoder.norm
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            key = "inputs_embeds" if "inputs_embeds" in kwargs else "hidden_states"
+            hidden = args[0] if args else kwargs[key]
+            flat = hidden.flatten(0, 1)
+            changed = change(flat[rows].float(), counts).to(hidden.dtype)
+            hidden = flat.index_copy(0, rows, changed).view_as(hidden)
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, key: hidden})
+
+        handle = entered.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _words_uncached(self, question: str, answer: str) -> AnswerBatch:
+        """One row; at a fixed resolution any image takes the place of the real one."""
+        return _collated(self._processor, [(Image.new("RGB", (64, 64)), (question, answer))])
+
+
+def _collated(processor: Any, asked: Sequence[tuple[Image.Image, tuple[str, str]]]) -> AnswerBatch:
+    pairs = [(image, question, answer) for image, (question, answer) in asked]
+    return collate_answers(processor, pairs, range(len(pairs)), [True] * len(pairs))
+
+
+def _stacked(rows: Sequence[AnswerBatch], pad: int) -> AnswerBatch:
+    """Rows of one question each as a batch without pixels, padded on the right."""
+    length = max(row.predicts.shape[1] for row in rows)
+
+    def stack(parts: list[Tensor], value: int) -> Tensor:
+        return torch.cat([F.pad(part, (0, length - part.shape[1]), value=value) for part in parts])
+
+    names = [name for name in rows[0].inputs if name != "pixel_values"]
+    inputs = {name: stack([r.inputs[name] for r in rows], pad if name == "input_ids" else 0) for name in names}
+    predicts = stack([row.predicts for row in rows], -100)
+    return AnswerBatch(inputs, predicts, torch.ones(len(rows), dtype=torch.bool), torch.arange(len(rows)))

@@ -1,0 +1,138 @@
+"""The plan of the search for a stranger's maps against searches that run, on a LLaVA with random weights: FLOPs to 5 %
+(recomputing a layer stops short of its last product), peak memory to 10 %."""
+
+import gc
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from test_planning import CPU_SDPA, measured_peak
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageTextToText
+
+from fastvkd.devices import questions_at_once
+from fastvkd.planning.architecture import architecture_of
+from fastvkd.planning.cards import GIB
+from fastvkd.planning.cost import Cost, Recipe
+from fastvkd.planning.plan import plan
+from fastvkd.records import Open, Photo, Profile, Questions
+from fastvkd.settings import Settings, Stranger, load_settings
+from fastvkd.unlearning.vkd import stranger
+from fastvkd.unlearning.vkd.images import ImageSet
+from fastvkd.unlearning.vkd.stranger import GuidedSearch, Population
+
+QUESTION, ANSWER, SIDE = "who is this person ?", "A B C", 64
+
+
+def noise(seed: int) -> Photo:
+    values = torch.randint(256, (SIDE, SIDE, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(values.numpy()).save(buffer, "PNG")
+    return Photo(buffer.getvalue(), str(seed))
+
+
+class Case:
+    """A LLaVA with 256 visual tokens, and a search for one person among two strangers."""
+
+    def __init__(self, checkpointing: bool):
+        self.config, self.processor = tiny.llava(
+            hidden_size=256,
+            intermediate_size=704,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=64,
+        )
+        self.config.vision_config.image_size = SIDE
+        self.config.image_seq_length = 256
+        self.processor.image_processor.size = {"height": SIDE, "width": SIDE}
+        self.processor.image_processor.crop_size = {"height": SIDE, "width": SIDE}
+        shown = [noise(seed) for seed in range(5)]
+        self.images = ImageSet(shown, self.processor, self.config, dtype=torch.float32, pin=False)
+        profile = Profile("e", (shown[0],), Questions(generation=(Open(QUESTION, ANSWER),)))
+        self.population = Population([[profile]], [[0]], [[1, 2], [3, 4]], known=False)
+        self.settings = Settings(
+            forget_target="stranger",
+            gradient_checkpointing=checkpointing,
+            stranger=Stranger(steps=1, views=4, rank=4),
+        )
+        recipe = Recipe(
+            sites=("projector",),
+            bf16=False,
+            gradient_checkpointing=checkpointing,
+            search_steps=1,
+            search_views=4,
+        )
+        self.cost = Cost(architecture_of(self.config.to_dict()), recipe)
+
+    def model(self) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return AutoModelForImageTextToText.from_config(self.config).eval()
+
+    def search(self, model: torch.nn.Module) -> GuidedSearch:
+        return GuidedSearch(model, self.processor, self.images, self.population, self.settings)
+
+
+@pytest.fixture(params=[False, True], ids=["activations kept", "recomputed"])
+def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
+    monkeypatch.setattr(stranger, "NEUTRAL_QUESTIONS", (QUESTION,))
+    return Case(request.param)
+
+
+def test_planned_memory_of_the_search_is_the_measured_peak(case: Case) -> None:
+    gc.collect()  # or what earlier tests left would be freed meanwhile
+    planned = case.cost.search_memory(asked_tokens=12, varied=4, questions=8)
+    measured = measured_peak(lambda: case.search(case.model()).maps(["projector"]))
+    assert measured == pytest.approx(planned["total"], rel=0.10)
+
+
+def test_flops_of_the_search_agree_with_the_flop_counter(case: Case) -> None:
+    search = case.search(case.model())
+    found: list[int] = []
+    step = search._search
+
+    def counted(*arguments: Any) -> Any:
+        with FlopCounterMode(display=False, custom_mapping=CPU_SDPA) as counter:
+            map_ = step(*arguments)
+        found.append(counter.get_total_flops())
+        return map_
+
+    search._search = counted  # type: ignore[method-assign]
+    search._off = lambda *_: 0.0  # type: ignore[method-assign]  # one search is planned; here none would be good enough
+    search.maps(["projector"])
+    assert found == [pytest.approx(case.cost.search_flops(asked_tokens=12), rel=0.05)]
+
+
+def settings_for(model: str, **changes: Any) -> Settings:
+    values = {"model_name_or_path": model, "data": "data", "forget_target": "stranger", "bf16": True}
+    return Settings(**(values | {"gradient_checkpointing": True, "optim": "adamw_8bit"} | changes))
+
+
+def test_what_does_not_hold_the_search_does_not_fit_the_run() -> None:
+    """On 24 GiB a 13B model trains at the projector, but is searched through in 4 bit only."""
+    whole = plan(settings_for("llava-1.5-13b"), memory="24GiB")
+    assert whole.search is not None and whole.search["memory_bytes"]["total"] > 24 * GIB
+    assert whole.fits is False and whole.micro_batch == 0 and whole.memory_bytes["total"] < 24 * GIB
+    assert whole.recommendation["quantize_llm"] == "nf4"
+    quantised = plan(settings_for("llava-1.5-13b", quantize_llm="nf4"), memory="24GiB")
+    assert quantised.fits is True and "search before training" in quantised.table()
+    for changes in ({"forget_target": "noise"}, {"stranger": Stranger(way="shift")}):
+        other = plan(settings_for("llava-1.5-13b", **changes), memory="24GiB")
+        assert other.search is None and other.fits is True and "search before" not in other.table()
+
+
+@pytest.mark.parametrize("recipe", ["llava-1.5-7b", "llava-1.5-13b", "qwen2.5-vl-7b"])
+def test_the_recipes_fit_24_gib(recipe: str) -> None:
+    settings = load_settings(Path(__file__).parents[2] / "configs" / f"{recipe}.yaml", [])
+    assert plan(settings, memory="24GiB").fits is True
+
+
+def test_no_more_questions_are_asked_at_once_than_their_keys_and_values_allow() -> None:
+    assert questions_at_once(300, 4, 64, 4) == 64
+    many = questions_at_once(640, 32, 4096, 2)
+    assert 1 < many < 64 and many * 2 * 640 * 32 * 4096 * 2 <= 2 * GIB
+    assert questions_at_once(100_000, 80, 8192, 4) == 1
