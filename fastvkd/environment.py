@@ -1,12 +1,14 @@
 """What fastvkd finds on this machine: versions, devices, optional parts. torch is imported only where it is asked."""
 
+import atexit
 import importlib.util
 import os
 import platform
+import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import torch
@@ -81,3 +83,15 @@ def describe_hardware() -> dict[str, Any]:
         "memory_bytes": int(psutil.virtual_memory().total),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def end_process(code: int) -> NoReturn:
+    """End a rank with `code` after its exit handlers, without taking the interpreter apart.
+
+    DeepSpeed keeps the job's process groups alive to the end, and with them Gloo's threads. One that still holds a
+    tensor then asks for the lock of an interpreter that is gone, which aborts the process after all work is done.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,5 +1,6 @@
 """Entry point for launchers: `deepspeed fastvkd/train.py --config configs/llava-1.5-13b.yaml key=value ...`."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,10 @@ if str(_HERE.parent) not in sys.path:
     sys.path.insert(0, str(_HERE.parent))
 
 from fastvkd.cli import main  # noqa: E402
+from fastvkd.environment import end_process  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    code = main(["train", *sys.argv[1:]])
+    if "RANK" in os.environ:
+        end_process(code)
+    sys.exit(code)

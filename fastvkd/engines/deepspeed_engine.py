@@ -39,7 +39,7 @@ def start_deepspeed(ds_config: dict[str, Any]) -> Any:
 
 
 def leave_deepspeed() -> None:
-    """Leave the job's process group; call last. Gloo's own threads may abort a process that ends inside it."""
+    """Leave the job's process group; call last, see `environment.end_process`."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -59,8 +59,10 @@ def main(small: Path, large: Path) -> None:
     print("figures", json.dumps({"peak": peak - before, "held": held}), flush=True)
     if partitioning is not None:
         from fastvkd.engines.deepspeed_engine import leave_deepspeed
+        from fastvkd.environment import end_process
 
         leave_deepspeed()
+        end_process(0)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from fastvkd.engines.deepspeed_engine import leave_deepspeed
+from fastvkd.environment import end_process
 from fastvkd.settings import load_settings
 from fastvkd.unlearning.loop import unlearn
 
@@ -15,6 +16,7 @@ def main(runs: Path) -> None:
     for _, config, *overrides in json.loads(runs.read_text()):
         unlearn(load_settings(config, overrides))
     leave_deepspeed()
+    end_process(0)
 
 
 if __name__ == "__main__":
