@@ -83,12 +83,10 @@ def processor_inputs(
         ask = partial(tokenizer, return_token_type_ids=True)
     else:
         ask = processor
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
-    try:
-        special = adds_special_tokens(processor, texts[0])
-        inputs = dict(ask(text=texts, padding=True, add_special_tokens=special, return_tensors="pt").to(device))
-    finally:
-        tokenizer.padding_side = side
+    # The side is given by word: some families' processors have one of their own, whatever their tokenizer's is.
+    special = adds_special_tokens(processor, texts[0])
+    encoded = ask(text=texts, padding=True, padding_side="left", add_special_tokens=special, return_tensors="pt")
+    inputs = dict(encoded.to(device))
     inputs.pop("labels", None)  # PaliGemma's processor makes some
     return inputs
 
@@ -120,21 +118,17 @@ def collate_answers(
 ) -> AnswerBatch:
     """A batch of `pairs` (image, question, answer), all with an image or all without one. `indices` are their positions
     in the sampler's list."""
-    tokenizer = processor.tokenizer
     prompts = [chat_prompt(processor, question, image=image is not None) for image, question, _ in pairs]
-    texts = [with_answer(p, a) + tokenizer.eos_token for p, (_, _, a) in zip(prompts, pairs, strict=True)]
+    texts = [with_answer(p, a) + processor.tokenizer.eos_token for p, (_, _, a) in zip(prompts, pairs, strict=True)]
     images = [[image] for image, _, _ in pairs if image is not None]
-    side, tokenizer.padding_side = tokenizer.padding_side, "right"
-    try:
-        encoded = processor(
-            text=texts,
-            **({"images": images} if images else {}),
-            add_special_tokens=adds_special_tokens(processor, prompts[0]),
-            padding=True,
-            return_tensors="pt",
-        )
-    finally:
-        tokenizer.padding_side = side
+    encoded = processor(
+        text=texts,
+        **({"images": images} if images else {}),
+        add_special_tokens=adds_special_tokens(processor, prompts[0]),
+        padding=True,
+        padding_side="right",  # see `processor_inputs`
+        return_tensors="pt",
+    )
     ids, mask = encoded["input_ids"], encoded["attention_mask"]
     predicts = torch.full_like(ids, -100)
     for row, count in enumerate(answer_lengths(processor, prompts, texts)):
