@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -84,6 +85,7 @@ def load_model(
         llm_layers: None for the whole model. L >= 0 builds and reads only the first L decoder layers; the final norm
             becomes the identity and there is no lm_head. This is right also where image tokens attend both ways:
             layers above never influence those below.
+        device: where the weights shall be. Under ZeRO-3 DeepSpeed puts its parts of them on this rank's device instead.
         quantize_llm: "nf4" or "int8" (bitsandbytes) for the linear layers of the LLM; the visual part is left alone.
 
     Raises:
@@ -94,8 +96,9 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantize_llm is not None:
         options["quantization_config"] = _quantization(quantize_llm, family, dtype)
-    if device is not None and torch.device(device).type != "cpu":
-        options["device_map"] = {"": device}
+    partitioned = is_deepspeed_zero3_enabled()
+    if device is not None and torch.device(device).type != "cpu" and not partitioned:
+        options["device_map"] = {"": device}  # which transformers refuses where it is to partition
     if llm_layers is None:
         model = _read(AutoModelForImageTextToText, str(path), path, config, options, may_lack=())
     else:
@@ -104,6 +107,10 @@ def load_model(
         from fastvkd.models.nf4 import same_on_every_cpu
 
         same_on_every_cpu(model)
+    if device is not None and partitioned:
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)  # DeepSpeed may leave it where it was made
     model.eval()
     return model
 
