@@ -31,16 +31,16 @@ class Odd(nn.Module):
         )
 
 
-def engine_for(optim: str, *, buffers: bool, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> LocalEngine:
+def engine_for(optim: str, *, buffers: bool, monkeypatch: pytest.MonkeyPatch, device: str = "cpu") -> LocalEngine:
     """An engine over an `Odd` in bf16, with masters in buffers or one by one."""
-    module = Odd().bfloat16()
+    module = Odd().bfloat16().to(device)
     with monkeypatch.context() as only:
         if not buffers:
             only.setattr(local, "EIGHT_BIT", ())
         engine = LocalEngine(
             list(module.named_parameters()), module=module, optim=optim, learning_rate=1e-3, weight_decay=0.1,
             max_grad_norm=1.0, gradient_accumulation_steps=1, warmup_steps=0, max_steps=20,
-            lr_scheduler_type="constant", device=torch.device("cpu"),
+            lr_scheduler_type="constant", device=torch.device(device),
         )  # fmt: skip
     assert isinstance(engine._optimizer, flat.FlatOptimizer) == buffers
     return engine
@@ -48,7 +48,7 @@ def engine_for(optim: str, *, buffers: bool, monkeypatch: pytest.MonkeyPatch, se
 
 def train(engine: LocalEngine, steps: range) -> None:
     for step in steps:
-        x = torch.randn(8, 64, generator=torch.Generator().manual_seed(step)).bfloat16()
+        x = torch.randn(8, 64, generator=torch.Generator().manual_seed(step)).bfloat16().to(engine.device)
         engine.backward(engine.forward_module(x))
         engine.step()
 
@@ -77,6 +77,24 @@ def test_updates_and_moments_are_those_of_one_tensor_at_a_time(optim, longest, m
     train(together, range(6))
     train(alone, range(6))
     assert_same_bits(together, alone)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("optim", ["adamw_8bit", "lion_8bit"])
+def test_a_gpu_gives_the_same_bits_too(optim, monkeypatch, tmp_path) -> None:
+    """AdEMAMix is left out: alone, a tensor of broken blocks has two averages in one block there."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    together, alone = (engine_for(optim, buffers=b, monkeypatch=monkeypatch, device="cuda") for b in (True, False))
+    train(together, range(6))
+    train(alone, range(6))
+    assert_same_bits(together, alone)
+    torch.save(alone.state_dict(), tmp_path / "state.pt")
+    resumed = engine_for(optim, buffers=True, monkeypatch=monkeypatch, device="cuda")
+    assert resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    train(resumed, range(6, 8))
+    train(alone, range(6, 8))
+    assert_same_bits(resumed, alone)
 
 
 @pytest.mark.parametrize("optim", EIGHT_BIT)
