@@ -35,7 +35,6 @@ from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     cached_file,
-    is_torchvision_available,
     logging,
 )
 
@@ -118,7 +117,7 @@ def load_model(
 def load_processor(path: ModelPath) -> Any:
     """The processor (tokenizer, image processor, chat template) of a model folder.
 
-    Without torchvision the video part is left out; nothing else needs torchvision.
+    The video part is left out: nothing here reads videos, it needs torchvision, and a folder may lack its settings.
 
     Raises:
         ModelError: the folder has no (complete) processor, or a package is missing for it.
@@ -126,7 +125,7 @@ def load_processor(path: ModelPath) -> Any:
     config = load_config(path)
     try:
         processor_class: Any = PROCESSOR_MAPPING[type(config)]
-        if "video_processor" in processor_class.get_attributes() and not is_torchvision_available():
+        if "video_processor" in processor_class.get_attributes():
             return image_only(processor_class).from_pretrained(str(path))
         return AutoProcessor.from_pretrained(str(path))
     except _LOADING_ERRORS as error:
