@@ -5,6 +5,7 @@ and how fast is it?
 
 Each part runs in a process of its own with a time limit; one that fails or cannot run here leaves its reason and does
 not stop the others. After every part `gpu-suite.json` and `gpu-suite.md` are written anew. Exit code 1: a part failed.
+With `--device cpu` those parts run that a CPU can run, made tiny: a rehearsal, whose figures say nothing.
 """
 
 import argparse
@@ -22,26 +23,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY_WORLD = """
-import json, sys
-from pathlib import Path
-from fastvkd.data.dead_leaves import dead_leaves
-from fastvkd.demo.model import Shape, build_model, build_processor
-folder = Path(sys.argv[1])
-shape = Shape(image_size=64, vision_width=128, vision_layers=4, llm_width=256, llm_layers=4)
-for split, count in (("forget", 4), ("retain", 12)):
-    lines = []
-    for i in range(count):
-        dead_leaves((64, 64), (count, i)).save(folder / f"{split}-{i}.png")
-        name = f"{split}-{i}"
-        lines.append(dict(image=f"{name}.png", entity=name, question="Who is this?", answer=f"Person {i}"))
-    (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
-from fastvkd.data.sources import read_forget_retain
-forget, retain = read_forget_retain(str(folder), "forget", "retain")
-processor = build_processor(forget + retain, shape)
-build_model(processor, shape, seed=0).save_pretrained(folder / "model")
-processor.save_pretrained(folder / "model")
-"""
 
 
 @dataclass(frozen=True)
@@ -64,20 +45,27 @@ def no_gpu() -> str | None:
     return None if torch.cuda.is_available() else f"torch {torch.__version__} sees no GPU"
 
 
-def needs(*modules: str) -> Callable[[], str | None]:
-    """The reason why a part that imports `modules` and wants a GPU cannot run; None when it can."""
+def needs(*modules: str, device: str = "cuda") -> Callable[[], str | None]:
+    """The reason why a part that imports `modules` cannot run on `device`; None when it can."""
 
     def missing() -> str | None:
         absent = [name for name in modules if importlib.util.find_spec(name) is None]
-        return no_gpu() or (f"not installed: {', '.join(absent)}" if absent else None)
+        unseen = no_gpu() if device == "cuda" else None
+        return unseen or (f"not installed: {', '.join(absent)}" if absent else None)
 
     return missing
 
 
-def command(arguments: Sequence[str], seconds: float, log: Path) -> str:
-    """Run a command of ours from the repository root; returns its output. Raises PartFailedError with the last line."""
+def command(
+    arguments: Sequence[str], seconds: float, log: Path, *, device: str = "cuda", good: Sequence[int] = (0,)
+) -> str:
+    """Run a command of ours from the repository root; returns its output. Raises PartFailedError with the last line
+    where its exit code is none of `good`."""
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+    if device == "cpu":
+        tools = Path(sys.executable).parent  # ninja, for DeepSpeed's one compiled operation
+        environment |= {"DS_ACCELERATOR": "cpu", "PATH": f"{tools}{os.pathsep}{environment['PATH']}"}
     with log.open("w") as output:
         process = subprocess.Popen(
             arguments, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -89,7 +77,7 @@ def command(arguments: Sequence[str], seconds: float, log: Path) -> str:
             process.wait()
             code = None
     text = log.read_text(errors="replace")
-    if code != 0:
+    if code not in good:
         last = next((line for line in reversed(text.splitlines()) if line.strip()), "no output")
         what = f"ran past {seconds:.0f} s" if code is None else f"exit code {code}"
         raise PartFailedError(f"{what}; {last.strip()[:300]} (see {log.name})")
@@ -135,45 +123,152 @@ def step(preset: str) -> Callable[[Path, float], dict[str, Any]]:
     return run
 
 
-def tiny_run(folder: Path, seconds: float, name: str, launcher: Sequence[str], *settings: str) -> dict[str, Any]:
-    """Twelve steps of unlearning on a small random model; returns the last step's figures."""
-    world = folder / "world"
-    if not (world / "model" / "config.json").exists():
-        world.mkdir(parents=True, exist_ok=True)
-        command([sys.executable, "-c", TINY_WORLD, str(world)], seconds, folder / "world.log")
+def tiny_model(folder: Path, seconds: float, family: str, size: str = "small") -> Path:
+    """A random model of a family in a tiny world, both made when they are first asked for."""
+    world = folder / f"world-{size}"
+    make = [sys.executable, "benchmarks/tiny_world.py", str(world), "--family", family, "--size", size]
+    command(make, seconds, folder / f"world-{family}-{size}.log")
+    return world / f"model-{family}"
+
+
+def tiny_run(
+    folder: Path, seconds: float, name: str, launcher: Sequence[str], device: str, *settings: str, family: str = "llava"
+) -> dict[str, Any]:
+    """Twelve steps of unlearning on a small random model; returns its figures and those of the last step."""
+    model = tiny_model(folder, seconds, family)
     output = folder / name
     shutil.rmtree(output, ignore_errors=True)
-    optim = "adamw_8bit" if importlib.util.find_spec("bitsandbytes") else "adamw_torch"
     common = {
-        "model_name_or_path": world / "model", "data": world, "forget_split": "forget", "retain_split": "retain",
-        "output_dir": output, "sites": "llm:2", "max_steps": 12, "per_device_train_batch_size": 8, "bf16": "true",
-        "optim": optim, "logging_steps": 4, "learning_rate": "1e-4",
+        "model_name_or_path": model, "data": model.parent, "output_dir": output, "device": device,
+        "max_steps": 12, "per_device_train_batch_size": 8, "logging_steps": 4,
     }  # fmt: skip
     overrides = [f"{key}={value}" for key, value in common.items()]
-    command([*launcher, "fastvkd/train.py", *overrides, *settings], seconds, folder / f"{name}.log")
-    return {"optim": optim, **json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])}
+    started = time.monotonic()
+    arguments = [*launcher, "fastvkd/train.py", *overrides, *settings]
+    command(arguments, seconds, folder / f"{name}.log", device=device)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    first, last = (next(line for line in which if "loss" in line) for which in (lines, reversed(lines)))
+    return {"command_seconds": round(time.monotonic() - started, 1), "first_loss": first["loss"], **last}
 
 
-def local_run(folder: Path, seconds: float) -> dict[str, Any]:
-    return tiny_run(folder, seconds, "local", [sys.executable], "device=cuda")
+def explicit() -> list[str]:
+    """Settings of a run inside the LLM, in bf16, with 8-bit moments where they are installed."""
+    optim = "adamw_8bit" if importlib.util.find_spec("bitsandbytes") else "adamw_torch"
+    return ["sites=llm:2", "bf16=true", "learning_rate=1e-4", "forget_target=noise", f"optim={optim}"]
 
 
-def deepspeed_run(folder: Path, seconds: float) -> dict[str, Any]:
-    """ZeRO-2 on one GPU, started by DeepSpeed's own launcher."""
-    launcher = shutil.which("deepspeed")
-    start = [launcher] if launcher else [sys.executable, "-m", "deepspeed.launcher.runner"]
-    settings = ["engine=deepspeed", "deepspeed=zero2", "device=cuda"]
-    return tiny_run(folder, seconds, "deepspeed", [*start, "--num_gpus", "1"], *settings)
+Run = Callable[[Path, float], dict[str, Any]]
 
 
-PARTS = (  # what is worth most comes first; their seconds fit the time of all together
-    Part("gpu tests", 120, needs("pytest", "hypothesis"), gpu_tests),
-    Part("step llava-1.5-13b", 140, no_gpu, step("llava-1.5-13b")),
-    Part("kernels", 60, no_gpu, kernels),
-    Part("step llava-1.5-7b", 90, no_gpu, step("llava-1.5-7b")),
-    Part("unlearning, local engine", 40, needs("tokenizers"), local_run),
-    Part("unlearning, deepspeed", 60, needs("tokenizers", "deepspeed"), deepspeed_run),
-)
+def local_run(device: str, name: str, *settings: str, family: str = "llava") -> Run:
+    def run(folder: Path, seconds: float) -> dict[str, Any]:
+        return tiny_run(folder, seconds, name, [sys.executable], device, *settings, family=family)
+
+    return run
+
+
+def deepspeed_run(device: str, preset: str) -> Run:
+    """One rank, started by DeepSpeed's own launcher."""
+
+    def run(folder: Path, seconds: float) -> dict[str, Any]:
+        beside = Path(sys.executable).with_name("deepspeed")
+        launcher = shutil.which("deepspeed") or (str(beside) if beside.exists() else None)
+        start = [launcher] if launcher else [sys.executable, "-m", "deepspeed.launcher.runner"]
+        settings = ["engine=deepspeed", f"deepspeed={preset}", *explicit()]
+        return tiny_run(folder, seconds, preset, [*start, "--num_gpus", "1"], device, *settings)
+
+    return run
+
+
+def eval_and_attack(device: str) -> Run:
+    """What a user does after a run: export, `fastvkd eval`, and relearning from all photos but those held out."""
+
+    def run(folder: Path, seconds: float) -> dict[str, Any]:
+        end = time.monotonic() + seconds
+        trained, merged = folder / "before-eval", folder / "merged"
+        shutil.rmtree(merged, ignore_errors=True)
+        tiny_run(folder, seconds, trained.name, [sys.executable], device, *explicit())
+        model = tiny_model(folder, seconds, "llava")
+        figures: dict[str, Any] = {}
+
+        def fastvkd(name: str, *arguments: str, good: Sequence[int] = (0,)) -> None:
+            started = time.monotonic()
+            start = [sys.executable, "-m", "fastvkd.cli", name, *arguments]
+            command(start, max(1.0, end - started), folder / f"{name}.log", device=device, good=good)
+            figures[f"{name}_seconds"] = round(time.monotonic() - started, 1)
+
+        fastvkd("export", "--run", str(trained), "--to", str(merged))
+        on = ["--model", str(merged), "--data", str(model.parent), "--device", device, "--bf16"]
+        evaluated, attacked = folder / "eval", folder / "attack"
+        unscored = [name for name in ("rouge_score", "nltk") if importlib.util.find_spec(name) is None]
+        if unscored:
+            figures["eval"] = f"left out: not installed: {', '.join(unscored)}"
+        else:
+            fastvkd("eval", *on, "--out", str(evaluated))
+            figures["cells"] = json.loads((evaluated / "results.json").read_text())["cells"]
+        (attacked / "attacks.json").unlink(missing_ok=True)
+        few = [
+            "--kind",
+            "relearn",
+            "--shares",
+            "1.0",
+            "--steps",
+            "0",
+            "2",
+            "--seeds",
+            "0",
+            "--variants",
+            "redrawn_projector",
+        ]
+        # a random model may miss the thresholds, which is exit code 1
+        fastvkd("attack", *on, "--before", str(model), *few, "--out", str(attacked), good=(0, 1))
+        rows = json.loads((attacked / "attacks.json").read_text())["relearning"]
+        return {**figures, "relearning": [row["auc"] for row in rows]}
+
+    return run
+
+
+def quantised(device: str) -> Run:
+    def run(folder: Path, seconds: float) -> dict[str, Any]:
+        model = tiny_model(folder, seconds, "llava", "small" if device == "cpu" else "wide")
+        images = [str(file) for file in sorted(model.parent.glob("forget-*-0.png"))]
+        return measured(
+            ["benchmarks/quantised.py", str(model), *images, "--device", device], seconds, folder / "quantised.json"
+        )
+
+    return run
+
+
+def optimizer_step(device: str) -> Run:
+    def run(folder: Path, seconds: float) -> dict[str, Any]:
+        options = ["--preset", "tiny" if device == "cpu" else "llava-1.5-13b", "--device", device]
+        return measured(["benchmarks/optimizer_step.py", *options], seconds, folder / "optimizer.json")
+
+    return run
+
+
+def parts_on(device: str) -> tuple[Part, ...]:
+    """What is worth most comes first; their seconds fit the time of all together."""
+    tiny, eight_bit = needs("tokenizers", device=device), needs("tokenizers", "bitsandbytes", device=device)
+    launched = needs("tokenizers", "deepspeed", device=device)
+    qwen = local_run(device, "qwen", *explicit(), family="qwen2_5_vl")
+    paged = local_run(device, "paged", *explicit(), "optim=paged_adamw_8bit")
+    return (
+        Part("gpu tests", 90, needs("pytest", "hypothesis"), gpu_tests),
+        Part("step llava-1.5-13b", 120, no_gpu, step("llava-1.5-13b")),
+        Part("kernels", 60, no_gpu, kernels),
+        Part("optimizer step", 30, needs("bitsandbytes", device=device), optimizer_step(device)),
+        Part("unlearning, local engine", 20, tiny, local_run(device, "local")),
+        Part("unlearning, ZeRO-2", 50, launched, deepspeed_run(device, "zero2")),
+        Part("unlearning, ZeRO-3", 30, launched, deepspeed_run(device, "zero3")),
+        Part("unlearning, Qwen2.5-VL", 20, tiny, qwen),
+        Part("unlearning, paged moments", 20, eight_bit, paged),
+        Part("nf4 and int8", 25, eight_bit, quantised(device)),
+        Part("eval and attack", 45, tiny, eval_and_attack(device)),
+    )
+
+
+PARTS = parts_on("cuda")
 MINUTES = 8.5
 
 
@@ -208,6 +303,23 @@ def run_parts(
     return report
 
 
+def brief(result: dict[str, Any]) -> str:
+    """The figures of a part by name, lists and texts left out; "table below" where there are none."""
+    shown = {key: value for key, value in result.items() if isinstance(value, int | float)}
+    if "rows" in result or not shown:
+        return "table below"
+    return ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
+
+
+def rows_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Any rows as a table; the first column is text."""
+    from tables import table  # beside this script
+
+    head = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[f"{v:.4g}" if isinstance(v := row.get(key, ""), float) else str(v) for key in head] for row in rows]
+    return table(head, cells)
+
+
 def markdown(report: dict[str, Any]) -> str:
     from tables import kernels_table, step_table  # beside this script
 
@@ -218,16 +330,18 @@ def markdown(report: dict[str, Any]) -> str:
         said = entry.get("reason", "")
         if entry["status"] == "passed":
             result = entry["result"]
-            said = result.get("summary") or (f"loss {result['loss']:.4g}" if "loss" in result else "table below")
+            said = result.get("summary") or brief(result)
             said += f"; incomplete: {result['incomplete']}" if "incomplete" in result else ""
         lines.append(f"| {name} | {entry['status']} | {entry['seconds']} | {said} |")
     for name, entry in report["parts"].items():
         if entry["status"] != "passed":
             continue
-        if name.startswith("step"):
+        if name.startswith("step "):
             lines += ["", f"## {name}", "", *step_table(entry["result"])]
         elif name == "kernels":
             lines += ["", f"## {name}", "", *kernels_table(entry["result"])]
+        elif "rows" in entry["result"]:
+            lines += ["", f"## {name}", "", *rows_table(entry["result"]["rows"])]
     return "\n".join(lines) + "\n"
 
 
@@ -237,6 +351,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together")
     parser.add_argument("--parts", nargs="*", choices=[part.name for part in PARTS], help="only these")
     parser.add_argument("--skip", nargs="*", default=[], choices=[part.name for part in PARTS])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses what it can")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
@@ -244,7 +359,7 @@ def main() -> None:
 
     from fastvkd.environment import measured_on
 
-    chosen = [part for part in PARTS if arguments.parts is None or part.name in arguments.parts]
+    chosen = [part for part in parts_on(arguments.device) if arguments.parts is None or part.name in arguments.parts]
     about = {**measured_on("cuda" if torch.cuda.is_available() else "cpu"), "command": " ".join(sys.argv)}
     report = run_parts(
         chosen, arguments.out.resolve(), seconds=60 * arguments.minutes, skipped=arguments.skip, about=about

@@ -1,7 +1,7 @@
 """The parts of a training step's benchmark: models of real shape with random weights, images, and steps of every kind.
 
-(a) is written as the public RMU and MMUnlearner loops are; each later letter changes one thing. `step.py` compares and
-times them.
+(a) is written as the public RMU and MMUnlearner loops are; each later letter changes one thing, (h) the site of the
+loss. `step.py` compares and times them.
 """
 
 import contextlib
@@ -87,6 +87,16 @@ class Variant:
     fused: bool = False  # the product's objective: both sets in one pass, fused loss, frozen RMSNorm and SwiGLU
     compiled: bool = False
     optim: str = "adamw_torch"
+    site: str | None = None  # of the loss, where it is not the preset's
+
+    def on(self, preset: Preset) -> Preset:
+        """The preset with the variant's own site."""
+        return preset if self.site is None else replace(preset, site=self.site)
+
+    @property
+    def plain(self) -> "Variant":
+        """The plain step at its own site that this one must agree with: eager, a pass for each set, a second model."""
+        return replace(B, letter=self.letter, site=self.site)
 
 
 A = Variant("a", "reference: whole prompt, all layers, second model, hidden[mask]")
@@ -95,7 +105,10 @@ C = replace(B, letter="c", name="+ text behind the image dropped", suffix_droppe
 D = replace(C, letter="d", name="+ teacher cached", cached=True)
 E = replace(D, letter="e", name="+ fused kernels, one pass for both sets", fused=True)
 COMPILED = replace(E, letter="f", name="+ torch.compile of blocks and layers", compiled=True)
-VARIANTS = (A, B, C, D, E, COMPILED, replace(COMPILED, letter="g", name="+ 8-bit optimiser", optim="adamw_8bit"))
+EIGHT_BIT = replace(COMPILED, letter="g", name="+ 8-bit optimiser", optim="adamw_8bit")
+# another objective, the recipes' own: no layer of the LLM runs or is loaded
+PROJECTOR = replace(COMPILED, letter="h", name="(f) at `projector`, where no LLM layer runs", site="projector")
+VARIANTS = (A, B, C, D, E, COMPILED, EIGHT_BIT, PROJECTOR)
 LAMBDA_FORGET, LAMBDA_RETAIN = 1.0, 4.0
 
 aten = torch.ops.aten
@@ -215,14 +228,15 @@ class Rig:
         self, variant: Variant, preset: Preset, device: torch.device, folder: Path, student: Any, teacher: Any,
         engines: dict[Any, LocalEngine] | None = None,
     ):  # fmt: skip
-        self.variant, self.preset, self.device = variant, preset, device
-        self.layer = parse_site(preset.site)[1]
+        self.variant, self.device = variant, device
+        self.preset = preset = variant.on(preset)
         self.student, self.teacher = student, teacher
         self.parameters = visual_parameters(student, preset)
         self._folder = folder
         self._engines = {} if engines is None else engines
         self._loading = contextlib.ExitStack()
         self.path = VisualPath(student, [preset.site])
+        self.plain: Rig | None = None  # what it is compared with, where that is no other variant
 
     def load(self, images: Images, scale: float) -> None:
         """Take up `images`; a cached teacher writes its features down here, once, outside the step."""
@@ -304,12 +318,18 @@ class Rig:
         return total
 
     def _visual_hidden(self, model: Any, batch: VisualBatch) -> Tensor:
-        """(N, H): the whole forward pass of `model`, of which the input of layer `layer` at image positions is kept."""
+        """(N, H): the whole forward pass of `model`, of which what the site has at image positions is kept."""
         kept: list[Tensor] = []
         llm: Any = families.language_model(model, family_of(model))
-        hook = llm.layers[self.layer - 1].register_forward_hook(
-            lambda module, args, output: kept.append(output[0] if isinstance(output, tuple) else output)
-        )
+        layers = parse_site(self.preset.site)[1]
+        if layers:
+            hook = llm.layers[layers - 1].register_forward_hook(
+                lambda module, args, output: kept.append(output[0] if isinstance(output, tuple) else output)
+            )
+        else:  # what enters the first layer has the projector's output at image positions
+            hook = llm.register_forward_pre_hook(
+                lambda module, args, inputs: kept.append(inputs["inputs_embeds"]), with_kwargs=True
+            )
         try:
             ids = batch.inputs["input_ids"]
             model(**batch.inputs, attention_mask=torch.ones_like(ids), use_cache=False)
@@ -345,23 +365,28 @@ def build_rigs(letters: str, preset: Preset, device: torch.device, folder: Path)
     visual_parameters(whole, preset)
     teacher = frozen_copy(whole)
     disturb(visual_parameters(whole, preset))
-    layers = parse_site(preset.site)[1]
-    short, short_teacher = truncated_view(whole, layers), truncated_view(teacher, layers)
     resources = contextlib.ExitStack()
-    product: Any = None
+    cut: dict[int, tuple[Any, Any]] = {}  # student and teacher by number of layers
+    product: dict[int, Any] = {}
     engines: dict[Any, LocalEngine] = {}
     rigs = {}
     for variant in (v for v in VARIANTS if v.letter in letters):
-        student = short if variant.truncated else whole
+        layers = parse_site(variant.on(preset).site)[1]
+        if layers not in cut:
+            cut[layers] = truncated_view(whole, layers), truncated_view(teacher, layers)
+        student, own = cut[layers] if variant.truncated else (whole, teacher)
         if variant.fused:
-            if product is None:
-                product = copy.deepcopy(short)
-                visual_parameters(product, preset)
-                resources.enter_context(patch_frozen(product))
-            student = product if variant.optim == "adamw_torch" else frozen_copy(product)
-        own = short_teacher if variant.truncated else teacher
-        rigs[variant.letter] = Rig(variant, preset, device, folder, student, own, engines)
-        resources.callback(rigs[variant.letter].close)
+            if layers not in product:
+                product[layers] = copy.deepcopy(student)
+                visual_parameters(product[layers], variant.on(preset))
+                if layers:  # what is patched belongs to them
+                    resources.enter_context(patch_frozen(product[layers]))
+            student = product[layers] if variant.optim == "adamw_torch" else frozen_copy(product[layers])
+        rigs[variant.letter] = rig = Rig(variant, preset, device, folder, student, own, engines)
+        resources.callback(rig.close)
+        if variant.site is not None:
+            rig.plain = Rig(variant.plain, preset, device, folder, *cut[layers], engines)
+            resources.callback(rig.plain.close)
     return rigs, resources
 
 
@@ -382,11 +407,12 @@ def gradients(rig: Rig) -> tuple[float, list[Tensor]]:
 
 def run_alone(variant: Variant, preset: Preset, device: torch.device, images: Images, folder: Path) -> None:
     """Build what `variant` really needs, nothing shared, and take two steps."""
-    layers = parse_site(preset.site)[1] if variant.truncated else None
+    layers = parse_site(variant.on(preset).site)[1] if variant.truncated else None
     student = build_model(preset, device, layers=layers)
     teacher = student if variant.cached else build_model(preset, device, layers=layers).requires_grad_(False)
     rig = Rig(variant, preset, device, folder, student, teacher)
-    with contextlib.closing(rig), patch_frozen(student) if variant.fused else contextlib.nullcontext():
+    fused = variant.fused and layers != 0
+    with contextlib.closing(rig), patch_frozen(student) if fused else contextlib.nullcontext():
         rig.load(images, 1.0)
         for _ in range(2):
             rig.step()
@@ -394,6 +420,7 @@ def run_alone(variant: Variant, preset: Preset, device: torch.device, images: Im
 
 def analytic_flops(variant: Variant, preset: Preset, architecture: Architecture) -> int:
     """FLOPs of one image in one step of `variant`, in closed form."""
+    preset = variant.on(preset)
     layers = parse_site(preset.site)[1]
     llm = architecture.llm
     tokens = preset.prefix + architecture.visual_tokens + (0 if variant.suffix_dropped else preset.suffix)
@@ -413,6 +440,7 @@ def least_bytes(variant: Variant, preset: Preset, architecture: Architecture, ba
     Activations are left out: how many of them leave the caches is the kernels' affair.
     """
     size = 2 if preset.bf16 else 4
+    preset = variant.on(preset)
     layers = parse_site(preset.site)[1]
     llm, cost = architecture.llm, Cost(architecture, Recipe(sites=(preset.site,)))
     used = layers * llm.layer_parameters
@@ -428,6 +456,11 @@ def least_bytes(variant: Variant, preset: Preset, architecture: Architecture, ba
 
 
 def counted_flops(rig: Rig, images: int) -> float:
-    with FlopCounterMode(display=False, custom_mapping=CPU_SDPA) as counter:
-        torch.autograd.grad(rig.loss(), [p for _, p in rig.parameters], allow_unused=True)
+    """FLOPs of one image, counted without compiling: inside compiled code the counter sees nothing."""
+    variant, rig.variant = rig.variant, replace(rig.variant, compiled=False)
+    try:
+        with FlopCounterMode(display=False, custom_mapping=CPU_SDPA) as counter:
+            torch.autograd.grad(rig.loss(), [p for _, p in rig.parameters], allow_unused=True)
+    finally:
+        rig.variant = variant
     return counter.get_total_flops() / images

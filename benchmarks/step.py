@@ -6,7 +6,11 @@
 Weights are random at the model's real shapes, made on the device; nothing is downloaded. (a) is written as the public
 RMU and MMUnlearner loops are: the whole prompt through all layers up to the logits, one pass for each set, a second
 model as the teacher, a mean squared error over `hidden[mask]`. All variants train the same visual weights with the same
-data; a row is printed only where loss and gradients equal those of (a) within TOLERANCE.
+data; a row is printed only where loss and gradients equal those of (a), or of the first variant given, within
+TOLERANCE. (h) has another objective, at `projector`: it is compared with a plain step there. A batch larger than (a)
+has the memory for is measured without (a):
+
+    python benchmarks/step.py --preset llava-1.5-13b --device cuda --variants fgh --batch 32
 """
 
 import argparse
@@ -27,6 +31,7 @@ from fastvkd_kernels import visual_distill_loss
 from gauges import copy_ceiling, free_memory, matmul_ceiling, milliseconds, peak_bytes, seconds_of
 from rig import (
     PRESETS,
+    VARIANTS,
     Images,
     Preset,
     Rig,
@@ -42,6 +47,7 @@ from rig import (
 )
 from torch import Tensor
 
+from fastvkd.engines.optimizers import EIGHT_BIT
 from fastvkd.environment import measured_on
 from fastvkd.planning.architecture import Architecture, architecture_of
 from fastvkd.planning.cards import peak_flops
@@ -131,7 +137,7 @@ def loss_seconds(preset: Preset, architecture: Architecture, device: torch.devic
 
 @dataclass
 class Measured:
-    """What is known of a variant so far. `steps`: seconds an image of its steps, each with (a)'s just before."""
+    """What is known of a variant so far. `steps`: seconds an image of its steps, each with the first one's before."""
 
     variant: Variant
     errors: dict[str, Any]
@@ -154,6 +160,7 @@ def row_of(found: Measured, preset: Preset, architecture: Architecture, report: 
     return {
         "variant": found.variant.letter,
         "name": found.variant.name,
+        "site": found.variant.on(preset).site,
         "ms_per_image": 1e3 * median,
         "ms_per_image_quartiles": [1e3 * seconds[len(seconds) // 4], 1e3 * seconds[-1 - len(seconds) // 4]],
         "images_per_s": 1 / median,
@@ -172,7 +179,7 @@ def row_of(found: Measured, preset: Preset, architecture: Architecture, report: 
 
 
 class Race:
-    """Variants side by side: compared with (a), their steps timed in turn, their FLOPs counted.
+    """Variants side by side: compared with the first, their steps timed in turn, their FLOPs counted.
 
     `found` holds what is known of each, `left_out` why a variant has no row. `publish` is called when more is known.
     """
@@ -181,6 +188,7 @@ class Race:
         self.preset, self.device, self.say = preset, device, say
         self.found: dict[str, Measured] = {}
         self.left_out: dict[str, str] = {}
+        self.first = min(letters)
         self.rigs, self._resources = build_rigs(letters, preset, device, folder)
         self._config = configuration(preset)
         self._made: dict[int, Images] = {}
@@ -216,7 +224,7 @@ class Race:
             for compiled in (False, True):
                 self._group = {letter: rig for letter, rig in self.rigs.items() if rig.variant.compiled == compiled}
                 reference = reference or self.reference(self.images(batch))
-                for letter, error in compare(self._group, reference).items():
+                for letter, error in self.errors(reference, batch).items():
                     if isinstance(error, str):
                         self.say(f"({letter}) {error}")
                         self.drop(letter, error)
@@ -225,14 +233,14 @@ class Race:
                 # Lightest first: what engines and caches hold is there when the heaviest, (a), finds out how much fits.
                 for letter in reversed(list(self._group)):
                     self.warm_up(letter, self.images(batch))
-                if compiled and "a" in self.found and self._group:
-                    self._group = {"a": self.rigs["a"], **self._group}
+                if compiled and self.first in self.found and self._group:
+                    self._group = {self.first: self.rigs[self.first], **self._group}
                 for _ in range(repetitions if self._group else 0):
                     self.take_steps()
                     publish()
             for letter, own in self.found.items():
-                if own.variant.compiled:  # the counter sees nothing inside compiled code
-                    own.counted = self.found["e"].counted if "e" in self.found else None
+                if own.variant.compiled and own.variant.site is None and "e" in self.found:
+                    own.counted = self.found["e"].counted  # the same operations
                 else:
                     with contextlib.suppress(torch.OutOfMemoryError):
                         own.counted = counted_flops(self.rigs[letter], own.batch)
@@ -241,13 +249,26 @@ class Race:
         self.rigs, self._group = {}, {}  # their memory is for those that are weighed alone
 
     def reference(self, images: Images) -> "Reference | None":
-        """Of the first variant that has the memory; None where none of the group has."""
-        while self._group:
-            first = next(iter(self._group))
+        """Of the first variant that has the memory; None where none of the group has, or each has its own."""
+        while (first := next((k for k, rig in self._group.items() if rig.plain is None), None)) is not None:
             with contextlib.suppress(torch.OutOfMemoryError):
                 return self.halving(images, lambda images, rig=self._group[first]: make_reference(rig, images))[1]
             self.drop(first, NO_MEMORY)
         return None
+
+    def errors(self, reference: Reference | None, batch: int) -> dict[str, dict[str, Any] | str]:
+        """As `compare`, of the whole group: a rig with a plain one of its own is held to that."""
+        found = compare({k: rig for k, rig in self._group.items() if rig.plain is None}, reference)
+        for letter, rig in self._group.items():
+            if (plain := rig.plain) is None:
+                continue
+            try:
+                _, own = self.halving(self.images(batch), lambda images, plain=plain: make_reference(plain, images))
+                found |= compare({letter: rig}, own)
+            except torch.OutOfMemoryError:
+                found[letter] = NO_MEMORY
+            plain.close()
+        return found
 
     def warm_up(self, letter: str, images: Images) -> None:
         """Two steps with as many images as fit, at most `images`; a variant that has no memory for any is dropped."""
@@ -275,7 +296,7 @@ class Race:
                     if self.device.type == "cuda":
                         rig.step()  # in which the allocator takes back what the variant before has left in pieces
                     seconds = seconds_of(rig.step, self.device) / own.batch
-                    if letter == "a":
+                    if letter == self.first:
                         reference = seconds
                     own.steps.append((seconds, reference))
                     break
@@ -299,7 +320,7 @@ class Race:
 
 
 def measure(
-    preset: Preset, device: torch.device, *, letters: str = "abcdefg", repetitions: int = 7, batch: int | None = None,
+    preset: Preset, device: torch.device, *, letters: str = "abcdefgh", repetitions: int = 7, batch: int | None = None,
     say: Callable[[str], None] = print, keep: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:  # fmt: skip
     """The benchmark's JSON: `device`, `versions`, `rows`, and `left_out` with the reason for every missing row.
@@ -310,12 +331,15 @@ def measure(
     architecture = architecture_of(configuration(preset).to_dict(), name=preset.facts.get("name_or_path", "tiny"))
     report = head(preset, architecture, device)
     missing = {}
-    if importlib.util.find_spec("bitsandbytes") is None and "g" in letters:
-        letters, missing = letters.replace("g", ""), {"g": "bitsandbytes is not installed"}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        missing = {v.letter: "bitsandbytes is not installed" for v in VARIANTS if v.optim in EIGHT_BIT}
+        missing = {letter: reason for letter, reason in missing.items() if letter in letters}
+        letters = "".join(letter for letter in letters if letter not in missing)
     keep(report)
     with tempfile.TemporaryDirectory() as name:
         race = Race(letters, preset, device, Path(name), say)
         race.left_out = report["left_out"] = missing
+        report["speedup_over"] = race.first
 
         def publish() -> None:
             report["rows"] = [row_of(f, preset, architecture, report) for f in race.found.values() if f.steps]
@@ -365,7 +389,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--variants", default="abcdefg", help="which rows; (a) is the reference of the others")
+    parser.add_argument("--variants", default="abcdefgh", help="which rows; the first is the reference of the others")
     parser.add_argument("--repetitions", type=int, default=7, help="steps of each variant, taken in turn")
     parser.add_argument("--batch", type=int, help="images a step, half of each set; halved where memory runs out")
     args = parser.parse_args()

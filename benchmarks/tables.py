@@ -68,8 +68,9 @@ def step_table(report: dict[str, Any]) -> list[str]:
         rows.append(cells)
     lines += ["", *table(head, rows, left=2), ""]
     lines.append(
-        "Speed-up: every step is taken once a round, and this is the median over rounds of the time of step (a) over "
-        "that of the step in the same round. It need not equal the ratio of the medians in the table."
+        "Speed-up: every step is taken once a round, and this is the median over rounds of the time of step "
+        f"({report.get('speedup_over', 'a')}) over that of the step in the same round. It need not equal the ratio of "
+        "the medians in the table."
     )
     last = report["rows"][-1] if report["rows"] else None
     if last is not None:

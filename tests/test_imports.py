@@ -14,9 +14,12 @@ from fastvkd.settings import load_settings
 from fastvkd.unlearning.loop import unlearn
 sys.path.insert(0, "benchmarks")
 import gpu_suite, kernel_speed, step, tables
-exec(gpu_suite.TINY_WORLD)  # a data set and a model in sys.argv[1]
+from pathlib import Path
+import tiny_world
 world = sys.argv[1]
-values = dict(model_name_or_path=f"{world}/model", data=world, forget_split="forget", retain_split="retain")
+tiny_world.write_data(Path(world))
+tiny_world.write_model(Path(world), "llava", "small")
+values = dict(model_name_or_path=f"{world}/model-llava", data=world, forget_split="forget", retain_split="retain")
 values |= dict(output_dir=f"{world}/out", device="cpu", sites="llm:2", max_steps=1, per_device_train_batch_size=4)
 assert unlearn(load_settings(None, values)).steps == 1
 """

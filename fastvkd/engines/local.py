@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from fastvkd.engines.optimizers import build_optimizer
+from fastvkd.engines.flat import FlatOptimizer
+from fastvkd.engines.optimizers import EIGHT_BIT, build_optimizer, check_optimizer
 from fastvkd.engines.schedule import Schedule
 from fastvkd.errors import SettingsError, TrainingError
 
@@ -17,7 +18,8 @@ class LocalEngine:
 
     Each half-precision parameter gets a float32 master. At lr 1e-5 an update is below half a unit in the last place of
     a bf16 weight, so the weight alone would not move. Float32 parameters are their own masters. Gradients are
-    accumulated in float32 either way.
+    accumulated in float32 either way. With 8-bit moments the masters lie in a few long buffers (`FlatOptimizer`), where
+    these moments are not paged: pages of a long one would come and go as a whole.
     """
 
     def __init__(
@@ -51,22 +53,26 @@ class LocalEngine:
         self._max_grad_norm = max_grad_norm
         self.schedule = Schedule(lr_scheduler_type, warmup_steps=warmup_steps, max_steps=max_steps)
         self._parameters = dict(named_parameters)
-        self._masters: dict[str, nn.Parameter] = {}
+        check_optimizer(optim)
+        settings: dict[str, Any] = {
+            "optim": optim,
+            "learning_rate": learning_rate,
+            "weight_decay": weight_decay,
+            "max_steps": max_steps,
+            "device": device,
+        }
+        have_masters = all(parameter.dtype != torch.float32 for _, parameter in named_parameters)
+        pages = optim.startswith("paged") and device.type != "cpu"
+        self._optimizer: FlatOptimizer | torch.optim.Optimizer
+        if optim in EIGHT_BIT and have_masters and not pages:
+            self._optimizer = FlatOptimizer(named_parameters, **settings)
+            self._masters = self._optimizer.masters
+        else:
+            self._masters = {name: _master_of(parameter) for name, parameter in named_parameters}
+            self._optimizer = build_optimizer(self._masters.items(), **settings)
         for name, parameter in named_parameters:
-            if parameter.dtype == torch.float32:
-                self._masters[name] = parameter
-            else:
-                master = nn.Parameter(parameter.detach().to(torch.float32, copy=True))
-                self._masters[name] = master
-                parameter.register_post_accumulate_grad_hook(_move_gradient_to(master))
-        self._optimizer = build_optimizer(
-            self._masters.items(),
-            optim=optim,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            max_steps=max_steps,
-            device=device,
-        )
+            if self._masters[name] is not parameter:
+                parameter.register_post_accumulate_grad_hook(_move_gradient_to(self._masters[name]))
 
     def backward(self, loss: Tensor) -> None:
         (loss / self.gradient_accumulation_steps).backward()
@@ -135,6 +141,11 @@ class LocalEngine:
 
     def any_rank(self, flag: bool) -> bool:
         return flag
+
+
+def _master_of(parameter: nn.Parameter) -> nn.Parameter:
+    """The float32 weight that is updated: the parameter itself, or a copy."""
+    return parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
 
 
 def _move_gradient_to(master: nn.Parameter) -> Callable[[Tensor], None]:

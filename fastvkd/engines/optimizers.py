@@ -69,8 +69,22 @@ def build_optimizer(
     AdEMAMix warms its slow average up over `max_steps`, as in its paper. On a CPU a paged optimiser is the ordinary
     one: there is no GPU memory to page out of. Raises SettingsError for an unknown name.
     """
+    groups = parameter_groups(named_parameters, weight_decay)
+    return optimizer_over(
+        groups,
+        optim=optim,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        max_steps=max_steps,
+        device=device,
+    )
+
+
+def optimizer_over(
+    groups: Any, *, optim: str, learning_rate: float, weight_decay: float, max_steps: int, device: torch.device
+) -> torch.optim.Optimizer:
+    """As `build_optimizer`, of groups as `parameter_groups` gives them."""
     check_optimizer(optim)
-    groups: Any = parameter_groups(named_parameters, weight_decay)
     if optim == "adamw_torch":
         for group in groups:
             del group["eight_bit"]

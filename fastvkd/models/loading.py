@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -34,7 +35,6 @@ from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     cached_file,
-    is_torchvision_available,
     logging,
 )
 
@@ -84,6 +84,7 @@ def load_model(
         llm_layers: None for the whole model. L >= 0 builds and reads only the first L decoder layers; the final norm
             becomes the identity and there is no lm_head. This is right also where image tokens attend both ways:
             layers above never influence those below.
+        device: where the weights shall be. Under ZeRO-3 DeepSpeed puts its parts of them on this rank's device instead.
         quantize_llm: "nf4" or "int8" (bitsandbytes) for the linear layers of the LLM; the visual part is left alone.
 
     Raises:
@@ -94,8 +95,9 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantize_llm is not None:
         options["quantization_config"] = _quantization(quantize_llm, family, dtype)
-    if device is not None and torch.device(device).type != "cpu":
-        options["device_map"] = {"": device}
+    partitioned = is_deepspeed_zero3_enabled()
+    if device is not None and torch.device(device).type != "cpu" and not partitioned:
+        options["device_map"] = {"": device}  # which transformers refuses where it is to partition
     if llm_layers is None:
         model = _read(AutoModelForImageTextToText, str(path), path, config, options, may_lack=())
     else:
@@ -104,6 +106,10 @@ def load_model(
         from fastvkd.models.nf4 import same_on_every_cpu
 
         same_on_every_cpu(model)
+    if device is not None and partitioned:
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)  # DeepSpeed may leave it where it was made
     model.eval()
     return model
 
@@ -111,7 +117,7 @@ def load_model(
 def load_processor(path: ModelPath) -> Any:
     """The processor (tokenizer, image processor, chat template) of a model folder.
 
-    Without torchvision the video part is left out; nothing else needs torchvision.
+    The video part is left out: nothing here reads videos, it needs torchvision, and a folder may lack its settings.
 
     Raises:
         ModelError: the folder has no (complete) processor, or a package is missing for it.
@@ -119,7 +125,7 @@ def load_processor(path: ModelPath) -> Any:
     config = load_config(path)
     try:
         processor_class: Any = PROCESSOR_MAPPING[type(config)]
-        if "video_processor" in processor_class.get_attributes() and not is_torchvision_available():
+        if "video_processor" in processor_class.get_attributes():
             return image_only(processor_class).from_pretrained(str(path))
         return AutoProcessor.from_pretrained(str(path))
     except _LOADING_ERRORS as error:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import gpu_suite as suite
+import optimizer_step
 import pytest
 import torch
 
@@ -20,9 +21,9 @@ def test_without_a_gpu_every_part_says_why_it_is_skipped(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     parts = json.loads((tmp_path / "gpu-suite.json").read_text())["parts"]
-    assert len(parts) == len(suite.PARTS) == 6
+    assert len(parts) == len(suite.PARTS) == 11
     assert all(part["status"] == "skipped" and "sees no GPU" in part["reason"] for part in parts.values())
-    assert (tmp_path / "gpu-suite.md").read_text().count("sees no GPU") == 6
+    assert (tmp_path / "gpu-suite.md").read_text().count("sees no GPU") == 11
 
 
 def part(name, run, missing=lambda: None):
@@ -101,7 +102,55 @@ def test_a_step_report_without_all_its_figures_still_makes_a_table():
     assert "incomplete: ran past 140 s" in text and "| (a) |" in text
 
 
+def test_every_part_without_weights_of_real_size_can_be_rehearsed_on_a_cpu():
+    """As long as what it imports is installed; what the parts do is run by the tests below."""
+    reasons = {part.name: part.missing() for part in suite.parts_on("cpu")}
+    rehearsed = [name for name, reason in reasons.items() if reason is None or reason.startswith("not installed")]
+    assert rehearsed == [part.name for part in suite.PARTS[3:]]
+
+
+def test_the_report_shows_what_any_part_found(tmp_path):
+    report = suite.run_parts(
+        [
+            part(
+                "rows",
+                lambda *_: {"rows": [{"kind": "bf16", "bytes": 5}, {"kind": "nf4", "bytes": 2, "error": 0.123456}]},
+            ),
+            part("figures", lambda *_: {"loss": 0.25, "seconds": 3, "note": "words"}),
+        ],
+        tmp_path,
+        seconds=100,
+        about=ABOUT,
+    )
+    text = suite.markdown(report)
+    assert "| nf4 | 2 | 0.1235 |" in text and "loss 0.25, seconds 3 |" in text and "words" not in text
+
+
 @pytest.mark.slow
-def test_the_suites_own_unlearning_run_works_on_a_cpu(tmp_path):
-    result = suite.tiny_run(tmp_path, 120, "local", [sys.executable], "device=cpu")
-    assert result["step"] == 12 and result["loss"] > 0
+@pytest.mark.parametrize("name", ["unlearning, local engine", "unlearning, Qwen2.5-VL", "unlearning, ZeRO-3"])
+def test_the_suites_own_unlearning_runs_work_on_a_cpu(tmp_path, name):
+    result = next(part for part in suite.parts_on("cpu") if part.name == name).run(tmp_path, 300)
+    assert result["step"] == 12 and 0 < result["loss"] < result["first_loss"]
+
+
+@pytest.mark.slow
+def test_the_suite_evaluates_and_attacks(tmp_path):
+    result = next(part for part in suite.parts_on("cpu") if part.name == "eval and attack").run(tmp_path, 300)
+    assert set(result["cells"]) >= {"forget", "retain"} and result["relearning"]
+
+
+@pytest.mark.slow
+def test_the_suite_measures_quantised_loading(tmp_path):
+    result = next(part for part in suite.parts_on("cpu") if part.name == "nf4 and int8").run(tmp_path, 300)
+    rows = {row["kind"]: row for row in result["rows"]}
+    assert rows["bf16"]["feature_error"] == 0 < rows["int8"]["feature_error"] < rows["nf4"]["feature_error"] < 0.3
+    assert rows["nf4"]["tensor_bytes"] < rows["int8"]["tensor_bytes"] < rows["bf16"]["tensor_bytes"]
+
+
+def test_every_way_of_an_optimisers_step_is_measured():
+    kept = []
+    report = optimizer_step.measure("tiny", torch.device("cpu"), 1, lambda report: kept.append(len(report["rows"])))
+    assert kept == [1, 2, 3, 4, 5] and [row["way"] for row in report["rows"]] == list(optimizer_step.WAYS)
+    assert all(row["wall_ms"] > 0 and row["peak_bytes"] > 0 for row in report["rows"])
+    calls = {way: text.count("bitsandbytes::optimizer_update_8bit") for way, text in report["profiles"].items()}
+    assert calls["adamw_8bit, in buffers"] == 1 and report["tensors"] > 50

@@ -104,6 +104,36 @@ def test_a_reference_that_needs_too_much_memory_is_compared_with_fewer_images(mo
     assert found == {"a": (2, 4), "e": (2, 4)} and list(report["left_out"]) == ["d"]
 
 
+def test_at_the_projector_no_llm_layer_runs_and_a_plain_step_there_is_the_reference(monkeypatch):
+    """Eager here: what is compiled takes a minute and changes nothing of this."""
+    monkeypatch.setattr(rig, "VARIANTS", tuple(dataclasses.replace(v, compiled=False) for v in rig.VARIANTS))
+    tiny = step.PRESETS["tiny"]()
+    report = step.measure(tiny, torch.device("cpu"), letters="eh", repetitions=1, say=lambda _: None)
+    assert report["left_out"] == {} and report["speedup_over"] == "e"
+    e, h = report["rows"]
+    assert (e["site"], h["site"]) == ("llm:2", "projector")
+    assert h["max_loss_error"] + h["max_grad_error"] > 0 and h["max_loss_error"] <= 1e-5 and h["max_grad_error"] <= 1e-3
+    assert h["flops_per_image"] == pytest.approx(h["counted_flops_per_image"], rel=0.02)
+    # the reference's are 6 times those of (e)
+    assert 8 * h["flops_per_image"] <= e["flops_per_image"]
+    assert h["peak_bytes"] < e["peak_bytes"] / 2
+
+
+def test_another_objective_at_the_projector_is_told_from_ours(monkeypatch):
+    monkeypatch.setattr(rig, "VARIANTS", tuple(dataclasses.replace(v, compiled=False) for v in rig.VARIANTS))
+    monkeypatch.setattr(rig, "run_alone", lambda *_: None)
+    plain = step.make_reference
+    monkeypatch.setattr(step, "make_reference", lambda own, images: dataclasses.replace(plain(own, images), scale=0.5))
+    report = step.measure(small(2), torch.device("cpu"), letters="h", repetitions=1, say=lambda _: None)
+    assert not report["rows"] and "differs from the reference" in report["left_out"]["h"]
+
+
+def test_a_larger_batch_than_the_reference_has_room_for_is_measured_without_it():
+    report = step.measure(small(2), torch.device("cpu"), letters="de", repetitions=1, batch=6, say=lambda _: None)
+    assert [(row["variant"], row["batch"]) for row in report["rows"]] == [("d", 6), ("e", 6)]
+    assert report["speedup_over"] == "d" and all(row["speedup"] for row in report["rows"])
+
+
 @pytest.mark.slow
 def test_compiled_variants_come_last_and_are_compared_at_the_same_weights():
     kept = []

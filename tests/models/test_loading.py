@@ -9,8 +9,10 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from fastvkd.errors import ModelError
+from fastvkd.models import loading
 from fastvkd.models.families import family_of, train_only, visual_parameters
 from fastvkd.models.loading import load_config, load_model, load_processor
 from fastvkd.models.visual_path import VisualPath, collate_images
@@ -194,6 +196,23 @@ def test_a_folder_without_processor_says_so(llava, tmp_path):
         (folder / file).unlink()
     with pytest.raises(ModelError, match="processor"):
         load_processor(folder)
+
+
+@pytest.mark.parametrize("layers", [2, None])
+def test_under_zero3_no_device_map_is_asked_for_and_buffers_are_moved(llava, monkeypatch, layers):
+    """transformers raises for a device map then. The device `meta` stands in for a GPU."""
+    from_pretrained = PreTrainedModel.from_pretrained.__func__
+
+    def as_with_zero3(cls, *args, device_map=None, **kwargs):
+        if device_map is not None:
+            raise ValueError("DeepSpeed Zero-3 is not compatible with passing a `device_map`.")
+        return from_pretrained(cls, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(as_with_zero3))
+    monkeypatch.setattr(loading, "is_deepspeed_zero3_enabled", lambda: True)
+    model = load_model(llava.folder, llm_layers=layers, device="meta")
+    assert {buffer.device.type for buffer in model.buffers()} == {"meta"}
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}  # DeepSpeed's affair
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
