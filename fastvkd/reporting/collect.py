@@ -14,8 +14,10 @@ from typing import Any
 
 from fastvkd.data.sources import evaluation_cells
 from fastvkd.engines.checkpoints import find_latest, read_manifest
+from fastvkd.engines.exporting import read_record
 from fastvkd.errors import DataError
 from fastvkd.methods import method_of
+from fastvkd.models.folder import identify_base, shards_of
 from fastvkd.photos import decode_image
 from fastvkd.records import Photo, Profile
 from fastvkd.reporting.html import write_html
@@ -168,7 +170,7 @@ def _demo(folder: Path, found: Collected) -> None:
 
 
 def _attack(folder: Path, found: Collected) -> None:
-    content = json.loads((folder / "attacks.json").read_text())
+    content = _attack_of_earlier_versions(json.loads((folder / "attacks.json").read_text()))
     paper, models = content["certificate"], content["models"]
     found.agree("the model before unlearning", models.get("vanilla"), folder)
     found.agree("the model after unlearning", _identity(models["unlearned"], content["steering"]), folder)
@@ -188,6 +190,16 @@ def _attack(folder: Path, found: Collected) -> None:
         found.report["chance"] = paper["figures"]["chance"]
     found.attacks_own = content["evaluation"]
     found.contents.append(f"{folder}: attacks with a certificate")
+
+
+def _attack_of_earlier_versions(content: dict[str, Any]) -> dict[str, Any]:
+    """attacks.json with what earlier versions left out, as far as the certificate says it: which model was attacked,
+    and of which run. It has a run's settings only where no steering was on."""
+    paper = content["certificate"]
+    if "models" in content or not paper.get("settings"):
+        return content
+    said = {key: paper["settings"][key] for key in ("data", "forget_split", "retain_split")}
+    return {"models": {"unlearned": paper["model_fingerprint"]}, "steering": None, **said, **content}
 
 
 def relearning_parts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -265,7 +277,7 @@ def _identity(fingerprint: str, steering: str | None) -> str:
 
 
 def _evaluation(folder: Path, found: Collected) -> None:
-    one = _Evaluation(folder, json.loads((folder / "results.json").read_text()), _lines(folder / "samples.jsonl"))
+    one = _Evaluation(folder, _results(folder / "results.json"), _lines(folder / "samples.jsonl"))
     for key in ("model", "model_fingerprint", "made_by", "steering", "cells"):
         if key not in one.results:
             raise KeyError(key)
@@ -273,6 +285,18 @@ def _evaluation(folder: Path, found: Collected) -> None:
         found.agree(f"the evaluation's {key}", str(one.results[key]), folder)
     _data(found, one.results, folder)
     found.evaluations.append(one)
+
+
+def _results(file: Path) -> dict[str, Any]:
+    """results.json. Where an earlier version wrote it, without saying which model answered, the model's folder says it,
+    unless that is gone or was written later."""
+    results: dict[str, Any] = json.loads(file.read_text())
+    model = Path(results["model"])
+    if "model_fingerprint" in results or not (model / "config.json").is_file():
+        return results
+    if any(shard.stat().st_mtime > file.stat().st_mtime for shard in shards_of(model)):
+        return results
+    return results | {"model_fingerprint": identify_base(model).fingerprint, "made_by": read_record(model)}
 
 
 _READERS: dict[str, Callable[[Path, Collected], None]] = {
@@ -337,7 +361,8 @@ def collect(folders: Sequence[Path]) -> Collected:
     """Read the folders of any number of runs, in any order.
 
     Raises DataError, in one line: a folder that holds no run, a file that is not what its run writes, two folders that
-    contradict each other or hold the same part.
+    contradict each other or hold the same part. Raises ModelError where an earlier version's evaluation is of a model
+    folder that is damaged.
     """
     found = Collected()
     for folder in folders:

@@ -2,18 +2,22 @@
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from example_run import attacks, cell, examples, face, model_cells, report_parts, training_log, with_strangers
+from safetensors.torch import save_file
 from test_golden import normalised
 
 from fastvkd.cli import main
 from fastvkd.engines.checkpoints import FORMAT
 from fastvkd.errors import DataError
+from fastvkd.models.folder import identify_base
 from fastvkd.records import Photo, Profile
 from fastvkd.reporting import build_report, write_report
 from fastvkd.reporting.collect import collect, people, relearning_parts, write_page
@@ -51,7 +55,7 @@ def sample(question: str, prediction: str = "A", place: str = "x/forget.jsonl:0"
     }
 
 
-def evaluation(folder: Path, model: str, samples: list[dict[str, Any]] | None = None, **changes: Any) -> Path:
+def evaluation(folder: Path, model: str, samples: list[dict[str, Any]] | None = None, /, **changes: Any) -> Path:
     write(folder, "samples.jsonl", samples if samples is not None else [sample("Who?")])
     content = {
         "benchmark": "jsonl",
@@ -316,6 +320,63 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(
     assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report.html")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line and str(tmp_path / "run") in line
+
+
+def model_folder(folder: Path, weight: float, record: dict[str, Any] | None = None) -> Path:
+    write(folder, "config.json", {})
+    save_file({"weight": torch.full((4,), weight)}, folder / "model.safetensors")
+    return write(folder, "unlearning.json", record) if record else folder
+
+
+def of_an_earlier_version(file: Path) -> Path:
+    """The folder of results.json or attacks.json without what earlier versions did not write."""
+    content = json.loads(file.read_text())
+    late = ["model_fingerprint", "made_by"]
+    if file.name == "attacks.json":
+        late = ["models", "steering", "data", "forget_split", "retain_split"]
+    file.write_text(json.dumps({key: value for key, value in content.items() if key not in late}))
+    return file.parent
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> list[Path]:
+    """An evaluation before, one after and an attack, which name models that lie in folders."""
+    base = model_folder(tmp_path / "base", 1.0)
+    before = identify_base(base).fingerprint
+    record = RECORD | {"base_model": {"path": str(base), "fingerprint": before}}
+    merged = model_folder(tmp_path / "merged", 2.0, record)
+    after = identify_base(merged).fingerprint
+    paper = json.loads((attack(tmp_path / "attack") / "attacks.json").read_text())["certificate"]
+    return [
+        evaluation(tmp_path / "before", BEFORE, **{"model": str(base), "model_fingerprint": before}),
+        evaluation(tmp_path / "after", AFTER, **{"model": str(merged), "model_fingerprint": after, "made_by": record}),
+        attack(tmp_path / "attack", models={"unlearned": after}, certificate=paper | {"model_fingerprint": after}),
+    ]
+
+
+def test_runs_of_an_earlier_version_give_the_same_report(told: list[Path]) -> None:
+    now = collect(told)
+    for folder in told:
+        of_an_earlier_version(next(folder.glob("*s.json")))
+    earlier = collect(told)
+    assert (earlier.report, earlier.contents) == (now.report, now.contents)
+    assert earlier.fact("the model before unlearning") == identify_base(told[0].parent / "base").fingerprint
+
+
+def test_an_earlier_evaluation_is_not_taken_for_one_of_a_model_written_since(told: list[Path]) -> None:
+    file = of_an_earlier_version(told[1] / "results.json") / "results.json"
+    assert collect([told[1]]).contents == [f"{told[1]}: an evaluation after unlearning"]
+    os.utime(file, (0, 0))
+    with pytest.raises(DataError, match=r"after/results\.json: not as this version .*no 'model_fingerprint'"):
+        collect([told[1]])
+
+
+def test_an_earlier_attack_on_no_recorded_run_is_refused(told: list[Path]) -> None:
+    content = json.loads((told[2] / "attacks.json").read_text())
+    attack(told[2], certificate=content["certificate"] | {"settings": None})
+    of_an_earlier_version(told[2] / "attacks.json")  # perhaps of a steered model, which was not said
+    with pytest.raises(DataError, match=r"attack/attacks\.json: not as this version .*no 'models'"):
+        collect([told[2]])
 
 
 def test_a_wrong_figure_is_refused_with_its_folder(runs: dict[str, Path], tmp_path: Path) -> None:
