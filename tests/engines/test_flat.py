@@ -34,6 +34,8 @@ class Odd(nn.Module):
 def engine_for(optim: str, *, buffers: bool, monkeypatch: pytest.MonkeyPatch, device: str = "cpu") -> LocalEngine:
     """An engine over an `Odd` in bf16, with masters in buffers or one by one."""
     module = Odd().bfloat16().to(device)
+    if device == "cuda":  # where bitsandbytes alone takes weights in the order they have in memory
+        module.to(memory_format=torch.contiguous_format)
     with monkeypatch.context() as only:
         if not buffers:
             only.setattr(local, "EIGHT_BIT", ())
