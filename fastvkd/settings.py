@@ -70,6 +70,9 @@ class Stranger:
     short: Share[float] = 0.4  # part of the way that training may leave: answers must be a stranger's there too
     # part of the way that training goes on behind the target with one photo of a person; with n, 1 / sqrt(n) of it
     beyond: NotNegative[float] = 0.15
+    # the whole model, in the guided search; auto: as quantize_llm says, or in nf4 where that does not fit the card
+    quantize: Literal["auto", "none", "nf4", "int8"] = "auto"
+    device_map: Literal["none", "auto"] = "none"  # auto: spread over all cards, and then host memory; exact, and slower
 
 
 @dataclass(kw_only=True)

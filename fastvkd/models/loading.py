@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -38,7 +39,8 @@ from transformers.utils import (
     logging,
 )
 
-from fastvkd.errors import ModelError
+from fastvkd.devices import WORKING_BYTES, usable_bytes
+from fastvkd.errors import ModelError, gpu_memory_is_full
 from fastvkd.models import families
 from fastvkd.models.families import Family, check_sites, family_of, family_of_type, parse_site
 
@@ -76,6 +78,7 @@ def load_model(
     llm_layers: int | None = None,
     device: torch.device | str | None = None,
     quantize_llm: Quantize | None = None,
+    spread: bool = False,
 ) -> PreTrainedModel:
     """A vision-language model in evaluation mode.
 
@@ -85,6 +88,8 @@ def load_model(
             becomes the identity and there is no lm_head. This is right also where image tokens attend both ways:
             layers above never influence those below.
         quantize_llm: "nf4" or "int8" (bitsandbytes) for the linear layers of the LLM; the visual part is left alone.
+        spread: over all GPUs from the first on, and then host memory, by accelerate; a whole model only, and instead of
+            `device`. Weights in host memory come to the GPU for each pass. On a machine without a GPU it does nothing.
 
     Raises:
         ModelError: the folder, family, number of layers or an option cannot be used, or tensors are missing.
@@ -94,7 +99,9 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantize_llm is not None:
         options["quantization_config"] = _quantization(quantize_llm, family, dtype)
-    if device is not None and torch.device(device).type != "cpu":
+    if spread and llm_layers is None:
+        options |= _spread()
+    elif device is not None and torch.device(device).type != "cpu":
         options["device_map"] = {"": device}
     if llm_layers is None:
         model = _read(AutoModelForImageTextToText, str(path), path, config, options, may_lack=())
@@ -266,6 +273,8 @@ def _read(
     try:
         model, info = auto_class.from_pretrained(folder, config=config, output_loading_info=True, **options)
     except _LOADING_ERRORS as error:
+        if gpu_memory_is_full(error):
+            raise
         raise ModelError(f"{path}: the model cannot be loaded: {_one_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -277,6 +286,15 @@ def _read(
             f"{path}: {len(missing)} tensors are missing, first {missing[0]!r}; they do not fit its config.json"
         )
     return model
+
+
+def _spread() -> dict[str, Any]:
+    """What has accelerate fill the cards, each as far as leaves room to work in, and then host memory."""
+    if not torch.cuda.is_available():
+        return {}
+    cards = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    room = {i: usable_bytes(card) - WORKING_BYTES for i, card in enumerate(cards)}
+    return {"device_map": "auto", "max_memory": room | {"cpu": psutil.virtual_memory().available}}
 
 
 def _quantization(kind: str, family: Family, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -28,7 +28,9 @@ from fastvkd.data.wording import question_answer_pairs
 from fastvkd.errors import DataError, TrainingError
 from fastvkd.files import write_atomically
 from fastvkd.models import families
+from fastvkd.models.folder import local_folder
 from fastvkd.models.loading import checkpoint_layers, llm_layers_needed, load_model
+from fastvkd.models.placement import Loading, fitting
 from fastvkd.models.prompts import chat_prompt
 from fastvkd.models.visual_path import VisualPath
 from fastvkd.records import Choice, Profile
@@ -501,10 +503,11 @@ def stranger_maps(
     for photos that do not suffice, TrainingError where the folder is not one that all ranks share.
     """
     _check(settings, population)
-    file = folder / f"stranger-{_digest(settings, sources, images, population)}.safetensors"
+    loading = _loading(settings, device)
+    file = folder / f"stranger-{_digest(settings, sources, images, population, loading)}.safetensors"
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not file.exists() and (not distributed or torch.distributed.get_rank() == 0):
-        maps = _find(settings, sources, images, population, device)
+        maps = _find(settings, sources, images, population, loading)
         tensors = {
             f"{s}.{e}.{n}": p.contiguous()
             for s in maps
@@ -524,21 +527,42 @@ def _find(
     sources: Sources,
     images: ImageSet,
     population: Population,
-    device: torch.device,
+    loading: Loading,
 ) -> Maps:
     guided, sites = settings.stranger.way == "guided", list(settings.sites)
     with _by_itself():
         model = load_model(
             settings.model_name_or_path,
-            dtype=torch.bfloat16 if settings.bf16 else torch.float32,
+            dtype=loading.dtype,
             attn_implementation=settings.attn_implementation,
             llm_layers=None if guided else llm_layers_needed(sites, sources.config),
-            device=device,
-            quantize_llm=None if settings.quantize_llm == "none" else settings.quantize_llm,
+            device=loading.device,
+            quantize_llm=loading.quantize,
+            spread=loading.spread,
         )
         if guided:
             return GuidedSearch(model, sources.processor, images, population, settings).maps(sites)
         return shift_maps(model, images, population, sites)
+
+
+def _loading(settings: Settings, device: torch.device) -> Loading:
+    """How the model is loaded that is asked: of the guided search the whole one, on this card or wherever it fits."""
+    told, dtype = settings.stranger, torch.bfloat16 if settings.bf16 else torch.float32
+    kept = None if settings.quantize_llm == "none" else settings.quantize_llm
+    if told.way != "guided":
+        return Loading(device, dtype, kept)
+    if told.quantize != "auto":
+        kept = None if told.quantize == "none" else told.quantize
+    if told.device_map == "auto" or told.quantize != "auto" or kept is not None:
+        return Loading(device, dtype, kept, spread=told.device_map == "auto")
+    return fitting(
+        [local_folder(settings.model_name_or_path)],
+        device,
+        dtype,
+        "auto",
+        option="stranger.quantize=",
+        spread_option="stranger.device_map=auto",
+    )
 
 
 def _read(file: Path, sites: Sequence[str], people: int) -> Maps:
@@ -575,20 +599,21 @@ def _check(settings: Settings, population: Population) -> None:
         )
 
 
-def _digest(settings: Settings, sources: Sources, images: ImageSet, population: Population) -> str:
+def _digest(settings: Settings, sources: Sources, images: ImageSet, population: Population, loading: Loading) -> str:
     """A name for all that shapes the maps."""
     guided = settings.stranger.way == "guided"
+    told = {key: value for key, value in asdict(settings.stranger).items() if key not in ("quantize", "device_map")}
     shaped_by = {
         "weights": sources.base.fingerprint,
         "preprocessing": sources.processor.image_processor.to_json_string(),
         "prompt": chat_prompt(sources.processor, "", image=True),
         "bf16": settings.bf16,
-        "quantize_llm": settings.quantize_llm,
+        "quantize_llm": loading.quantize or "none",
         "sites": list(settings.sites),
         "people": [[images.keys[i] for i in photos] for photos in population.people],
         "others": [[images.keys[i] for i in photos] for photos in population.others],
         "known": population.known,
-        "stranger": asdict(settings.stranger) if guided else "shift",
+        "stranger": told if guided else "shift",
         "seed": settings.seed if guided else None,
         "identity": [[repr(p.visual) for p in profiles] for profiles in population.profiles] if guided else None,
         "neutral": neutral_questions(population.profiles) if guided else None,
