@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from fastvkd.engines.optimizers import build_optimizer
+from fastvkd.engines.optimizers import build_optimizer, page_moments
 from fastvkd.engines.schedule import Schedule
 from fastvkd.errors import SettingsError, TrainingError
 
@@ -17,7 +17,7 @@ class LocalEngine:
 
     Each half-precision parameter gets a float32 master. At lr 1e-5 an update is below half a unit in the last place of
     a bf16 weight, so the weight alone would not move. Float32 parameters are their own masters. Gradients are
-    accumulated in float32 either way.
+    accumulated in float32 either way. With `trains` False weights are only kept and saved, and have no masters.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class LocalEngine:
         max_steps: int,
         lr_scheduler_type: str,
         device: torch.device,
+        trains: bool = True,
     ) -> None:
         if gradient_accumulation_steps < 1:
             raise SettingsError(f"gradient_accumulation_steps={gradient_accumulation_steps}: must be at least 1")
@@ -53,7 +54,7 @@ class LocalEngine:
         self._parameters = dict(named_parameters)
         self._masters: dict[str, nn.Parameter] = {}
         for name, parameter in named_parameters:
-            if parameter.dtype == torch.float32:
+            if parameter.dtype == torch.float32 or not trains:
                 self._masters[name] = parameter
             else:
                 master = nn.Parameter(parameter.detach().to(torch.float32, copy=True))
@@ -125,6 +126,7 @@ class LocalEngine:
         # The groups come from this run's settings, so a changed weight decay takes effect. The moments come from disk.
         own = self._optimizer.state_dict()
         self._optimizer.load_state_dict({"state": state["moments"], "param_groups": own["param_groups"]})
+        page_moments(self._optimizer)
         return True
 
     def weights(self) -> dict[str, Tensor]:
