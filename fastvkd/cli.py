@@ -239,7 +239,8 @@ def _plan(options: opt.PlanOptions) -> int:
     from fastvkd.planning.plan import plan
     from fastvkd.settings import load_settings
 
-    settings = load_settings(options.config, options.overrides)
+    # a plan needs no data; whatever is named takes the place of this
+    settings = load_settings(options.config, ["data=DATA", *options.overrides])
     result = plan(settings, gpu=options.gpu, memory=options.memory, world_size=options.world_size)
     print(json.dumps(result.to_dict(), indent=1) if options.json else result.table())
     return 0
@@ -262,7 +263,13 @@ def _data_check(options: opt.CheckOptions) -> int:
     from fastvkd.progress import Progress
 
     with Progress("Checking") as bar:
-        report = check_data(options.path, bar, model=options.model, local_files_only=options.local_files_only)
+        report = check_data(
+            options.path,
+            bar,
+            model=options.model,
+            max_pixels=options.max_pixels,
+            local_files_only=options.local_files_only,
+        )
     print(json.dumps(dataclasses.asdict(report), indent=1) if options.json else "\n".join(report.lines()))
     return 0 if report.ok else 2
 

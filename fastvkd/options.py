@@ -178,6 +178,10 @@ class ModelOptions(Options):
     device_map: Annotated[
         DeviceMap, Flag("auto: spread the model over all cards, and then host memory; exact, and slower")
     ] = "none"
+    max_pixels: Annotated[
+        Count[int | None],
+        Flag("of a photo that Qwen-VL sees (default: as the run that made the model, or its processor)"),
+    ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -303,6 +307,7 @@ class CheckOptions(Options):
     example: ClassVar = "fastvkd data check DATA"
     path: Annotated[str, Flag("folder, or hub id of a data set", "DATA", positional=True)]
     model: Annotated[str | None, Flag("also check training labels, with this model's processor", "FOLDER")] = None
+    max_pixels: Annotated[Count[int | None], Flag("of a photo that this Qwen-VL model sees")] = None
     local_files_only: Annotated[bool, Flag("take a hub id from the cache only")] = False
     json: Annotated[bool, Flag("print the findings as JSON")] = False
 

@@ -142,6 +142,7 @@ class Settings:
     manu_fraction: Between[float] = 0.02  # share of MLP neurons that manu zeroes
     manu_batches: Positive[int] = 16  # batches of each side that estimate the neurons' importance
     finetune_split: str = "Full_Set"  # what method: finetune learns; A-B is A without the people of B; see docs/data.md
+    max_pixels: Positive[int | None] = None  # of a photo that Qwen-VL sees; None: as the model's processor says
     augment: bool = False  # views (turn, zoom, shift, flip, light, grey) of every image; needs the online teacher
     # of the views, those whose middle stands on another image, and those that share the frame with another one
     elsewhere: Share[float] = 0.0

@@ -258,7 +258,8 @@ def attack_run(options: AttackOptions, progress: OnProgress = lambda *_: None) -
     forget_split = options.forget_split or made_by["forget_split"]
     retain_split = options.retain_split or made_by["retain_split"]
     cells = evaluation_cells(options.data, forget_split, retain_split)
-    processor = load_processor(options.model)
+    max_pixels = options.max_pixels or made_by.get("max_pixels")
+    processor = load_processor(options.model, max_pixels=max_pixels)
     budget = replace(options, relearning_samples=options.max_samples)
     kinds = parse_kinds(options.kind)
     # relearning and rounding work on a copy of one model at a time
@@ -298,6 +299,7 @@ def attack_run(options: AttackOptions, progress: OnProgress = lambda *_: None) -
         **found,
         "models": fingerprints,
         "loading": loading.described(),
+        "max_pixels": max_pixels,
         "steering": None if options.steering is None else str(options.steering),
         "data": options.data,
         "forget_split": forget_split,

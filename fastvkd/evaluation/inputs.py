@@ -89,16 +89,21 @@ class Embedder:
         text, vision, itemsize = whole.config.text_config, whole.config.vision_config, whole.dtype.itemsize
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         kv_width = width * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-        wide = {"hidden": text.hidden_size, "intermediate": text.intermediate_size, "itemsize": itemsize}
-        self.pack_bytes = partial(packed_pass_bytes, **wide)  # of so many tokens
-        self._prompt_bytes = partial(decoder_pass_bytes, **wide)
-        self._kept_bytes = partial(
+        wide: dict[str, int] = {
+            "hidden": text.hidden_size,
+            "intermediate": text.intermediate_size,
+            "itemsize": itemsize,
+        }
+        self.pack_bytes: Callable[[int], int] = partial(packed_pass_bytes, **wide)  # of so many tokens
+        self._prompt_bytes: Callable[[int], int] = partial(decoder_pass_bytes, **wide)
+        self._kept_bytes: Callable[[int], int] = partial(
             keys_and_values_bytes, layers=text.num_hidden_layers, kv_width=kv_width, itemsize=itemsize
         )
         width = getattr(vision, "embed_dim", None) or vision.hidden_size  # Qwen2-VL names it so
         middle = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
-        wide = {"hidden": width, "intermediate": middle, "itemsize": itemsize}
-        self._tower_bytes = partial(tower_pass_bytes, **wide)
+        kept = vision.num_hidden_layers if hasattr(whole.config, "vision_feature_layer") else 0
+        wide = {"hidden": width, "intermediate": middle, "itemsize": itemsize, "kept": kept}
+        self._tower_bytes: Callable[[int], int] = partial(tower_pass_bytes, **wide)
         self._patch_values = 3 * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
         self._features: OrderedDict[str, Tensor] = OrderedDict()
         self._feature_bytes = 0

@@ -45,7 +45,7 @@ _TEXT_FILES = (
 def evaluate(options: EvalOptions, progress: OnProgress | None = None) -> dict[str, Any]:
     """What the model knows: `benchmark`, `mode`, `seed`, `model`, its fingerprint, `made_by` (what `export` noted of
     the run that made it, or None), `data`, the splits, and
-    - `loading`: dtype, quantize and device_map, see `Loading.described`;
+    - `loading`: dtype, quantize and device_map, see `Loading.described`; `max_pixels` of a photo, or None;
     - `cells`: the figures of every cell and kind, see `evaluate_cells`;
     - the figures person by person that the data allow, see `examine`. `original` is the model before unlearning; by
       default the one that `made_by` names, and of a model that nothing made it is the model itself;
@@ -66,9 +66,11 @@ def evaluate(options: EvalOptions, progress: OnProgress | None = None) -> dict[s
     forget_split = options.forget_split or made_by["forget_split"]
     retain_split = options.retain_split or made_by["retain_split"]
     cells = evaluation_cells(folder, forget_split, retain_split)
-    processor = load_processor(options.model)
+    max_pixels = options.max_pixels or made_by.get("max_pixels")
+    processor = load_processor(options.model, max_pixels=max_pixels)
     loading = loading_of(options, [local])
     model, fingerprint = _load(options, local, loading)
+    fingerprint += "" if max_pixels is None else f" {max_pixels}"
     samples: list[dict[str, Any]] = []
     same: dict[str, Any] = {
         "benchmark": benchmark,
@@ -95,6 +97,7 @@ def evaluate(options: EvalOptions, progress: OnProgress | None = None) -> dict[s
         "model": options.model,
         "model_fingerprint": identify_base(local).fingerprint,
         "loading": loading.described(),
+        "max_pixels": max_pixels,
         "made_by": record,
         "steering": None if options.steering is None else str(options.steering),
         "data": options.data,

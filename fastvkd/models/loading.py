@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -28,6 +29,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import SizeDict
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -39,7 +42,7 @@ from transformers.utils import (
     logging,
 )
 
-from fastvkd.devices import WORKING_BYTES, usable_bytes
+from fastvkd.devices import usable_bytes
 from fastvkd.errors import ModelError, gpu_memory_is_full
 from fastvkd.models import families
 from fastvkd.models.families import Family, check_sites, family_of, family_of_type, parse_site
@@ -78,7 +81,7 @@ def load_model(
     llm_layers: int | None = None,
     device: torch.device | str | None = None,
     quantize_llm: Quantize | None = None,
-    spread: bool = False,
+    spread: int | None = None,
 ) -> PreTrainedModel:
     """A vision-language model in evaluation mode.
 
@@ -88,8 +91,9 @@ def load_model(
             becomes the identity and there is no lm_head. This is right also where image tokens attend both ways:
             layers above never influence those below.
         quantize_llm: "nf4" or "int8" (bitsandbytes) for the linear layers of the LLM; the visual part is left alone.
-        spread: over all GPUs from the first on, and then host memory, by accelerate; a whole model only, and instead of
-            `device`. Weights in host memory come to the GPU for each pass. On a machine without a GPU it does nothing.
+        spread: over all GPUs from the first on, and then host memory, by accelerate, instead of on `device`; so many
+            bytes of each GPU stay free. A whole model only. Weights in host memory come to the GPU for each pass. On a
+            machine without a GPU it does nothing.
 
     Raises:
         ModelError: the folder, family, number of layers or an option cannot be used, or tensors are missing.
@@ -99,8 +103,8 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantize_llm is not None:
         options["quantization_config"] = _quantization(quantize_llm, family, dtype)
-    if spread and llm_layers is None:
-        options |= _spread()
+    if spread is not None and llm_layers is None:
+        options |= _spread(spread)
     elif device is not None and torch.device(device).type != "cpu":
         options["device_map"] = {"": device}
     if llm_layers is None:
@@ -115,25 +119,46 @@ def load_model(
     return model
 
 
-def load_processor(path: ModelPath) -> Any:
+def load_processor(path: ModelPath, *, max_pixels: int | None = None) -> Any:
     """The processor (tokenizer, image processor, chat template) of a model folder.
 
-    Without torchvision the video part is left out; nothing else needs torchvision.
+    Images are resized by Pillow also where torchvision is installed: the two round differently, and features would
+    depend on which machine made them. Without torchvision the video part is left out. `max_pixels` is how many a photo
+    has at the most, for models whose visual tokens grow with it (Qwen-VL).
 
     Raises:
-        ModelError: the folder has no (complete) processor, or a package is missing for it.
+        ModelError: the folder has no (complete) processor, a package is missing for it, or `max_pixels` means nothing
+            to it.
     """
     config = load_config(path)
     try:
         processor_class: Any = PROCESSOR_MAPPING[type(config)]
         if "video_processor" in processor_class.get_attributes() and not is_torchvision_available():
-            return image_only(processor_class).from_pretrained(str(path))
-        return AutoProcessor.from_pretrained(str(path))
+            processor = image_only(processor_class).from_pretrained(str(path))
+        else:
+            processor = AutoProcessor.from_pretrained(str(path))
+        if not isinstance(processor.image_processor, PilBackend):
+            processor.image_processor = AutoImageProcessor.from_pretrained(str(path), backend="pil")
     except _LOADING_ERRORS as error:
         raise ModelError(
             f"{path}: its processor cannot be read ({_one_line(error)}); copy the processor and tokenizer files of the "
             "original model there"
         ) from error
+
+    if max_pixels is not None:
+        _limit_pixels(processor.image_processor, max_pixels, path)
+    return processor
+
+
+def _limit_pixels(image_processor: Any, max_pixels: int, path: ModelPath) -> None:
+    size = image_processor.size
+    if not hasattr(image_processor, "merge_size") or not size["longest_edge"]:
+        raise ModelError(f"{path}: max_pixels={max_pixels} is for Qwen-VL, whose photos keep their size; leave it out")
+    least = (image_processor.patch_size * image_processor.merge_size) ** 2
+    if max_pixels < least:
+        raise ModelError(f"max_pixels={max_pixels}: one visual token shows {least} pixels; allow as many at least")
+    # both are numbers of pixels, in spite of their names
+    image_processor.size = SizeDict(shortest_edge=min(size["shortest_edge"], max_pixels), longest_edge=max_pixels)
 
 
 def image_only(processor_class: Any) -> Any:
@@ -288,13 +313,15 @@ def _read(
     return model
 
 
-def _spread() -> dict[str, Any]:
-    """What has accelerate fill the cards, each as far as leaves room to work in, and then host memory."""
+def _spread(room: int) -> dict[str, Any]:
+    """What has accelerate fill the cards, but for `room` bytes each and what lies there already, and then the host."""
     if not torch.cuda.is_available():
         return {}
-    cards = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-    room = {i: usable_bytes(card) - WORKING_BYTES for i, card in enumerate(cards)}
-    return {"device_map": "auto", "max_memory": room | {"cpu": psutil.virtual_memory().available}}
+    cards = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]  # bytes that are free, and all
+    most: dict[int | str, int] = {
+        i: max(0, min(free, usable_bytes(card)) - room) for i, (free, card) in enumerate(cards)
+    }
+    return {"device_map": "auto", "max_memory": most | {"cpu": psutil.virtual_memory().available}}
 
 
 def _quantization(kind: str, family: Family, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -27,16 +27,27 @@ _NOT_ROUNDED = ("lm_head.", "embed_tokens.")
 
 @dataclass(frozen=True)
 class Loading:
-    """How models are loaded. `spread`: over all cards and then host memory, as accelerate's device_map="auto"."""
+    """How models are loaded. `spread`: over all cards and then host memory, as accelerate's device_map="auto", `room`
+    bytes of each card being kept free."""
 
     device: torch.device
     dtype: torch.dtype = torch.float32
     quantize: Quantize | None = None
     spread: bool = False
+    room: int = WORKING_BYTES
 
     def model(self, folder: ModelPath) -> PreTrainedModel:
         """The whole model of a folder, in evaluation mode."""
-        return load_model(folder, dtype=self.dtype, device=self.device, quantize_llm=self.quantize, spread=self.spread)
+        return load_model(folder, **self.arguments())
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of `load_model`."""
+        return {
+            "dtype": self.dtype,
+            "device": self.device,
+            "quantize_llm": self.quantize,
+            "spread": self.room if self.spread else None,
+        }
 
     def described(self) -> dict[str, str]:
         """What results state; `device_map` changes no figure, the others do."""
@@ -57,7 +68,14 @@ def loading_of(options: ModelOptions, folders: Sequence[Path], *, copies: int = 
     dtype = torch.bfloat16 if bf16 else torch.float32
     anywhere = options.device in ("auto", "cuda")
     if options.device_map == "auto":
-        return Loading(device, dtype, _named(options.quantize), spread=True)
+        quantize = _named(options.quantize)
+        room = WORKING_BYTES
+        if copies and device.type == "cuda":
+            sizes = [weight_bytes(folder, dtype.itemsize, quantize) for folder in folders]
+            copied, cards = copies * max(sizes), _cards()
+            if sum(sizes) + copied <= sum(usable_bytes(card) - room for card in cards):
+                room += copied // len(cards)  # else weights go to host memory, and nothing is copied
+        return Loading(device, dtype, quantize, spread=True, room=room)
     return fitting(folders, device, dtype, options.quantize, copies=copies, anywhere=anywhere)
 
 
@@ -86,21 +104,27 @@ def fitting(
     card = torch.cuda.get_device_properties(device).total_memory
     if whole <= usable_bytes(card):
         return Loading(device, dtype)
-    cards = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    cards = _cards()
     names = ", ".join(folder.name for folder in folders)
     needs = f"{names} in {str(dtype).removeprefix('torch.')} needs {whole / 1e9:.0f} GB; this card has {card / 1e9:.0f}"
-    if anywhere and whole <= sum(map(usable_bytes, cards)):
+    if anywhere and whole - room <= sum(usable_bytes(card) - room for card in cards):
         log.warning("%s: spread over %d cards, as %s", needs, len(cards), spread_option)
-        return Loading(device, dtype, spread=True)
+        copied = copies * max(sizes[None]) // len(cards)
+        return Loading(device, dtype, spread=True, room=room + copied)
     if rounded <= usable_bytes(card):
         log.warning("%s: loaded in nf4, as %snf4 (%s is exact, and slower)", needs, option, spread_option)
         return Loading(device, dtype, "nf4")
     log.warning("%s, too few also for nf4: spread over cards and host memory, as %s", needs, spread_option)
-    return Loading(device, dtype, spread=True)
+    return Loading(device, dtype, spread=True, room=room)
+
+
+def _cards() -> list[int]:
+    """Bytes of every GPU."""
+    return [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
 
 
 def _named(quantize: Quantized) -> Quantize | None:
-    return None if quantize in ("auto", "none") else quantize
+    return None if quantize == "auto" or quantize == "none" else quantize
 
 
 def weight_bytes(folder: Path, itemsize: int, quantize: Quantize | None = None) -> int:

@@ -93,6 +93,7 @@ def fit_to_folder(
     fp32: bool = False,
     quantize: Quantized = "auto",
     device_map: DeviceMap = "none",
+    max_pixels: int | None = None,
     **options: Any,
 ) -> Steering:
     """`fit` of a model folder on a data folder (or hub ids); `options` are those of `fit`. Raises FastVKDError."""
@@ -107,7 +108,8 @@ def fit_to_folder(
         device_map=device_map,
     )
     model = loading_of(told, [local_folder(model_name_or_path)]).model(model_name_or_path)
-    return fit(model, load_processor(model_name_or_path), forget, retain, **options)
+    processor = load_processor(model_name_or_path, max_pixels=max_pixels)
+    return fit(model, processor, forget, retain, **options)
 
 
 def _gate(forget: Tensor, retain: Sequence[Tensor], ridge: float) -> tuple[Tensor, Tensor]:

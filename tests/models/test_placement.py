@@ -1,6 +1,7 @@
 """How the commands that only ask a model load it: a default that fits the card, and what is spread over memory."""
 
 import io
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,11 +23,14 @@ from fastvkd.models.prompts import chat_prompt
 from fastvkd.options import EvalOptions
 from fastvkd.records import Choice, Photo, Profile, Questions
 
+taken: Counter[int] = Counter()  # bytes of each GPU that something lies in
+
 
 @pytest.fixture
 def cards(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """GiB of the GPUs that torch seems to see."""
     sizes = [22.5]
+    taken.clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(sizes))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
@@ -36,6 +40,7 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         return SimpleNamespace(total_memory=int(sizes[index] * GIB))
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (int(sizes[i] * GIB) - taken[i], int(sizes[i] * GIB)))
     return sizes
 
 
@@ -80,6 +85,10 @@ def test_the_default_fits_the_card_and_says_so(cards, monkeypatch, caplog) -> No
     cards.append(22.5)
     assert loading_of(options(), folders).spread and "spread over 2 cards" in caplog.messages[1]
     assert loading_of(options(device="cuda:1"), folders).quantize == "nf4"  # one card was named
+    assert loading_of(options(device_map="auto"), folders, copies=1).room == 2 * GIB  # two do not fit: none is copied
+    cards[:] = [45.0, 45.0]
+    assert loading_of(options(device_map="auto"), folders, copies=1).room == 2 * GIB + 13_000_000_000
+    cards[:] = [22.5, 22.5]
     assert fitting(folders * 2, torch.device("cuda"), torch.bfloat16, "auto").quantize == "nf4"
     assert fitting(folders * 2, torch.device("cuda"), torch.bfloat16, "auto", copies=1).spread
 
@@ -108,14 +117,18 @@ def test_a_spread_model_fills_the_cards_first(llava, cards, monkeypatch) -> None
     assert asked["device_map"] == "auto" and asked["dtype"] == torch.bfloat16
     room = asked["max_memory"]
     assert list(room) == [0, 1, "cpu"] and room["cpu"] > 0
-    assert room[0] == pytest.approx((22.5 * 0.96 - 0.78 - 2) * GIB, rel=0.01) and room[1] > 2 * room[0] - 4 * GIB
+    assert room[0] == pytest.approx((22.5 * 0.96 - 0.78 - 2) * GIB, rel=0.01) and room[1] > 2 * room[0]
+    taken[0] = 10 * GIB  # by the model that was loaded first
+    with pytest.raises(ModelError, match="enough seen"):
+        Loading(torch.device("cuda"), torch.bfloat16, spread=True, room=GIB).model(llava.folder)
+    assert asked["max_memory"][0] == (22.5 - 10 - 1) * GIB
 
 
 @pytest.fixture
 def spread(llava, tmp_path, monkeypatch) -> torch.nn.Module:
     """The model with its second layer and its head away, as in host memory beside a GPU: here on disk beside a CPU."""
     where = {"device_map": tiny.places_in_part_away(), "offload_folder": str(tmp_path)}
-    monkeypatch.setattr(loading, "_spread", lambda: where)
+    monkeypatch.setattr(loading, "_spread", lambda room: where)
     model = Loading(torch.device("cpu"), spread=True).model(llava.folder)
     away = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.is_meta}
     assert "lm_head" in away and any("layers.1." in name for name in away)

@@ -102,7 +102,7 @@ def test_a_search_through_a_spread_model_finds_the_same_maps(checkpointing, tmp_
     model, processor, images, population = tiny_population("llava")
     model.save_pretrained(tmp_path / "model")
     where = {"device_map": tiny.places_in_part_away(), "offload_folder": str(tmp_path / "away")}
-    monkeypatch.setattr(loading, "_spread", lambda: where)
+    monkeypatch.setattr(loading, "_spread", lambda room: where)
     settings = Settings(
         model_name_or_path=str(tmp_path / "model"),
         forget_target="stranger",
@@ -111,7 +111,7 @@ def test_a_search_through_a_spread_model_finds_the_same_maps(checkpointing, tmp_
     )
     found = []
     for told in (settings, dataclasses.replace(settings, stranger=Stranger(steps=2, views=2, rank=4))):
-        model = stranger._loading(told, torch.device("cpu")).model(told.model_name_or_path)
+        model = stranger._loading(told, torch.device("cpu"), images).model(told.model_name_or_path)
         assert any(p.is_meta for p in model.parameters()) == (told is settings)
         maps = GuidedSearch(model, processor, images, population, told).maps(["projector", "llm:2"])
         found.append([p for site in maps.values() for map_ in site for p in map_.parameters()])
@@ -119,10 +119,12 @@ def test_a_search_through_a_spread_model_finds_the_same_maps(checkpointing, tmp_
 
 
 def test_the_search_is_quantised_where_the_whole_model_does_not_fit_the_card(tmp_path, monkeypatch, caplog) -> None:
+    _, _, images, _ = tiny_population("llava")
+
     def loaded(**told) -> Loading:
         own = {key: told.pop(key) for key in ("way", "quantize", "device_map") if key in told}
         settings = Settings(model_name_or_path=str(tmp_path), bf16=True, stranger=Stranger(**own), **told)
-        return stranger._loading(settings, torch.device("cuda"))
+        return stranger._loading(settings, torch.device("cuda"), images)
 
     sizes = {None: 26e9, "nf4": 9e9}
     monkeypatch.setattr(placement, "weight_bytes", lambda folder, itemsize, quantize=None: sizes[quantize])
@@ -131,7 +133,8 @@ def test_the_search_is_quantised_where_the_whole_model_does_not_fit_the_card(tmp
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert loaded().quantize == "nf4" and "loaded in nf4, as stranger.quantize=nf4" in caplog.messages[0]
     assert not loaded(device_map="auto").quantize and loaded(device_map="auto").spread
-    assert loaded(quantize="none", quantize_llm="nf4") == Loading(torch.device("cuda"), torch.bfloat16)
+    plain = loaded(quantize="none", quantize_llm="nf4")
+    assert plain == Loading(torch.device("cuda"), torch.bfloat16, room=plain.room)
     assert loaded(quantize_llm="int8").quantize == "int8" and loaded(quantize="nf4").quantize == "nf4"
     assert not loaded(way="shift", quantize="nf4", device_map="auto").spread and len(caplog.messages) == 1
     card.total_memory *= 2
