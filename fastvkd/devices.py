@@ -95,9 +95,9 @@ def keys_and_values_bytes(tokens: int, layers: int, kv_width: int, itemsize: int
 
 
 def decoder_pass_bytes(tokens: int, hidden: int, intermediate: int, itemsize: int) -> int:
-    """What one decoder layer takes of a text at the peak of a pass without gradient, in its gated MLP: the embeddings
-    that came in, hidden states before and behind the norm, and three of the MLP's width."""
-    return tokens * (3 * hidden + 3 * intermediate) * itemsize
+    """What a decoder takes of a text at the peak of a pass without gradient, in a layer's gated MLP: embeddings, the
+    layer's input, the hidden state before and behind the norm, positions; and three of the MLP's width."""
+    return tokens * (5 * hidden + 3 * intermediate) * itemsize
 
 
 def packed_pass_bytes(tokens: int, hidden: int, intermediate: int, itemsize: int) -> int:
@@ -105,9 +105,10 @@ def packed_pass_bytes(tokens: int, hidden: int, intermediate: int, itemsize: int
     return decoder_pass_bytes(tokens, hidden, intermediate, itemsize) + tokens**2 * (1 + itemsize)
 
 
-def tower_pass_bytes(tokens: int, hidden: int, intermediate: int, itemsize: int) -> int:
-    """What one tower block takes of an image's tokens at the peak of a pass without gradient."""
-    return tokens * (5 * hidden + 2 * intermediate) * itemsize
+def tower_pass_bytes(tokens: int, hidden: int, intermediate: int, itemsize: int, kept: int) -> int:
+    """What a tower takes of an image's tokens at the peak of a pass without gradient: hidden states, three of the MLP's
+    width, and the outputs of `kept` blocks, which LLaVA keeps all to take its features from one of them."""
+    return tokens * ((2 + kept) * hidden + 3 * intermediate) * itemsize
 
 
 def questions_at_once(tokens: int, layers: int, kv_width: int, bytes_per_value: int) -> int:

@@ -14,9 +14,8 @@ from test_planning import CPU_SDPA, measured_peak
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
-from fastvkd.devices import questions_at_once
+from fastvkd.devices import GIB, questions_at_once
 from fastvkd.planning.architecture import architecture_of
-from fastvkd.planning.cards import GIB
 from fastvkd.planning.cost import Cost, Recipe
 from fastvkd.planning.plan import plan
 from fastvkd.records import Open, Photo, Profile, Questions
@@ -113,13 +112,20 @@ def settings_for(model: str, **changes: Any) -> Settings:
 
 
 def test_what_does_not_hold_the_search_does_not_fit_the_run() -> None:
-    """On 24 GiB a 13B model trains at the projector, but is searched through in 4 bit only."""
-    whole = plan(settings_for("llava-1.5-13b"), memory="24GiB")
+    """On 24 GiB a 13B model trains at the projector, but is searched through in 4 bit only, which a run then does."""
+    whole = plan(settings_for("llava-1.5-13b", stranger=Stranger(quantize="none")), memory="24GiB")
     assert whole.search is not None and whole.search["memory_bytes"]["total"] > 24 * GIB
     assert whole.fits is False and whole.micro_batch == 0 and whole.memory_bytes["total"] < 24 * GIB
-    assert whole.recommendation["quantize_llm"] == "nf4"
+    open_ = plan(settings_for("llava-1.5-13b"), memory="24GiB")
+    assert open_.fits is True and open_.search is not None and open_.search["quantize"] == "nf4"
+    assert open_.recommendation["command"] == "fastvkd train --config YAML stranger.quantize=nf4"
     quantised = plan(settings_for("llava-1.5-13b", quantize_llm="nf4"), memory="24GiB")
-    assert quantised.fits is True and "search before training" in quantised.table()
+    assert quantised.fits is True and quantised.search == open_.search
+    assert "the whole model by itself, in nf4: weights 7.88 GiB" in quantised.table()
+    two = plan(settings_for("llava-1.5-13b"), memory="24GiB", world_size=2)
+    assert two.recommendation["command"].endswith("deepspeed=zero2 stranger.device_map=auto")
+    least = plan(settings_for("llava-1.5-13b", stranger=Stranger(device_map="auto")), memory="24GiB").search
+    assert least is not None and least["memory_bytes"]["weights"] < 3 * GIB < whole.search["memory_bytes"]["weights"]
     for changes in ({"forget_target": "noise"}, {"stranger": Stranger(way="shift")}):
         other = plan(settings_for("llava-1.5-13b", **changes), memory="24GiB")
         assert other.search is None and other.fits is True and "search before" not in other.table()
