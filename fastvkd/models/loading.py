@@ -325,7 +325,8 @@ def _spread(room: int) -> dict[str, Any]:
 
 
 def _quantization(kind: str, family: Family, dtype: torch.dtype) -> BitsAndBytesConfig:
-    skip = [family.tower, *family.projector, "lm_head"]
+    # Patterns from the start of a name, which in a whole model begins with `model.`.
+    skip = [rf"(?:model\.)?{re.escape(path)}" for path in (family.tower, *family.projector)] + ["lm_head"]
     if kind == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=skip

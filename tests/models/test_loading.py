@@ -16,8 +16,9 @@ from transformers.image_processing_backends import PilBackend
 from fastvkd.cli import main
 from fastvkd.data.check import check_data
 from fastvkd.errors import ModelError
+from fastvkd.models import families
 from fastvkd.models.families import family_of, train_only, visual_parameters
-from fastvkd.models.loading import load_config, load_model, load_processor
+from fastvkd.models.loading import VISUAL_KEY, load_config, load_model, load_processor
 from fastvkd.models.visual_path import VisualPath, collate_images
 from fastvkd.planning.architecture import architecture_of
 
@@ -200,6 +201,18 @@ def test_a_folder_without_processor_says_so(llava, tmp_path):
         (folder / file).unlink()
     with pytest.raises(ModelError, match="processor"):
         load_processor(folder)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantising_a_whole_model_rounds_the_matrices_of_its_llm_alone(case, kind):
+    model = load_model(case.folder, quantize_llm=kind)
+    decoder = set(map(id, families.language_model(model, family_of(model)).modules()))
+    linear = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[kind]
+    rounded = {id(m) in decoder: type(m).__name__ == linear for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    assert rounded == {True: True, False: False}
+    full = dict(case.model.named_parameters())
+    visual = [(name, p) for name, p in model.named_parameters() if VISUAL_KEY.search(name)]
+    assert visual and all(torch.equal(p, full[name]) for name, p in visual)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
