@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fastvkd.attacks.relearning import hold_out
 from fastvkd.attacks.run import KINDS, Attack, parse_kinds
@@ -144,9 +145,15 @@ def test_kinds_are_named_once_and_run_in_order() -> None:
         parse_kinds(["reverse", "shots"])
 
 
-def test_what_was_rounded_is_stated_and_not_mixed_with_what_was_not(world, tmp_path: Path, capsys, avx512bf16) -> None:
-    shared = ["--data", str(world.data), "--device", "cpu", "--forget-split", world.forget_split]
-    shared += ["--retain-split", world.retain_split, "--max-samples", "4"]
+def test_what_was_rounded_is_stated_and_not_mixed_with_what_was_not(world, tmp_path: Path, capsys) -> None:
+    for side, colours in (("forget", ("red", "green")), ("retain", ("blue", "white")), ("test", ("darkred", "lime"))):
+        rows = []
+        for entity, colour in enumerate(colours):
+            Image.new("RGB", (24, 24), colour).save(tmp_path / f"{colour}.png")
+            row = {"image": f"{colour}.png", "entity": f"{'kept' if side == 'retain' else 'gone'} {entity}"}
+            rows.append(row | {"question": "What is it?", "answer": "one", "options": ["one", "two"]})
+        (tmp_path / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shared = ["--data", str(tmp_path), "--device", "cpu"]
     attack_it = ["attack", "--model", str(world.model), *shared, "--quantize", "nf4", "--out", str(tmp_path / "attack")]
     attack_it += [
         "--kind",
