@@ -41,10 +41,14 @@ def cell(name: str, command: str | None, gpu: int, host: int) -> str:
     if command is None:
         return "does not fit"
     rest = re.sub(HEADS[name], "", command).strip()
+    kinds = ""
+    if "--kind" in rest:
+        rest, _, named = rest.partition("--kind")
+        rest, kinds = rest.strip(), " all kinds but relearn" + ("" if "quantize" in named else " and quantize") + ","
     where = "no GPU" if name == "export" else f"{gpu / GIB:.1f}"
     if host and name != "export":
         where += f", host {host / GIB:.0f}"
-    return f"`{rest}` {where}" if rest else where
+    return f"`{rest}`{kinds} {where}" if rest else f"{kinds} {where}".strip()
 
 
 def report() -> dict[str, Any]:

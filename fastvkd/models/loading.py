@@ -102,6 +102,8 @@ def load_model(
     family = family_of(config)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantize_llm is not None:
+        if getattr(config, "quantization_config", None):
+            raise ModelError(f"{path}: its weights are quantised already; load it as it is (quantize: none)")
         options["quantization_config"] = _quantization(quantize_llm, family, dtype)
     if spread is not None and llm_layers is None:
         options |= _spread(spread)

@@ -289,3 +289,12 @@ def test_data_check_names_the_photo_with_the_most_visual_tokens(tmp_path, capsys
     assert most(max_pixels=1024).endswith("tokens, 12")
     main(["data", "check", str(data), "--model", str(model), "--max-pixels", "1024"])
     assert "most visual tokens, 12" in capsys.readouterr().out
+
+
+def test_what_is_quantised_already_is_not_quantised_again(llava, tmp_path):
+    folder = copied(llava.folder, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="quantised already"):
+        load_model(folder, quantize_llm="nf4")
