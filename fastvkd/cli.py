@@ -11,6 +11,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import typing
@@ -20,7 +21,7 @@ from typing import Any, Literal, NoReturn
 
 from fastvkd import __version__
 from fastvkd import options as opt
-from fastvkd.errors import FastVKDError, SettingsError, disk_is_full
+from fastvkd.errors import FastVKDError, SettingsError, disk_is_full, gpu_memory_is_full
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # the machine: measured 24 times slower on two busy cores. libgomp reads this when torch is first imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     logging.basicConfig(level=logging.WARNING, format="fastvkd: %(message)s")
+    kind: type[opt.Options] = opt.Options
     try:
         given = vars(_parser().parse_args(argv))
         run, kind = given.pop("command")
@@ -44,6 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             raise
         print(f"fastvkd: error: {error.filename or 'output'}: {mend}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not gpu_memory_is_full(error):
+            raise
+        what = re.search(r"Tried to allocate [\d.]+ \w+", str(error))
+        tried = f" ({what[0][0].lower()}{what[0][1:]})" if what else ""
+        print(f"fastvkd: error: the GPU's memory is full{tried}: {kind.when_gpu_is_full}", file=sys.stderr)
         return 2
 
 
@@ -230,7 +239,8 @@ def _plan(options: opt.PlanOptions) -> int:
     from fastvkd.planning.plan import plan
     from fastvkd.settings import load_settings
 
-    settings = load_settings(options.config, options.overrides)
+    # a plan needs no data; whatever is named takes the place of this
+    settings = load_settings(options.config, ["data=DATA", *options.overrides])
     result = plan(settings, gpu=options.gpu, memory=options.memory, world_size=options.world_size)
     print(json.dumps(result.to_dict(), indent=1) if options.json else result.table())
     return 0
@@ -253,7 +263,13 @@ def _data_check(options: opt.CheckOptions) -> int:
     from fastvkd.progress import Progress
 
     with Progress("Checking") as bar:
-        report = check_data(options.path, bar, model=options.model, local_files_only=options.local_files_only)
+        report = check_data(
+            options.path,
+            bar,
+            model=options.model,
+            max_pixels=options.max_pixels,
+            local_files_only=options.local_files_only,
+        )
     print(json.dumps(dataclasses.asdict(report), indent=1) if options.json else "\n".join(report.lines()))
     return 0 if report.ok else 2
 

@@ -27,6 +27,15 @@ class TrainingError(FastVKDError):
     """Training cannot go on: a loss that is not finite, no space on disk, an empty forget set."""
 
 
+def gpu_memory_is_full(error: BaseException) -> bool:
+    """Whether a GPU had no memory left: torch's own error, or what CUDA or cuBLAS said.
+
+    torch is not imported to ask for it: most commands that fail never needed it.
+    """
+    said = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in said)
+
+
 def disk_is_full(error: BaseException) -> bool:
     """Whether writing failed for want of space, of quota, or at a limit on the size of a file.
 

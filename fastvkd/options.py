@@ -29,6 +29,8 @@ RelearningVariant = Literal[
     "public_projector",
     "public_tower",
 ]
+Quantized = Literal["auto", "none", "nf4", "int8"]
+DeviceMap = Literal["none", "auto"]
 AttackKind = Literal["relearn", "paraphrase", "fewshot", "reverse", "images", "quantize", "membership", "probe", "all"]
 
 
@@ -95,6 +97,7 @@ class Options:
     """
 
     example: ClassVar[str]
+    when_gpu_is_full: ClassVar[str] = "close what else runs on it"  # the mend
 
     def __post_init__(self) -> None:
         for option in options_of(type(self)):
@@ -127,6 +130,10 @@ class DemoOptions(Options):
 class RunOptions(Options):
     """A YAML of `Settings` and what overrides it."""
 
+    when_gpu_is_full: ClassVar = (
+        "set gradient_checkpointing=true, optim=adamw_8bit, stranger.quantize=nf4, quantize_llm=nf4 or a smaller "
+        "per_device_train_batch_size; `fastvkd plan` with the same settings and --gpu says what fits"
+    )
     config: Annotated[Path | None, Flag("settings; see configs/", "YAML")] = None
     overrides: Annotated[tuple[str, ...], Flag("settings above the YAML's", "key=value", positional=True)] = ()
 
@@ -154,13 +161,32 @@ class PlanOptions(RunOptions):
 class ModelOptions(Options):
     """A model on a data set: what `eval`, `attack` and `steer` share."""
 
+    when_gpu_is_full: ClassVar = (
+        "give a smaller --batch-size, --quantize nf4, or --device-map auto, which also uses other cards and host memory"
+    )
     model: Annotated[str, Flag("model folder, or hub id", "FOLDER")]
     data: Annotated[str, Flag("folder, or hub id of a data set", "DATA")]
     forget_split: Annotated[str | None, Flag("default: the one that an exported model forgot, or forget_5")] = None
     retain_split: Annotated[str | None, Flag("default: the one that it kept, or retain_95")] = None
     seed: Annotated[NotNegative[int], Flag("of every draw")] = 0
     device: Annotated[str, Flag("auto, cpu, cuda or cuda:<n>")] = "auto"
-    bf16: Annotated[bool, Flag("weights and activations in bfloat16")] = False
+    bf16: Annotated[bool, Flag("weights and activations in bfloat16, as is the default on a GPU")] = False
+    fp32: Annotated[bool, Flag("weights and activations in float32, as is the default on a CPU")] = False
+    quantize: Annotated[
+        Quantized, Flag("the LLM's linear layers, by bitsandbytes; auto: nf4 where the card is too small, else none")
+    ] = "auto"
+    device_map: Annotated[
+        DeviceMap, Flag("auto: spread the model over all cards, and then host memory; exact, and slower")
+    ] = "none"
+    max_pixels: Annotated[
+        Count[int | None],
+        Flag("of a photo that Qwen-VL sees (default: as the run that made the model, or its processor)"),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bf16 and self.fp32:
+            raise SettingsError("--bf16 and --fp32 contradict each other: give one of them")
 
 
 @dataclass(kw_only=True)
@@ -227,6 +253,9 @@ class AttackOptions(Budget, ModelOptions):
     """Try to bring the knowledge back, and certify the result."""
 
     example: ClassVar = "fastvkd attack --model merged --before MODEL --data DATA"
+    when_gpu_is_full: ClassVar = (
+        f"{ModelOptions.when_gpu_is_full}; or leave out relearn, the dearest --kind, or one of --before and --gold"
+    )
     model: Annotated[str, Flag("the unlearned model", "FOLDER")]
     before: Annotated[str | None, Flag("the model before unlearning, to compare with", "FOLDER")] = None
     gold: Annotated[str | None, Flag("a model that never saw the forget set, the yardstick", "FOLDER")] = None
@@ -278,6 +307,7 @@ class CheckOptions(Options):
     example: ClassVar = "fastvkd data check DATA"
     path: Annotated[str, Flag("folder, or hub id of a data set", "DATA", positional=True)]
     model: Annotated[str | None, Flag("also check training labels, with this model's processor", "FOLDER")] = None
+    max_pixels: Annotated[Count[int | None], Flag("of a photo that this Qwen-VL model sees")] = None
     local_files_only: Annotated[bool, Flag("take a hub id from the cache only")] = False
     json: Annotated[bool, Flag("print the findings as JSON")] = False
 

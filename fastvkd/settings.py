@@ -70,6 +70,9 @@ class Stranger:
     short: Share[float] = 0.4  # part of the way that training may leave: answers must be a stranger's there too
     # part of the way that training goes on behind the target with one photo of a person; with n, 1 / sqrt(n) of it
     beyond: NotNegative[float] = 0.15
+    # the whole model, in the guided search; auto: as quantize_llm says, or in nf4 where that does not fit the card
+    quantize: Literal["auto", "none", "nf4", "int8"] = "auto"
+    device_map: Literal["none", "auto"] = "none"  # auto: spread over all cards, and then host memory; exact, and slower
 
 
 @dataclass(kw_only=True)
@@ -139,6 +142,7 @@ class Settings:
     manu_fraction: Between[float] = 0.02  # share of MLP neurons that manu zeroes
     manu_batches: Positive[int] = 16  # batches of each side that estimate the neurons' importance
     finetune_split: str = "Full_Set"  # what method: finetune learns; A-B is A without the people of B; see docs/data.md
+    max_pixels: Positive[int | None] = None  # of a photo that Qwen-VL sees; None: as the model's processor says
     augment: bool = False  # views (turn, zoom, shift, flip, light, grey) of every image; needs the online teacher
     # of the views, those whose middle stands on another image, and those that share the frame with another one
     elsewhere: Share[float] = 0.0

@@ -111,8 +111,10 @@ def certificate(
     figures: Mapping[str, float | None],
     thresholds: Certificate,
     versions: Mapping[str, str],
+    loading: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The content of certificate.json. `settings` are those of the run that made the model; None if unknown."""
+    """The content of certificate.json. `settings` are those of the run that made the model; None if unknown. `loading`
+    is how the judged models were loaded (`Loading.described`): a quantised one is another than the folder holds."""
     hashes = sorted({photo.key for profile in forget for photo in profile.photos})
     checks = judge(figures, thresholds)
     return {
@@ -124,6 +126,7 @@ def certificate(
             "image_sha256": hashes,
         },
         "model_fingerprint": model_fingerprint,
+        "loading": None if loading is None else dict(loading),
         "settings": None if settings is None else dict(settings),
         "code": {"fastvkd": versions.get("fastvkd", ""), "source_sha256": source_sha256(), "versions": dict(versions)},
         "python": platform.python_version(),

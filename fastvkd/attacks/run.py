@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from torch import nn
 
 from fastvkd.attacks import fewshot, images, membership, paraphrase, probe, quantize, reverse
@@ -15,7 +14,6 @@ from fastvkd.attacks.asking import Asked, Examiner, Figures, chance_of, choices_
 from fastvkd.attacks.certificate import certificate, figures_of, mean_gaps, write_certificate
 from fastvkd.attacks.relearning import hold_out, relearn
 from fastvkd.data.sources import evaluation_cells, reference_strangers
-from fastvkd.devices import pick_device
 from fastvkd.engines.exporting import read_record, settings_of
 from fastvkd.environment import library_versions
 from fastvkd.errors import DataError, SettingsError
@@ -26,6 +24,7 @@ from fastvkd.files import write_atomically
 from fastvkd.models.answers import Query
 from fastvkd.models.folder import identify_base, language_model_sha256, local_folder
 from fastvkd.models.loading import load_model, load_processor
+from fastvkd.models.placement import Loading, loading_of
 from fastvkd.models.steering import attach, load_steering
 from fastvkd.options import AttackKind, AttackOptions, Budget
 from fastvkd.records import Photo, Profile
@@ -48,13 +47,13 @@ def parse_kinds(kinds: Sequence[str]) -> list[str]:
     return [kind for kind in KINDS if "all" in kinds or kind in kinds]
 
 
-def _leave_out(kind: str, wanted: list[str], named: Sequence[str], needs: str) -> None:
-    """Take a kind that the data cannot serve from `wanted`. Raises DataError where the user named it."""
+def _leave_out(kind: str, wanted: list[str], named: Sequence[str], why: str) -> None:
+    """Take a kind that data or models cannot serve from `wanted`. Raises DataError where the user named it."""
     if kind not in wanted:
         return
     if kind in named:
-        raise DataError(f"{kind}: the data hold no {needs}; add them or leave this kind out")
-    log.warning("%s is left out: the data hold no %s", kind, needs)
+        raise DataError(f"{kind}: {why}; mend that or leave this kind out")
+    log.warning("%s is left out: %s", kind, why)
     wanted.remove(kind)
 
 
@@ -119,10 +118,13 @@ class Attack:
         forget, retain = self.cells["forget"], self.cells["retain"]
         if not choices_of(self.unseen or hold_out(forget)[1], 1, self.seed):
             needs = "unseen photos of the forgotten entities (Test_Set, or test.jsonl), or several photos of one"
-            _leave_out("relearn", wanted, kinds, f"{needs}, to judge by")
+            _leave_out("relearn", wanted, kinds, f"the data hold no {needs}, to judge by")
+        if any(p.is_meta for model in self.models.values() for p in model.parameters()):
+            for kind in ("relearn", "quantize"):
+                _leave_out(kind, wanted, kinds, "it changes weights, and some lie in host memory (--device-map auto)")
         data = probe.ProbeData(forget, self.unseen, retain, seed=self.seed) if "probe" in wanted else None
         if data is None or "forget" not in data.groups:
-            _leave_out("probe", wanted, kinds, "at least two forgotten entities with two photos each")
+            _leave_out("probe", wanted, kinds, "the data hold no two forgotten entities with two photos each")
         found: dict[str, Any] = {}
         if set(wanted) & set(QUESTION_KINDS):
             found["questions"] = self._questions(wanted)
@@ -242,9 +244,10 @@ def attack_run(options: AttackOptions, progress: OnProgress = lambda *_: None) -
     the certificate states no settings (null); there thresholds and splits default to those of `Settings`. With
     `steering` no folder gets a certificate.
 
-    Returns what attacks.json holds: the result of `Attack.run`, "models" ({model: fingerprint}), "steering", "data",
-    the splits, "evaluation" ({model: figures of `evaluate_cells`}), "people" ({model: figures of `examine` person by
-    person}) and "certificate". Raises FastVKDError.
+    Returns what attacks.json holds: the result of `Attack.run`, "models" ({model: fingerprint}), "loading" (their
+    dtype, quantize and device_map), "steering", "data", the splits, "evaluation" ({model: figures of
+    `evaluate_cells`}), "people" ({model: figures of `examine` person by person}) and "certificate". Raises
+    FastVKDError.
     """
     thresholds = _thresholds(options)
     given = {"vanilla": options.before, "unlearned": options.model, "gold": options.gold}
@@ -255,10 +258,15 @@ def attack_run(options: AttackOptions, progress: OnProgress = lambda *_: None) -
     forget_split = options.forget_split or made_by["forget_split"]
     retain_split = options.retain_split or made_by["retain_split"]
     cells = evaluation_cells(options.data, forget_split, retain_split)
-    processor = load_processor(options.model)
+    max_pixels = options.max_pixels or made_by.get("max_pixels")
+    processor = load_processor(options.model, max_pixels=max_pixels)
     budget = replace(options, relearning_samples=options.max_samples)
+    kinds = parse_kinds(options.kind)
+    # relearning and rounding work on a copy of one model at a time
+    loading = loading_of(options, list(folders.values()), copies=int(bool({"relearn", "quantize"} & set(kinds))))
+    models = _load(options, folders, loading)
     target = Attack(
-        _load(options, folders),
+        models,
         processor,
         cells,
         PreparedPhotos(processor),
@@ -266,7 +274,7 @@ def attack_run(options: AttackOptions, progress: OnProgress = lambda *_: None) -
         options.seed,
         progress,
         reference_strangers(options.data),
-        _public(options),
+        _public(options, loading),
     )
     evaluation, people = target.evaluate()
     found = target.run(options.kind)
@@ -285,10 +293,13 @@ def attack_run(options: AttackOptions, progress: OnProgress = lambda *_: None) -
         ),
         thresholds=thresholds or Certificate(**made_by["certificate"]),
         versions=library_versions(),
+        loading=loading.described(),
     )
     result = {
         **found,
         "models": fingerprints,
+        "loading": loading.described(),
+        "max_pixels": max_pixels,
         "steering": None if options.steering is None else str(options.steering),
         "data": options.data,
         "forget_split": forget_split,
@@ -311,21 +322,18 @@ def _thresholds(options: AttackOptions) -> Certificate | None:
     return load_settings(options.config, {"model_name_or_path": options.model, "data": options.data}).certificate
 
 
-def _load(options: AttackOptions, folders: Mapping[str, Path]) -> dict[str, nn.Module]:
-    where, dtype = pick_device(options.device), torch.bfloat16 if options.bf16 else torch.float32
-    models: dict[str, nn.Module] = {
-        name: load_model(folder, dtype=dtype, device=where) for name, folder in folders.items()
-    }
+def _load(options: AttackOptions, folders: Mapping[str, Path], loading: Loading) -> dict[str, nn.Module]:
+    models: dict[str, nn.Module] = {name: loading.model(folder) for name, folder in folders.items()}
     if options.steering is not None:
         attach(models["unlearned"], load_steering(options.steering))
     return models
 
 
-def _public(options: AttackOptions) -> nn.Module | None:
+def _public(options: AttackOptions, loading: Loading) -> nn.Module | None:
     """On the CPU: it only lends weights, and to relearning alone."""
     if options.public is None or "relearn" not in parse_kinds(options.kind):
         return None
-    return load_model(local_folder(options.public), dtype=torch.bfloat16 if options.bf16 else torch.float32)
+    return load_model(local_folder(options.public), dtype=loading.dtype)
 
 
 def _digests(folders: Mapping[str, Path]) -> dict[str, str] | None:

@@ -91,6 +91,7 @@ def check_data(
     progress: Callable[[int, int, str], None] | None = None,
     *,
     model: str | None = None,
+    max_pixels: int | None = None,
     local_files_only: bool = False,
 ) -> CheckReport:
     """Check a data folder (or hub id).
@@ -100,12 +101,13 @@ def check_data(
     be disjoint (see `_must_differ`). Pickles are reported and never loaded.
 
     With `model`, a model folder, every row's photo goes through its processor with the row's first question. The labels
-    of training must then be the answer's tokens, all of them, and never an image placeholder.
+    of training must then be the answer's tokens, all of them, and never an image placeholder. A note names the photo
+    with the most visual tokens, on which memory depends; `max_pixels` limits it for Qwen-VL.
 
     Raises `DataError` only where there is nothing to check: no folder, no known format.
     """
     root = data_folder(str(path), local_files_only=local_files_only)
-    labels = _Labels(model) if model is not None else None
+    labels = _Labels(model, max_pixels) if model is not None else None
     reader = recognise(root)
     names = reader.splits(root)
     report = CheckReport(str(root), reader.TITLE)
@@ -128,6 +130,8 @@ def check_data(
     pickles = sorted(str(file.relative_to(root)) for file in root.rglob("*") if file.suffix in _PICKLES)
     if labels is not None:
         report.notes.append(f"{root}: labels of {labels.checked} rows checked with the processor of {model}")
+        tokens, source = labels.most
+        report.notes.append(f"{source}: of these photos the one with the most visual tokens, {tokens}")
     if pickles:
         report.notes.append(f"{root}: {len(pickles)} file(s) never loaded, since pickles run code: {pickles[0]} ...")
     return report
@@ -197,11 +201,13 @@ class _Labels:
 
     _BATCH = 8
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, max_pixels: int | None) -> None:
         from fastvkd.models.families import image_token_id  # torch and transformers take seconds to import
         from fastvkd.models.loading import load_config, load_processor
 
-        self._processor, self._placeholder = load_processor(model), image_token_id(load_config(model))
+        self._processor = load_processor(model, max_pixels=max_pixels)
+        self._placeholder = image_token_id(load_config(model))
+        self.most = (0, "no photo")  # visual tokens, and the photo that has them
         self._pending: list[tuple[Profile, tuple[Image.Image, str, str]]] = []
         self.checked = 0
 
@@ -222,6 +228,8 @@ class _Labels:
         rows, self._pending = self._pending, []
         pairs = [pair for _, pair in rows]
         batch = collate_answers(self._processor, pairs, range(len(rows)), [True] * len(rows))
+        seen = (batch.inputs["input_ids"] == self._placeholder).sum(1).tolist()
+        self.most = max([self.most, *zip(seen, (profile.source for profile, _ in rows), strict=True)])
         tokenizer = self._processor.tokenizer
         problems = []
         for (profile, (_, question, answer)), predicts in zip(rows, batch.predicts.tolist(), strict=True):

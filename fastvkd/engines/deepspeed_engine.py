@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from fastvkd.engines.local import check_same_parameters
-from fastvkd.engines.optimizers import build_optimizer, parameter_groups
+from fastvkd.engines.optimizers import build_optimizer, page_moments, parameter_groups
 from fastvkd.engines.schedule import Schedule
 from fastvkd.errors import TrainingError
 
@@ -159,6 +159,7 @@ class DeepSpeedEngine:
         with _MomentsInPlace(self._engine.optimizer, self._stage):
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict({"state": state["moments"], "param_groups": groups})
+            page_moments(self._optimizer)
         return True
 
     def weights(self) -> dict[str, Tensor]:

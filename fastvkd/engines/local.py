@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fastvkd.engines.flat import FlatOptimizer
-from fastvkd.engines.optimizers import EIGHT_BIT, build_optimizer, check_optimizer
+from fastvkd.engines.optimizers import EIGHT_BIT, build_optimizer, check_optimizer, page_moments
 from fastvkd.engines.schedule import Schedule
 from fastvkd.errors import SettingsError, TrainingError
 
@@ -20,6 +20,7 @@ class LocalEngine:
     a bf16 weight, so the weight alone would not move. Float32 parameters are their own masters. Gradients are
     accumulated in float32 either way. With 8-bit moments the masters lie in a few long buffers (`FlatOptimizer`), where
     these moments are not paged: pages of a long one would come and go as a whole.
+    With `trains` False weights are only kept and saved, and have no masters.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class LocalEngine:
         max_steps: int,
         lr_scheduler_type: str,
         device: torch.device,
+        trains: bool = True,
     ) -> None:
         if gradient_accumulation_steps < 1:
             raise SettingsError(f"gradient_accumulation_steps={gradient_accumulation_steps}: must be at least 1")
@@ -64,11 +66,13 @@ class LocalEngine:
         have_masters = all(parameter.dtype != torch.float32 for _, parameter in named_parameters)
         pages = optim.startswith("paged") and device.type != "cpu"
         self._optimizer: FlatOptimizer | torch.optim.Optimizer
-        if optim in EIGHT_BIT and have_masters and not pages:
+        if trains and optim in EIGHT_BIT and have_masters and not pages:
             self._optimizer = FlatOptimizer(named_parameters, **settings)
             self._masters = self._optimizer.masters
         else:
-            self._masters = {name: _master_of(parameter) for name, parameter in named_parameters}
+            self._masters = {
+                name: _master_of(parameter) if trains else parameter for name, parameter in named_parameters
+            }
             self._optimizer = build_optimizer(self._masters.items(), **settings)
         for name, parameter in named_parameters:
             if self._masters[name] is not parameter:
@@ -131,6 +135,7 @@ class LocalEngine:
         # The groups come from this run's settings, so a changed weight decay takes effect. The moments come from disk.
         own = self._optimizer.state_dict()
         self._optimizer.load_state_dict({"state": state["moments"], "param_groups": own["param_groups"]})
+        page_moments(self._optimizer)
         return True
 
     def weights(self) -> dict[str, Tensor]:

@@ -109,6 +109,21 @@ def optimizer_over(
     return optimizer
 
 
+def page_moments(optimizer: Any) -> None:
+    """Put moments that a checkpoint brought where a paged optimiser has its own: they came as ordinary tensors, which
+    the host cannot page out. Small ones stay, as bitsandbytes has it. Nothing happens to another optimiser."""
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            moment = state.get(name)
+            if moment is None or getattr(moment, "is_paged", False):
+                continue
+            paged = optimizer.get_state_buffer(parameter, dtype=moment.dtype)
+            if getattr(paged, "is_paged", False):
+                state[name] = paged.copy_(moment)
+
+
 def _keep_vectors_32bit(optimizer: Any) -> None:
     """Override the moments' width by position (group, index), which still holds after ZeRO has replaced the parameters.
 

@@ -63,8 +63,10 @@ def generate_embedded(
     with evaluating(embedder.model):
         prompts = embedder.encode(queries)
         order = sorted(range(len(queries)), key=lambda index: len(prompts[index].ids))
-        for start in range(0, len(order), embedder.batch_size):
-            part = order[start : start + embedder.batch_size]
+        lengths, stop = [len(prompts[index].ids) + max_new_tokens for index in order], 0
+        while stop < len(order):
+            here = embedder.part(lengths, stop, embedder.answer_bytes)
+            part, stop = order[here], here.stop
             new = _greedy(
                 embedder, [prompts[index] for index in part], [queries[index] for index in part], max_new_tokens
             )
@@ -104,8 +106,8 @@ def _greedy(
             position_ids=embedder.position_ids(positions),
             past_key_values=past,
             use_cache=True,
-        ).last_hidden_state[:, -1]
-        next_B = model.get_output_embeddings()(hidden).float().argmax(-1)
+        )[:, -1]
+        next_B = embedder.logits(hidden).argmax(-1)
         tokens, was_active = next_B.tolist(), active_B.tolist()
         for place, row in enumerate(rows):
             if was_active[place]:

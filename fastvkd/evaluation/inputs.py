@@ -9,12 +9,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastvkd.devices import at_once, decoder_pass_bytes, keys_and_values_bytes, packed_pass_bytes, tower_pass_bytes
 from fastvkd.errors import ModelError
 from fastvkd.models.answers import Query, common_prefix, token_ids
 from fastvkd.photos import decode_image
@@ -82,19 +84,54 @@ class Embedder:
         self.batch_size = batch_size
         self.photos = photos if photos is not None else PreparedPhotos(processor)
         self.image_token_id: int = whole.config.image_token_id
-        self.device: torch.device = whole.get_input_embeddings().weight.device
+        self.device: torch.device = next(whole.parameters()).device  # the first card's, where a model has several
         self.mrope = whole.config.model_type in _MROPE
+        text, vision, itemsize = whole.config.text_config, whole.config.vision_config, whole.dtype.itemsize
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        kv_width = width * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+        wide: dict[str, int] = {
+            "hidden": text.hidden_size,
+            "intermediate": text.intermediate_size,
+            "itemsize": itemsize,
+        }
+        self.pack_bytes: Callable[[int], int] = partial(packed_pass_bytes, **wide)  # of so many tokens
+        self._prompt_bytes: Callable[[int], int] = partial(decoder_pass_bytes, **wide)
+        self._kept_bytes: Callable[[int], int] = partial(
+            keys_and_values_bytes, layers=text.num_hidden_layers, kv_width=kv_width, itemsize=itemsize
+        )
+        width = getattr(vision, "embed_dim", None) or vision.hidden_size  # Qwen2-VL names it so
+        middle = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
+        kept = vision.num_hidden_layers if hasattr(whole.config, "vision_feature_layer") else 0
+        wide = {"hidden": width, "intermediate": middle, "itemsize": itemsize, "kept": kept}
+        self._tower_bytes: Callable[[int], int] = partial(tower_pass_bytes, **wide)
+        self._patch_values = 3 * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
         self._features: OrderedDict[str, Tensor] = OrderedDict()
         self._feature_bytes = 0
         self._visual_tokens: dict[str, int] = {}
+
+    def answer_bytes(self, tokens: int) -> int:
+        """What a prompt of so many tokens, those of the answer included, takes while it is answered."""
+        return self._prompt_bytes(tokens) + self._kept_bytes(tokens)
+
+    def part(self, sizes: Sequence[int], start: int, bytes_of: Callable[[int], int]) -> slice:
+        """As many things from `start` on, whose `sizes` rise, as go at once."""
+        count = min(self.batch_size, len(sizes) - start)
+        while count > at_once(bytes_of(sizes[start + count - 1]), count):
+            count -= 1
+        return slice(start, start + count)
 
     def features(self, photos: Iterable[Photo]) -> dict[str, Tensor]:
         """What enters the LLM for each photo, by `Photo.key`: (visual tokens, H), on the CPU."""
         wanted = {photo.key: photo for photo in photos}
         found = {key: self._features[key] for key in wanted if key in self._features}
         missing = [(key, photo) for key, photo in wanted.items() if key not in found]
-        for start in range(0, len(missing), self.batch_size):
-            part = missing[start : start + self.batch_size]
+        patches = [self.photos.tensors(photo)["pixel_values"].numel() // self._patch_values for _, photo in missing]
+        order = sorted(range(len(missing)), key=patches.__getitem__)
+        missing, patches = [missing[i] for i in order], [patches[i] for i in order]
+        stop = 0
+        while stop < len(missing):
+            here = self.part(patches, stop, self._tower_bytes)
+            part, stop = missing[here], here.stop
             tensors = [self.photos.tensors(photo) for _, photo in part]
             batch = {name: torch.cat([one[name] for one in tensors]).to(self.device) for name in tensors[0]}
             batch["pixel_values"] = batch["pixel_values"].to(self.model.dtype)
@@ -157,11 +194,16 @@ class Embedder:
         features = self.features(flat)
         placed = torch.cat([features[photo.key] for photo in flat])
         placed = placed.to(embeds_BTH.device, embeds_BTH.dtype)
-        return embeds_BTH.masked_scatter((ids_BT == self.image_token_id).unsqueeze(-1), placed)
+        is_image_BT1 = (ids_BT == self.image_token_id).unsqueeze(-1).to(embeds_BTH.device)
+        return embeds_BTH.masked_scatter(is_image_BT1, placed)
 
-    def hidden(self, **inputs: Any) -> Any:
-        """The decoder without its head: keyword arguments and output of the language model."""
-        return self.model.get_decoder()(**inputs)
+    def hidden(self, **inputs: Any) -> Tensor:
+        """(B, T, H): the decoder without its head, from keyword arguments of the language model."""
+        return self.model.get_decoder()(**inputs).last_hidden_state.to(self.device)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., V) float32 of hidden states (..., H)."""
+        return self.model.get_output_embeddings()(hidden).to(self.device).float()
 
 
 def embeddable(model: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 Letters in tensor names: B rows, T tokens, H hidden size, M scored tokens, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,19 +135,22 @@ def score_options_packed(
 ) -> list[OptionScores]:
     """The numbers of `score_options`, faster, for a family in `inputs.EMBEDDABLE`.
 
-    Questions that share a photo and options that share a question go into one pack (see `_Pack`). `embedder.batch_size`
-    packs go through the decoder at once. Logits exist at scored tokens only.
+    Questions that share a photo and options that share a question go into one pack (see `_Pack`). Up to
+    `embedder.batch_size` packs go through the decoder at once. Logits exist at scored tokens only.
     """
     model = embedder.model
     found: dict[tuple[int, int], tuple[float, int]] = {}
     with evaluating(model):
         packs = sorted(_packs(embedder, queries, options), key=lambda pack: len(pack.ids))
-        for start in range(0, len(packs), embedder.batch_size):
-            for key, value in _score_packs(embedder, packs[start : start + embedder.batch_size]):
+        lengths, stop = [len(pack.ids) for pack in packs], 0
+        while stop < len(packs):
+            here = embedder.part(lengths, stop, embedder.pack_bytes)
+            part, stop = packs[here], here.stop
+            for key, value in _score_packs(embedder, part):
                 total, count = found.get(key, (0.0, 0))
                 found[key] = (total + value, count + 1)
             if tick is not None:  # a pack holds whole questions
-                tick(sum(len({q for q, *_ in pack.targets}) for pack in packs[start : start + embedder.batch_size]))
+                tick(sum(len({q for q, *_ in pack.targets}) for pack in part))
     return _collect(options, found)
 
 
@@ -201,22 +204,22 @@ def _score_packs(embedder: Embedder, packs: Sequence[_Pack]) -> Iterator[tuple[t
         attention_mask=mask_B1TT,
         position_ids=embedder.position_ids(positions),
         use_cache=False,
-    ).last_hidden_state
+    )
     targets = [(row, *target) for row, pack in enumerate(packs) for target in pack.targets]
     rows_M = torch.tensor([row * size + parent for row, _, _, parent, _ in targets], device=device)
     tokens_M = torch.tensor([token for *_, token in targets], device=device)
-    values = _log_probabilities(embedder.model.get_output_embeddings(), hidden_BTH.flatten(0, 1), rows_M, tokens_M)
+    values = _log_probabilities(embedder.logits, hidden_BTH.flatten(0, 1), rows_M, tokens_M)
     for (_, question, option, _, _), value in zip(targets, values.tolist(), strict=True):
         yield (question, option), value
 
 
-def _log_probabilities(head: nn.Module, hidden_NH: Tensor, rows_M: Tensor, tokens_M: Tensor) -> Tensor:
+def _log_probabilities(head: Callable[[Tensor], Tensor], hidden_NH: Tensor, rows_M: Tensor, tokens_M: Tensor) -> Tensor:
     """log p(token | hidden row), (M,) float64. A row that is asked about several times, such as the parent of all
     options, goes through the head once."""
     unique_K, place_M = rows_M.unique(return_inverse=True)
     found_M = torch.empty(len(rows_M), dtype=torch.float64, device=hidden_NH.device)
     for start in range(0, len(unique_K), _HEAD_ROWS):
-        logits_KV = head(hidden_NH[unique_K[start : start + _HEAD_ROWS]]).float()
+        logits_KV = head(hidden_NH[unique_K[start : start + _HEAD_ROWS]])
         inside = (place_M >= start) & (place_M < start + _HEAD_ROWS)
         local = place_M[inside] - start
         found_M[inside] = (logits_KV[local, tokens_M[inside]] - logits_KV.logsumexp(-1)[local]).double()

@@ -7,12 +7,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastvkd.data.hub import data_folder
 from fastvkd.data.sources import evaluation_cells, reader_of, reference_strangers
-from fastvkd.devices import pick_device
 from fastvkd.engines.exporting import read_record, settings_of
 from fastvkd.errors import DataError, ModelError, SettingsError
 from fastvkd.evaluation.divergence import Samples, asked, option_divergence, scored_choices
@@ -23,6 +21,7 @@ from fastvkd.evaluation.truth_ratio import forget_quality, model_utility
 from fastvkd.files import write_atomically
 from fastvkd.models.folder import identify_base, local_folder
 from fastvkd.models.loading import load_model, load_processor
+from fastvkd.models.placement import Loading, loading_of
 from fastvkd.models.steering import attach, load_steering
 from fastvkd.options import EvalOptions
 from fastvkd.records import Profile
@@ -46,6 +45,7 @@ _TEXT_FILES = (
 def evaluate(options: EvalOptions, progress: OnProgress | None = None) -> dict[str, Any]:
     """What the model knows: `benchmark`, `mode`, `seed`, `model`, its fingerprint, `made_by` (what `export` noted of
     the run that made it, or None), `data`, the splits, and
+    - `loading`: dtype, quantize and device_map, see `Loading.described`; `max_pixels` of a photo, or None;
     - `cells`: the figures of every cell and kind, see `evaluate_cells`;
     - the figures person by person that the data allow, see `examine`. `original` is the model before unlearning; by
       default the one that `made_by` names, and of a model that nothing made it is the model itself;
@@ -66,8 +66,11 @@ def evaluate(options: EvalOptions, progress: OnProgress | None = None) -> dict[s
     forget_split = options.forget_split or made_by["forget_split"]
     retain_split = options.retain_split or made_by["retain_split"]
     cells = evaluation_cells(folder, forget_split, retain_split)
-    processor = load_processor(options.model)
-    model, fingerprint = _load(options, local)
+    max_pixels = options.max_pixels or made_by.get("max_pixels")
+    processor = load_processor(options.model, max_pixels=max_pixels)
+    loading = loading_of(options, [local])
+    model, fingerprint = _load(options, local, loading)
+    fingerprint += "" if max_pixels is None else f" {max_pixels}"
     samples: list[dict[str, Any]] = []
     same: dict[str, Any] = {
         "benchmark": benchmark,
@@ -80,7 +83,7 @@ def evaluate(options: EvalOptions, progress: OnProgress | None = None) -> dict[s
         model,
         processor,
         cells,
-        likeness=_likeness(options, made_of, model, processor, cells),
+        likeness=_likeness(options, made_of, loading, model, processor, cells),
         reference=reference_strangers(folder),
         batch_size=options.batch_size,
         log_path=options.out / SAMPLES,
@@ -93,6 +96,8 @@ def evaluate(options: EvalOptions, progress: OnProgress | None = None) -> dict[s
         **same,
         "model": options.model,
         "model_fingerprint": identify_base(local).fingerprint,
+        "loading": loading.described(),
+        "max_pixels": max_pixels,
         "made_by": record,
         "steering": None if options.steering is None else str(options.steering),
         "data": options.data,
@@ -106,11 +111,10 @@ def evaluate(options: EvalOptions, progress: OnProgress | None = None) -> dict[s
     return results
 
 
-def _load(options: EvalOptions, folder: Path) -> tuple[nn.Module, str]:
+def _load(options: EvalOptions, folder: Path, loading: Loading) -> tuple[nn.Module, str]:
     """The model, steered where that is asked for, and the fingerprint of all that decides its answers."""
-    dtype = torch.bfloat16 if options.bf16 else torch.float32
-    model = load_model(options.model, dtype=dtype, device=pick_device(options.device))
-    fingerprint = _fingerprint(folder, dtype)
+    model = loading.model(options.model)
+    fingerprint = _fingerprint(folder, loading)
     if options.steering is not None:
         attach(model, load_steering(options.steering))
         fingerprint += hashlib.sha256(options.steering.read_bytes()).hexdigest()
@@ -118,7 +122,12 @@ def _load(options: EvalOptions, folder: Path) -> tuple[nn.Module, str]:
 
 
 def _likeness(
-    options: EvalOptions, made_of: str | None, model: nn.Module, processor: Any, cells: dict[str, list[Profile]]
+    options: EvalOptions,
+    made_of: str | None,
+    loading: Loading,
+    model: nn.Module,
+    processor: Any,
+    cells: dict[str, list[Profile]],
 ) -> dict[str, float] | None:
     """How like the forgotten each retained person is to the model before unlearning, of which no more is loaded than
     leads to the LLM; None where the one that the run started from is not at hand."""
@@ -126,8 +135,7 @@ def _likeness(
         return likeness(model, processor, cells)
     try:
         folder = local_folder(options.original or made_of or "")
-        dtype = torch.bfloat16 if options.bf16 else torch.float32
-        original = load_model(folder, dtype=dtype, device=pick_device(options.device), llm_layers=0)
+        original = load_model(folder, dtype=loading.dtype, device=loading.device, llm_layers=0)
     except ModelError as error:
         if options.original is not None:
             raise
@@ -158,9 +166,10 @@ def _summary(
     return summary
 
 
-def _fingerprint(folder: Path, dtype: torch.dtype) -> str:
-    """Of everything in a model folder, and of the dtype, that decides what the model answers."""
-    digest = hashlib.sha256(f"{identify_base(folder).fingerprint} {dtype}".encode())
+def _fingerprint(folder: Path, loading: Loading) -> str:
+    """Of everything in a model folder, and in how it is loaded, that decides what the model answers."""
+    rounded = f" {loading.quantize}" if loading.quantize else ""
+    digest = hashlib.sha256(f"{identify_base(folder).fingerprint} {loading.dtype}{rounded}".encode())
     for file in sorted({file for pattern in _TEXT_FILES for file in folder.glob(pattern) if file.is_file()}):
         digest.update(f" {file.relative_to(folder)} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
     return digest.hexdigest()

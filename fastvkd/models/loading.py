@@ -15,11 +15,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -27,6 +29,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import SizeDict
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -38,7 +42,8 @@ from transformers.utils import (
     logging,
 )
 
-from fastvkd.errors import ModelError
+from fastvkd.devices import usable_bytes
+from fastvkd.errors import ModelError, gpu_memory_is_full
 from fastvkd.models import families
 from fastvkd.models.families import Family, check_sites, family_of, family_of_type, parse_site
 
@@ -76,6 +81,7 @@ def load_model(
     llm_layers: int | None = None,
     device: torch.device | str | None = None,
     quantize_llm: Quantize | None = None,
+    spread: int | None = None,
 ) -> PreTrainedModel:
     """A vision-language model in evaluation mode.
 
@@ -86,6 +92,9 @@ def load_model(
             layers above never influence those below.
         device: where the weights shall be. Under ZeRO-3 DeepSpeed puts its parts of them on this rank's device instead.
         quantize_llm: "nf4" or "int8" (bitsandbytes) for the linear layers of the LLM; the visual part is left alone.
+        spread: over all GPUs from the first on, and then host memory, by accelerate, instead of on `device`; so many
+            bytes of each GPU stay free. A whole model only. Weights in host memory come to the GPU for each pass. On a
+            machine without a GPU it does nothing.
 
     Raises:
         ModelError: the folder, family, number of layers or an option cannot be used, or tensors are missing.
@@ -94,9 +103,13 @@ def load_model(
     family = family_of(config)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantize_llm is not None:
+        if getattr(config, "quantization_config", None):
+            raise ModelError(f"{path}: its weights are quantised already; load it as it is (quantize: none)")
         options["quantization_config"] = _quantization(quantize_llm, family, dtype)
     partitioned = is_deepspeed_zero3_enabled()
-    if device is not None and torch.device(device).type != "cpu" and not partitioned:
+    if spread is not None and llm_layers is None:
+        options |= _spread(spread)
+    elif device is not None and torch.device(device).type != "cpu" and not partitioned:
         options["device_map"] = {"": device}  # which transformers refuses where it is to partition
     if llm_layers is None:
         model = _read(AutoModelForImageTextToText, str(path), path, config, options, may_lack=())
@@ -114,25 +127,47 @@ def load_model(
     return model
 
 
-def load_processor(path: ModelPath) -> Any:
+def load_processor(path: ModelPath, *, max_pixels: int | None = None) -> Any:
     """The processor (tokenizer, image processor, chat template) of a model folder.
 
-    The video part is left out: nothing here reads videos, it needs torchvision, and a folder may lack its settings.
+    Images are resized by Pillow also where torchvision is installed: the two round differently, and features would
+    depend on which machine made them. The video part is left out: nothing here reads videos, it needs torchvision, and
+    a folder may lack its settings. `max_pixels` is how many a photo has at the most, for models whose visual tokens
+    grow with it (Qwen-VL).
 
     Raises:
-        ModelError: the folder has no (complete) processor, or a package is missing for it.
+        ModelError: the folder has no (complete) processor, a package is missing for it, or `max_pixels` means nothing
+            to it.
     """
     config = load_config(path)
     try:
         processor_class: Any = PROCESSOR_MAPPING[type(config)]
         if "video_processor" in processor_class.get_attributes():
-            return image_only(processor_class).from_pretrained(str(path))
-        return AutoProcessor.from_pretrained(str(path))
+            processor = image_only(processor_class).from_pretrained(str(path))
+        else:
+            processor = AutoProcessor.from_pretrained(str(path))
+        if not isinstance(processor.image_processor, PilBackend):
+            processor.image_processor = AutoImageProcessor.from_pretrained(str(path), backend="pil")
     except _LOADING_ERRORS as error:
         raise ModelError(
             f"{path}: its processor cannot be read ({_one_line(error)}); copy the processor and tokenizer files of the "
             "original model there"
         ) from error
+
+    if max_pixels is not None:
+        _limit_pixels(processor.image_processor, max_pixels, path)
+    return processor
+
+
+def _limit_pixels(image_processor: Any, max_pixels: int, path: ModelPath) -> None:
+    size = image_processor.size
+    if not hasattr(image_processor, "merge_size") or not size["longest_edge"]:
+        raise ModelError(f"{path}: max_pixels={max_pixels} is for Qwen-VL, whose photos keep their size; leave it out")
+    least = (image_processor.patch_size * image_processor.merge_size) ** 2
+    if max_pixels < least:
+        raise ModelError(f"max_pixels={max_pixels}: one visual token shows {least} pixels; allow as many at least")
+    # both are numbers of pixels, in spite of their names
+    image_processor.size = SizeDict(shortest_edge=min(size["shortest_edge"], max_pixels), longest_edge=max_pixels)
 
 
 def image_only(processor_class: Any) -> Any:
@@ -272,6 +307,8 @@ def _read(
     try:
         model, info = auto_class.from_pretrained(folder, config=config, output_loading_info=True, **options)
     except _LOADING_ERRORS as error:
+        if gpu_memory_is_full(error):
+            raise
         raise ModelError(f"{path}: the model cannot be loaded: {_one_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -285,8 +322,20 @@ def _read(
     return model
 
 
+def _spread(room: int) -> dict[str, Any]:
+    """What has accelerate fill the cards, but for `room` bytes each and what lies there already, and then the host."""
+    if not torch.cuda.is_available():
+        return {}
+    cards = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]  # bytes that are free, and all
+    most: dict[int | str, int] = {
+        i: max(0, min(free, usable_bytes(card)) - room) for i, (free, card) in enumerate(cards)
+    }
+    return {"device_map": "auto", "max_memory": most | {"cpu": psutil.virtual_memory().available}}
+
+
 def _quantization(kind: str, family: Family, dtype: torch.dtype) -> BitsAndBytesConfig:
-    skip = [family.tower, *family.projector, "lm_head"]
+    # Patterns from the start of a name, which in a whole model begins with `model.`.
+    skip = [rf"(?:model\.)?{re.escape(path)}" for path in (family.tower, *family.projector)] + ["lm_head"]
     if kind == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=skip

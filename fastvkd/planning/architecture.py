@@ -6,6 +6,7 @@ input, S tokens of the tower, H and I hidden and intermediate widths, s bytes of
 
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from fastvkd.errors import ModelError
 from fastvkd.paths import shipped
+from fastvkd.planning.folder import notes_on
 
 ARCHITECTURES = shipped("configs/architectures")
 
@@ -119,19 +121,25 @@ class Architecture:
     fixed_tokens: bool  # every image has as many
 
 
-def architecture_of(config: Mapping[str, Any], *, name: str = "", large_images: bool = True) -> Architecture:
+def architecture_of(
+    config: Mapping[str, Any], *, name: str = "", large_images: bool = True, max_pixels: int | None = None
+) -> Architecture:
     """Read an `Architecture` from a config.json's values (LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, Qwen2.5-VL).
 
     Models of variable resolution are counted at a large square image: 2 x 2 crops plus the overview for LLaVA-NeXT and
-    -OneVision, 448 x 448 pixels for Qwen2.5-VL; with `large_images` False, at one crop. Raises ModelError for another
-    model type and for a missing value.
+    -OneVision, `max_pixels` or 448 x 448 pixels for Qwen2.5-VL; with `large_images` False, at one crop. Raises
+    ModelError for another model type and for a missing value.
     """
     kind = config.get("model_type")
-    readers = {"llava": _llava, "llava_next": _llava, "llava_onevision": _llava, "qwen2_5_vl": _qwen}
-    if kind not in readers:
-        raise ModelError(f"{name or kind}: no plan for model_type {kind!r}; known: {', '.join(readers)}")
+    known = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl")
+    if kind not in known:
+        raise ModelError(f"{name or kind}: no plan for model_type {kind!r}; known: {', '.join(known)}")
     try:
-        return readers[kind](config, name or str(config.get("name_or_path", kind)), large_images)
+        side = 448 if large_images else 224
+        if max_pixels is not None:
+            side = math.isqrt(max_pixels)
+        named = name or str(config.get("name_or_path", kind))
+        return _qwen(config, named, side) if kind == "qwen2_5_vl" else _llava(config, named, large_images)
     except KeyError as error:
         raise ModelError(f"{name or kind}: the configuration has no {error.args[0]!r}, which a plan needs") from error
 
@@ -176,12 +184,13 @@ def _llava(config: Mapping[str, Any], name: str, large_images: bool) -> Architec
     return Architecture(name, tower, projector, llm, visual, fixed_tokens=not multi_crop)
 
 
-def _qwen(config: Mapping[str, Any], name: str, large_images: bool) -> Architecture:
+def _qwen(config: Mapping[str, Any], name: str, pixels: int) -> Architecture:
+    """`pixels`: side of a square photo; what is left of it behind the last whole token is cut."""
     vision = config["vision_config"]
     hidden, intermediate = vision["hidden_size"], vision["intermediate_size"]
     merge = vision["spatial_merge_size"] ** 2
     patch_values = vision.get("in_channels", 3) * vision["temporal_patch_size"] * vision["patch_size"] ** 2
-    side = (448 if large_images else 224) // vision["patch_size"]
+    side = pixels // (vision["patch_size"] * vision["spatial_merge_size"]) * vision["spatial_merge_size"]
     tower = Tower(
         hidden=hidden,
         intermediate=intermediate,
@@ -221,18 +230,23 @@ def _llm(text: Mapping[str, Any], config: Mapping[str, Any]) -> LLM:
     )
 
 
-def find_architecture(model_name_or_path: str) -> Architecture:
-    """The architecture of a local model folder, or of a model whose facts ship with fastvkd (hub id or short name)."""
+def find_architecture(model_name_or_path: str, max_pixels: int | None = None) -> Architecture:
+    """The architecture of a local model folder, or of a model whose facts ship with fastvkd (hub id or short name);
+    `max_pixels` as in `architecture_of`."""
     folder = Path(model_name_or_path)
     if (folder / "config.json").is_file():
         from fastvkd.models.loading import load_config  # late: it imports transformers
 
-        return architecture_of(load_config(folder).to_dict(), name=model_name_or_path)
+        config = load_config(folder).to_dict()
+        return architecture_of(config, name=model_name_or_path, max_pixels=max_pixels)
     known: dict[str, Path] = {}
     for file in sorted(ARCHITECTURES.glob("*.json")):
         known |= {file.stem: file, json.loads(file.read_text())["name_or_path"]: file}
+    if folder.is_dir() and (notes := notes_on(model_name_or_path)):
+        raise ModelError(f"{notes[0]} (there is no config.json)")
     if model_name_or_path not in known:
         near = difflib.get_close_matches(model_name_or_path, known, n=1, cutoff=0.0)
         hint = f"; did you mean {near[0]!r}?" if near else f"; {ARCHITECTURES} is missing"
         raise ModelError(f"{model_name_or_path}: neither a folder with a config.json nor a known architecture{hint}")
-    return architecture_of(json.loads(known[model_name_or_path].read_text()), name=model_name_or_path)
+    config = json.loads(known[model_name_or_path].read_text())
+    return architecture_of(config, name=model_name_or_path, max_pixels=max_pixels)

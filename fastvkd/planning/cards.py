@@ -3,13 +3,16 @@
 import difflib
 import re
 
+from fastvkd.devices import GIB
 from fastvkd.errors import SettingsError
 
-GIB = 1024**3
-GPU_MEMORY_GIB: dict[str, int] = {
-    "A10": 24, "A100 40GB": 40, "A100 80GB": 80, "A40": 48, "B200": 180, "GH200": 96, "H100": 80, "H200": 141,
-    "L4": 24, "L40S": 48, "RTX 3060": 12, "RTX 3090": 24, "RTX 4070 Ti": 12, "RTX 4080": 16, "RTX 4090": 24,
-    "RTX 5080": 16, "RTX 5090": 32, "RTX 6000 Ada": 48, "RTX A6000": 48, "T4": 16, "V100 16GB": 16, "V100 32GB": 32,
+# What the driver hands out, as torch's `total_memory` has it: less than the name says, by the ECC bits of GDDR6 cards
+# (L4, L40S, A10, A40, T4) or by what the driver keeps.
+GPU_MEMORY_GIB: dict[str, float] = {
+    "A10": 22.5, "A100 40GB": 39.4, "A100 80GB": 79.1, "A40": 45.0, "B200": 178, "GH200": 94.5, "H100": 79.1,
+    "H200": 139, "L4": 22.5, "L40S": 45.0, "RTX 3060": 11.7, "RTX 3090": 23.6, "RTX 4070 Ti": 11.7, "RTX 4080": 15.6,
+    "RTX 4090": 23.6, "RTX 5080": 15.5, "RTX 5090": 31.4, "RTX 6000 Ada": 47.4, "RTX A6000": 47.4, "T4": 14.8,
+    "V100 16GB": 15.8, "V100 32GB": 31.7,
 }  # fmt: skip
 # Datasheet peak of dense 16-bit matrix products with float32 accumulation, in TFLOP/s (T4 and V100: float16).
 GPU_PEAK_TFLOPS: dict[str, float] = {
@@ -33,7 +36,7 @@ def gpu_memory(*, gpu: str | None, memory: str | None) -> int | None:
         if match is None:
             raise SettingsError(f"--memory {memory!r}: write a size like 24GiB")
         return int(float(match[1]) * GIB)
-    return None if gpu is None else GPU_MEMORY_GIB[card_name(gpu)] * GIB
+    return None if gpu is None else int(GPU_MEMORY_GIB[card_name(gpu)] * GIB)
 
 
 def card_name(gpu: str) -> str:

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from fastvkd.devices import questions_at_once
+from fastvkd.devices import QUANTIZED_BYTES, questions_at_once, usable_bytes
 from fastvkd.engines.optimizers import MOMENT_BYTES, MOMENT_BYTES_32BIT, check_optimizer
 from fastvkd.errors import ModelError
 from fastvkd.planning.architecture import Architecture, Tower
@@ -23,13 +23,10 @@ ASSUMED = {
     "network_gb_per_s": 25.0,  # a GPU's share between nodes: 200 Gbit/s
     "pcie_gb_per_s": 32.0,  # PCIe 4.0 x16, to host memory
 }
-# This much of a card stays free: CUDA context, cuBLAS workspaces, and what the caching allocator cannot use.
-RESERVED_BYTES = 800 * 1024**2
 PREFIX_TOKENS = 5  # BOS and "USER: " or the like before the image; the text after it is cut
 ASKED_TOKENS = 40  # of a question about a photo: prefix, question and answer
 ASKED_ANSWER_TOKENS = 8
 _MAPPED, _LOGITS = 18, 8  # copies of a photo's features and of an answer's logits in a step of the search
-_QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # NF4: one float32 absmax per 64 weights
 _CACHE_BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
 _DS_BUCKET = 50_000_000  # elements, as the presets in ds_configs set it
 
@@ -55,6 +52,8 @@ class Recipe:
     world_size: int = 1
     search_steps: int = 0  # of the search for a stranger's map, for each person and site; 0: there is none
     search_views: int = 6  # of a photo in each of them
+    search_quantize: str = "auto"  # of the model that is searched through; auto: as `quantize_llm`
+    search_spread: bool = False  # that model lies on all cards and in host memory
 
 
 class Cost:
@@ -146,13 +145,7 @@ class Cost:
         """What the backward pass of one image keeps, plus the inputs and targets of the loss."""
         a, r = self.architecture, self.recipe
         s = 2 if r.bf16 else 4
-        tower, llm = a.tower, a.llm
-        gated = tower.mlp_matrices == 3
-        # Norms' inputs and outputs, q, k, v, attention output, MLP: (8 H + m I) values; RMSNorm also a float32 copy.
-        block = (8 * tower.hidden + tower.mlp_saved * tower.intermediate) * s + (8 * tower.hidden if gated else 0)
-        if r.eager_attention:
-            block += tower.heads * tower.tokens * _score_bytes(s)
-        block *= tower.crops * tower.tokens
+        tower, llm, block = a.tower, a.llm, self._block_bytes()
         layer = self._layer_bytes(self.tokens)
         if r.gradient_checkpointing:  # block inputs, and one block at a time recomputed
             tower_bytes = self._trained_blocks * tower.crops * tower.tokens * tower.hidden * s
@@ -171,6 +164,21 @@ class Cost:
             2 * s + 4
         )  # features, their gradient, float32 target
         return max(with_unused, tower_bytes + projector_bytes + llm_bytes + self.tokens * llm.hidden * s + loss)
+
+    def unused_block_bytes(self) -> int:
+        """What one image's pass keeps of tower blocks behind the one whose output is taken, until it ends."""
+        return (self._run_blocks - self._trained_blocks) * self._block_bytes() if self._trained_blocks else 0
+
+    def _block_bytes(self) -> int:
+        """What the backward pass of one trained tower block keeps of an image."""
+        tower, s = self.architecture.tower, 2 if self.recipe.bf16 else 4
+        # Norms' inputs and outputs, q, k, v, attention output, MLP: (8 H + m I) values; RMSNorm also a float32 copy.
+        block = (8 * tower.hidden + tower.mlp_saved * tower.intermediate) * s
+        if tower.mlp_matrices == 3:
+            block += 8 * tower.hidden
+        if self.recipe.eager_attention:
+            block += tower.heads * tower.tokens * _score_bytes(s)
+        return block * tower.crops * tower.tokens
 
     def _layer_bytes(self, tokens: int) -> int:
         """What the backward pass of one frozen decoder layer keeps of a sequence."""
@@ -205,7 +213,7 @@ class Cost:
         s = 2 if r.bf16 else 4
         shards = r.world_size
         quantized = self._llm_layers * a.llm.matrices
-        frozen = (self.frozen - quantized) * s + quantized * _QUANTIZED_BYTES.get(r.quantize_llm, s)
+        frozen = (self.frozen - quantized) * s + quantized * QUANTIZED_BYTES.get(r.quantize_llm, s)
         if r.online_teacher:
             frozen += self.visual * s  # a frozen copy of the tower and projector; the LLM is shared
         weights = frozen + self.trainable * s
@@ -253,15 +261,14 @@ class Cost:
     ) -> dict[str, int]:
         """Bytes on the GPU of the rank that searches, at the peak of the search for a stranger's maps.
 
-        The whole model lies there by itself, frozen. `statistics` is how strangers' features vary, of `varied` photos;
-        `activations` are the larger of a step's and of the keys and values of up to `questions` asked at once.
+        The whole model lies there by itself, frozen; where it is spread, `weights` are what a pass has there at the
+        least. `statistics` is how strangers' features vary, of `varied` photos; `activations` are the larger of a
+        step's and of the keys and values of up to `questions` asked at once.
         """
         a, r = self.architecture, self.recipe
         llm, s = a.llm, 2 if r.bf16 else 4
-        ends = llm.vocabulary * llm.hidden * (1 if llm.tied else 2) + llm.hidden
-        matrices = llm.layers * llm.matrices
-        whole = self.visual + ends + llm.layers * llm.layer_parameters - matrices
-        weights = whole * s + matrices * _QUANTIZED_BYTES.get(r.quantize_llm, s)
+        quantize = r.quantize_llm if r.search_quantize == "auto" else r.search_quantize
+        weights = self.least_bytes(quantize) if r.search_spread else self.whole_bytes(quantize)
 
         tokens, views = a.visual_tokens + asked_tokens, r.search_views
         at_site = a.visual_tokens * llm.hidden * 4  # a photo's features in float32
@@ -282,6 +289,21 @@ class Cost:
         activations = max(step, asking)
         parts = {"weights": int(weights), "statistics": int(statistics), "activations": int(activations)}
         return parts | {"total": sum(parts.values())}
+
+    def whole_bytes(self, quantize: str = "none") -> float:
+        """The weights of the whole model, the matrices of the LLM's layers quantised."""
+        llm, s = self.architecture.llm, 2 if self.recipe.bf16 else 4
+        ends = llm.vocabulary * llm.hidden * (1 if llm.tied else 2) + llm.hidden
+        vectors = llm.layers * (llm.layer_parameters - llm.matrices)
+        rounded = llm.layers * llm.matrices * QUANTIZED_BYTES.get(quantize, s)
+        return (self.visual + ends + vectors) * s + rounded
+
+    def least_bytes(self, quantize: str = "none") -> float:
+        """Of these, what a card holds at the least while the others come from host memory: all but the LLM's layers,
+        and two of them."""
+        llm, s = self.architecture.llm, 2 if self.recipe.bf16 else 4
+        layer = (llm.layer_parameters - llm.matrices) * s + llm.matrices * QUANTIZED_BYTES.get(quantize, s)
+        return self.whole_bytes(quantize) - max(0, llm.layers - 2) * layer
 
     def peak(self, micro_batch: int) -> int:
         """Bytes on a GPU: the larger of the search's, if there is one, and the training's."""
@@ -346,7 +368,7 @@ class Cost:
 
     def largest_micro_batch(self, memory_bytes: int) -> int:
         """The largest micro-batch that fits, 0 when not even one image does, or the search does not."""
-        budget = memory_bytes - RESERVED_BYTES
+        budget = usable_bytes(memory_bytes)
         if self.peak(1) > budget:
             return 0
         low, high = 1, 2

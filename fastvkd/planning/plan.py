@@ -11,11 +11,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastvkd.devices import GIB, usable_bytes
 from fastvkd.errors import SettingsError
 from fastvkd.methods import METHODS, feature_methods
 from fastvkd.planning.architecture import Architecture, find_architecture
-from fastvkd.planning.cards import GIB, card_name, gpu_memory
-from fastvkd.planning.cost import ASSUMED, RESERVED_BYTES, Cost, Recipe
+from fastvkd.planning.cards import card_name, gpu_memory
+from fastvkd.planning.cost import ASSUMED, Cost, Recipe
+from fastvkd.planning.folder import notes_on
+from fastvkd.planning.jobs import Job, lines_of, other_jobs
 
 if TYPE_CHECKING:
     from fastvkd.settings import Settings
@@ -40,11 +43,14 @@ class Plan:
     step_seconds: dict[str, float] | None  # None when no card was named
     # `flops_per_person` of the search for a stranger's maps, and its `memory_bytes`; None where there is none
     search: dict[str, Any] | None
+    jobs: list[Job]  # what else is done with the model
+    notes: list[str]  # on the model's folder
 
     def to_dict(self) -> dict[str, Any]:
         """The documented JSON keys."""
         keys = "llm_layers_loaded parameters flops_per_image memory_bytes micro_batch cache_bytes_per_image fits"
-        return {key: getattr(self, key) for key in [*keys.split(), "recommendation", "step_seconds", "search"]}
+        plain = [*keys.split(), "recommendation", "step_seconds", "search", "notes"]
+        return {key: getattr(self, key) for key in plain} | {"jobs": [job.to_dict() for job in self.jobs]}
 
     def table(self) -> str:
         """A text table for people."""
@@ -65,14 +71,17 @@ class Plan:
         if self.search is not None:
             parts = {key: value / GIB for key, value in self.search["memory_bytes"].items()}
             total = parts.pop("total")
-            lines.append(f"search before training  {total:.2f} GiB on one GPU, the whole model by itself: ")
+            how = "spread over cards and host memory" if self.recipe.search_spread else "by itself"
+            if (rounded := self.search["quantize"]) != "none":
+                how += f", in {rounded}"
+            lines.append(f"search before training  {total:.2f} GiB on one GPU, the whole model {how}: ")
             lines[-1] += ", ".join(f"{key} {value:.2f} GiB" for key, value in parts.items())
             lines.append(f"  FLOPs a person        {self.search['flops_per_person'] / 1e15:.1f} PFLOP")
         if not self.recipe.online_teacher:
             lines.append(f"teacher cache on disk   {self.cache_bytes_per_image / 1e6:.2f} MB per image")
         if self.gpu_memory_bytes is not None:
             fits = "fits" if self.fits else "does not fit"
-            lines.append(f"as configured           {fits} in {self.gpu_memory_bytes / GIB:.0f} GiB; ")
+            lines.append(f"as configured           {fits} in {self.gpu_memory_bytes / GIB:.1f} GiB; ")
             lines[-1] += f"largest micro-batch {self.micro_batch}"
         if self.step_seconds is not None:
             t = self.step_seconds
@@ -82,6 +91,10 @@ class Plan:
             low, high = t["images_per_second_serial"], t["images_per_second_overlapped"]
             lines[-1] += f"{low:.1f}" + (f" to {high:.1f}" if high > 1.005 * low else "") + " images/s"
         lines.append(f"recommendation          {self.recommendation['reason']}")
+        if self.recommendation["command"]:
+            lines.append(f"{'train':<23} {self.recommendation['command']}")
+        lines += lines_of(self.jobs)
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -100,9 +113,11 @@ def plan(
     """
     if world_size < 1:
         raise SettingsError(f"--world-size {world_size}: must be at least 1")
-    architecture = architecture or find_architecture(settings.model_name_or_path)
+    architecture = architecture or find_architecture(settings.model_name_or_path, settings.max_pixels)
     memory_bytes = gpu_memory(gpu=gpu, memory=memory)
     recipe = recipe_of(settings, world_size)
+    recommendation = recommend(architecture, recipe, memory_bytes)
+    recipe = searched(architecture, recipe, memory_bytes)
     cost = Cost(architecture, recipe)
     needed = cost.memory(recipe.micro_batch)
     return Plan(
@@ -115,13 +130,19 @@ def plan(
         memory_bytes=needed,
         micro_batch=None if memory_bytes is None else cost.largest_micro_batch(memory_bytes),
         cache_bytes_per_image=cost.cache_bytes_per_image(),
-        fits=None if memory_bytes is None else cost.peak(recipe.micro_batch) + RESERVED_BYTES <= memory_bytes,
-        recommendation=recommend(architecture, recipe, memory_bytes),
+        fits=None if memory_bytes is None else cost.peak(recipe.micro_batch) <= usable_bytes(memory_bytes),
+        recommendation=recommendation,
         gpu_memory_bytes=memory_bytes,
         step_seconds=None if gpu is None else cost.step_seconds(card_name(gpu)),
-        search={"flops_per_person": cost.search_flops(), "memory_bytes": cost.search_memory()}
+        search={
+            "flops_per_person": cost.search_flops(),
+            "memory_bytes": cost.search_memory(),
+            "quantize": recipe.quantize_llm if recipe.search_quantize == "auto" else recipe.search_quantize,
+        }
         if recipe.search_steps
         else None,
+        jobs=other_jobs(architecture, memory_bytes, world_size),
+        notes=notes_on(settings.model_name_or_path),
     )
 
 
@@ -167,23 +188,44 @@ def recipe_of(settings: "Settings", world_size: int) -> Recipe:
         if settings.forget_target == "stranger" and settings.stranger.way == "guided"
         else 0,
         search_views=settings.stranger.views,
+        search_quantize=settings.stranger.quantize,
+        search_spread=settings.stranger.device_map == "auto",
     )
+
+
+def searched(architecture: Architecture, recipe: Recipe, memory_bytes: int | None) -> Recipe:
+    """The recipe with the search as a run will load it: where it is left open, as `models.placement.fitting` does."""
+    if not recipe.search_steps or memory_bytes is None or recipe.search_spread:
+        return recipe
+    if recipe.search_quantize != "auto" or recipe.quantize_llm != "none":
+        return recipe
+    ways: list[dict[str, Any]] = [{}, {"search_quantize": "nf4"}, {"search_spread": True}]
+    if recipe.world_size > 1:
+        cost = Cost(architecture, recipe)
+        room = cost.search_memory()["total"] - int(cost.whole_bytes())
+        if cost.whole_bytes() <= recipe.world_size * (usable_bytes(memory_bytes) - room):
+            ways.insert(1, {"search_spread": True})
+    tried = [dataclasses.replace(recipe, **way) for way in ways]
+    fit = (one for one in tried if Cost(architecture, one).search_memory()["total"] <= usable_bytes(memory_bytes))
+    return next(fit, tried[-1])
 
 
 def recommend(architecture: Architecture, recipe: Recipe, memory_bytes: int | None) -> dict[str, Any]:
     """The first way, from cheapest to dearest in time, in which at least two images (one of each set) fit.
 
     Returns `zero_stage`, `deepspeed` (a preset of ds_configs, None for the local engine), `quantize_llm`, `optim`,
-    `gradient_checkpointing`, `micro_batch`, `gradient_accumulation_steps` and the `reason`; the first seven are None
-    when no memory was given or nothing fits.
+    `gradient_checkpointing`, `micro_batch`, `gradient_accumulation_steps`, the `command`, its `memory_bytes` on each
+    GPU and the `reason`; all but that are None when no memory was given or nothing fits.
     """
     keys = ("zero_stage", "deepspeed", "quantize_llm", "optim", "gradient_checkpointing")
-    nothing = dict.fromkeys((*keys, "micro_batch", "gradient_accumulation_steps"))
+    nothing = dict.fromkeys((*keys, "micro_batch", "gradient_accumulation_steps", "command", "memory_bytes"))
     if memory_bytes is None:
         return nothing | {"reason": "give --gpu or --memory to see what fits"}
     images = recipe.micro_batch * recipe.gradient_accumulation_steps
-    for preset, changes, reason in _candidates(recipe):
-        candidate = dataclasses.replace(recipe, **changes)
+    fewer = [views for views in (3, 2, 1) if recipe.search_steps and views < recipe.search_views]
+    ways = [(views, *one) for views in (recipe.search_views, *fewer) for one in _candidates(recipe)]
+    for views, preset, changes, reason in ways:
+        candidate = searched(architecture, dataclasses.replace(recipe, search_views=views, **changes), memory_bytes)
         micro_batch = min(Cost(architecture, candidate).largest_micro_batch(memory_bytes), images)
         accumulation = math.ceil(images / micro_batch) if micro_batch else 0
         if accumulation > 1:  # accumulated gradients stay beside the activations
@@ -192,6 +234,7 @@ def recommend(architecture: Architecture, recipe: Recipe, memory_bytes: int | No
             accumulation = math.ceil(images / micro_batch) if micro_batch else 0
         if micro_batch < 2:
             continue
+        found = dataclasses.replace(candidate, gradient_accumulation_steps=accumulation)
         engine = f"deepspeed={preset}" if preset else "the local engine"
         return {
             "zero_stage": candidate.zero_stage,
@@ -201,6 +244,8 @@ def recommend(architecture: Architecture, recipe: Recipe, memory_bytes: int | No
             "gradient_checkpointing": candidate.gradient_checkpointing,
             "micro_batch": micro_batch,
             "gradient_accumulation_steps": accumulation,
+            "command": _command(recipe, candidate, preset, micro_batch, accumulation),
+            "memory_bytes": Cost(architecture, found).peak(micro_batch),
             "reason": f"{engine}, quantize_llm={candidate.quantize_llm}, {candidate.optim}, "
             f"{micro_batch} images x {accumulation} accumulation step(s): {reason}",
         }
@@ -208,6 +253,28 @@ def recommend(architecture: Architecture, recipe: Recipe, memory_bytes: int | No
         "reason": f"does not fit in {memory_bytes / GIB:.0f} GiB in any way known here; "
         "choose a shallower site (projector), or trainable=projector"
     }
+
+
+def _command(recipe: Recipe, found: Recipe, preset: str | None, micro_batch: int, accumulation: int) -> str:
+    """How training is started in a way that was found: what its settings say otherwise than those of `recipe`."""
+    changed = [
+        f"{key}={str(getattr(found, key)).lower()}"
+        for key in ("optim", "bf16", "gradient_checkpointing", "quantize_llm")
+        if getattr(found, key) != getattr(recipe, key)
+    ]
+    if found.search_steps and found.search_quantize != recipe.search_quantize:
+        changed.append(f"stranger.quantize={found.search_quantize}")
+    if found.search_steps and found.search_spread and not recipe.search_spread:
+        changed.append("stranger.device_map=auto")
+    if found.search_views != recipe.search_views:
+        changed.append(f"stranger.views={found.search_views}")
+    if micro_batch != recipe.micro_batch:
+        changed += [f"per_device_train_batch_size={micro_batch}", f"gradient_accumulation_steps={accumulation}"]
+    start = "fastvkd train --config YAML"
+    if preset:
+        start = f"deepspeed --num_gpus {found.world_size} fastvkd/train.py --config YAML"
+        changed = ["engine=deepspeed", f"deepspeed={preset}", *changed]
+    return " ".join([start, *changed])
 
 
 def _candidates(recipe: Recipe) -> Iterable[tuple[str | None, dict[str, Any], str]]:

@@ -35,6 +35,7 @@ _PARTS = {
     "relearning": "a relearning attack",
     "certificate": "a certificate",
 }
+_ROUNDED = "how the LLM was quantised"
 _PHOTOS_A_GROUP = 5
 _THUMBNAIL = 256  # px; larger photos are shown smaller
 
@@ -175,6 +176,7 @@ def _attack(folder: Path, found: Collected) -> None:
     found.agree("the model before unlearning", models.get("vanilla"), folder)
     found.agree("the model after unlearning", _identity(models["unlearned"], content["steering"]), folder)
     found.agree("the gold model", models.get("gold"), folder)
+    found.agree(_ROUNDED, content.get("loading", {}).get("quantize"), folder)
     _settings(found, paper["settings"], folder)
     _data(found, content, folder)
     attacks = {key: content[key] for key in ("questions", "membership", "probe") if key in content}
@@ -283,6 +285,7 @@ def _evaluation(folder: Path, found: Collected) -> None:
             raise KeyError(key)
     for key in ("benchmark", "mode", "seed", "max_samples"):
         found.agree(f"the evaluation's {key}", str(one.results[key]), folder)
+    found.agree(_ROUNDED, one.results.get("loading", {}).get("quantize"), folder)
     _data(found, one.results, folder)
     found.evaluations.append(one)
 
@@ -386,6 +389,9 @@ def collect(folders: Sequence[Path]) -> Collected:
         asked = [one for samples in found.samples.values() for one in _choices(samples).values()]
         chances = [1 / len(one["options"]) for one in asked if one["cell"] == "forget"]
         found.report |= {"chance": _mean(chances)} if chances else {}
+    if found.fact(_ROUNDED) not in (None, "none"):
+        note = f"All models were asked with the weights of their LLM rounded to {found.fact(_ROUNDED)} (--quantize)."
+        found.report.setdefault("notes", []).append(note)
     found.check()
     return found
 

@@ -100,9 +100,11 @@ def build_report(
 
 
 def certificate_summary(paper: Mapping[str, Any]) -> dict[str, Any]:
-    """What the report shows of a certificate: verdict, checks, and how much was to be forgotten."""
+    """What the report shows of a certificate: verdict, checks, how much was to be forgotten, and how the models were
+    loaded, where that was noted."""
     forgotten = {key: paper["forgotten"][key] for key in ("entities", "images")}
-    return {"verdict": paper["verdict"], "forgotten": forgotten, "checks": paper["checks"]}
+    loading = {"loading": paper["loading"]} if paper.get("loading") else {}
+    return {"verdict": paper["verdict"], "forgotten": forgotten, "checks": paper["checks"], **loading}
 
 
 def models_of(report: Mapping[str, Any]) -> list[str]:

@@ -158,6 +158,7 @@ class CertificateSummary(BaseModel):
     verdict: Literal["passed", "failed", "incomplete"]
     forgotten: Forgotten
     checks: list[Check]
+    loading: dict[str, Text] = _ABSENT
 
 
 class Parameters(BaseModel):

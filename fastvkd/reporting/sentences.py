@@ -109,11 +109,13 @@ def _last_block(probe: Mapping[str, Any]) -> str:
 
 
 def certificate_sentence(paper: Mapping[str, Any]) -> str:
-    """How many checks were met, missed and left out."""
+    """How many checks were met, missed and left out, and that a quantised model was judged, if one was."""
     checks = paper["checks"]
     met, missed = (sum(check["met"] is value for check in checks) for value in (True, False))
     left = len(checks) - met - missed
-    return f"{met} of {len(checks)} checks are met, {missed} missed" + (f", {left} not measured." if left else ".")
+    said = f"{met} of {len(checks)} checks are met, {missed} missed" + (f", {left} not measured." if left else ".")
+    rounded = paper.get("loading", {}).get("quantize", "none")
+    return said if rounded == "none" else f"{said} The models were judged with their LLM rounded to {rounded}."
 
 
 def figure_text(check: Mapping[str, Any]) -> str:

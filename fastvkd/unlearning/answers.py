@@ -74,9 +74,9 @@ def read_answers(model: nn.Module, batch: AnswerBatch) -> Answers:
     """One forward pass of `model`, whole or truncated, over `batch`."""
     hidden = families.base_model(model)(**batch.inputs, use_cache=False).last_hidden_state
     wanted = batch.predicts != -100
-    kept = hidden[wanted]
+    kept = hidden.to(wanted.device)[wanted]  # a model that is spread ends on another card than it begins on
     head: Any = getattr(model, "lm_head", None)
-    logits = head(kept).float() if head is not None else None
+    logits = head(kept).to(wanted.device).float() if head is not None else None
     return Answers(kept, logits, batch.predicts[wanted], wanted.nonzero()[:, 0], batch.is_forget, batch.sample)
 
 

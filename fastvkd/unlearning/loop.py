@@ -31,6 +31,7 @@ from fastvkd.methods import METHODS
 from fastvkd.models.compiled import compiled_blocks
 from fastvkd.models.folder import BaseModel, identify_base, local_folder
 from fastvkd.settings import Settings
+from fastvkd.unlearning.ingredients import Trained
 from fastvkd.unlearning.metrics import Metrics
 from fastvkd.unlearning.phases import PhaseTimer
 from fastvkd.unlearning.prefetch import prefetched
@@ -119,10 +120,12 @@ def _prepare(
         device = torch.device("cuda", torch.cuda.current_device())
     begun = draft(settings, device, base, partitioned=partitioning is not None)
     if partitioning is None:
-        prepared = begun.finish(progress=progress)
+        with _arithmetic(settings, begun.trained):
+            prepared = begun.finish(progress=progress)
         return prepared, build_engine(prepared, device, ds_config)
     engine = build_engine(begun, device, ds_config)
-    return begun.finish(engine.forward_module, progress), engine
+    with _arithmetic(settings, begun.trained):
+        return begun.finish(engine.forward_module, progress), engine
 
 
 class _Run:
@@ -175,10 +178,7 @@ class _Run:
         if task is None:
             return True
         with contextlib.ExitStack() as during:
-            if settings.fused_frozen_ops:
-                during.enter_context(_fused_frozen_ops(self.prepared.trained.model))
-            if settings.compile:
-                during.enter_context(compiled_blocks(*self.prepared.trained.models))
+            during.enter_context(_arithmetic(settings, self.prepared.trained))
             is_traced = settings.profile and engine.rank == 0
             tracer = during.enter_context(_tracer(self.output)) if is_traced else None
             load = functools.partial(task.load, rank=engine.rank, world_size=engine.world_size)
@@ -322,8 +322,21 @@ def build_engine(run: Draft | Prepared, device: torch.device, ds_config: dict[st
         max_grad_norm=settings.max_grad_norm,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         device=device,
+        trains=METHODS[settings.method].trains,
         **common,
     )
+
+
+@contextlib.contextmanager
+def _arithmetic(settings: Settings, trained: Trained) -> Iterator[None]:
+    """Layers fused and compiled as the settings ask: while training, and while the original is asked what training aims
+    at, or retained features would differ from their targets before any weight has moved."""
+    with contextlib.ExitStack() as during:
+        if settings.fused_frozen_ops:
+            during.enter_context(_fused_frozen_ops(trained.model))
+        if settings.compile:
+            during.enter_context(compiled_blocks(*trained.models))
+        yield
 
 
 @contextlib.contextmanager

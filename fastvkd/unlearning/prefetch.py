@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 
 @contextmanager
 def prefetched(load: Callable[[int], Any], steps: Iterable[int], depth: int) -> Iterator[Iterator[Any]]:
@@ -20,7 +22,11 @@ def prefetched(load: Callable[[int], Any], steps: Iterable[int], depth: int) -> 
         yield map(load, steps)
         return
     left = iter(steps)
-    thread = ThreadPoolExecutor(1, "fastvkd-prefetch")
+    # A thread begins with GPU 0 as its current device, and would take memory of it for what it pins.
+    current = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    thread = ThreadPoolExecutor(
+        1, "fastvkd-prefetch", lambda: None if current is None else torch.cuda.set_device(current)
+    )
     ahead = deque(thread.submit(load, step) for step in itertools.islice(left, depth + 1))
 
     def results() -> Iterator[Any]:

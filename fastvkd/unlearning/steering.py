@@ -14,12 +14,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastvkd.data.sources import read_forget_retain
-from fastvkd.devices import pick_device
 from fastvkd.errors import SettingsError
 from fastvkd.models import families
 from fastvkd.models.answers import collate_answers
-from fastvkd.models.loading import load_model, load_processor
+from fastvkd.models.folder import local_folder
+from fastvkd.models.loading import load_processor
+from fastvkd.models.placement import loading_of
 from fastvkd.models.steering import Steering, decoder_layers
+from fastvkd.options import DeviceMap, ModelOptions, Quantized
 from fastvkd.photos import decode_image
 from fastvkd.records import Photo, Profile
 from fastvkd.unlearning.answers import image_questions, text_questions
@@ -88,12 +90,26 @@ def fit_to_folder(
     retain_split: str = "retain_95",
     device: str = "auto",
     bf16: bool = False,
+    fp32: bool = False,
+    quantize: Quantized = "auto",
+    device_map: DeviceMap = "none",
+    max_pixels: int | None = None,
     **options: Any,
 ) -> Steering:
     """`fit` of a model folder on a data folder (or hub ids); `options` are those of `fit`. Raises FastVKDError."""
     forget, retain = read_forget_retain(data, forget_split, retain_split)
-    model = load_model(model_name_or_path, dtype=torch.bfloat16 if bf16 else torch.float32, device=pick_device(device))
-    return fit(model, load_processor(model_name_or_path), forget, retain, **options)
+    told = ModelOptions(
+        model=model_name_or_path,
+        data=data,
+        device=device,
+        bf16=bf16,
+        fp32=fp32,
+        quantize=quantize,
+        device_map=device_map,
+    )
+    model = loading_of(told, [local_folder(model_name_or_path)]).model(model_name_or_path)
+    processor = load_processor(model_name_or_path, max_pixels=max_pixels)
+    return fit(model, processor, forget, retain, **options)
 
 
 def _gate(forget: Tensor, retain: Sequence[Tensor], ridge: float) -> tuple[Tensor, Tensor]:
@@ -150,7 +166,7 @@ def _hidden_states(
             positions = wanted.nonzero()
             positions = positions[:: -(-len(positions) // _POSITIONS)]
             for layer, parts in found.items():
-                parts.append(seen[layer][positions[:, 0], positions[:, 1]].float().cpu())
+                parts.append(seen[layer].to(device)[positions[:, 0], positions[:, 1]].float().cpu())
     finally:
         for hook in hooks:
             hook.remove()

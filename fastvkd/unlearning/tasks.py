@@ -191,7 +191,8 @@ def _read(settings: Settings, method: Method, base: BaseModel) -> Sources:
         retain = read_split(settings.data, getattr(settings, method.split_key))
     else:
         forget, retain = read_forget_retain(settings.data, settings.forget_split, settings.retain_split)
-    return Sources(forget, retain, load_processor(settings.model_name_or_path), config, base, llm_layers)
+    processor = load_processor(settings.model_name_or_path, max_pixels=settings.max_pixels)
+    return Sources(forget, retain, processor, config, base, llm_layers)
 
 
 def _sampler(settings: Settings, sources: Sources) -> AnswerSampler | None:

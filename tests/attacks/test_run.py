@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fastvkd.attacks.relearning import hold_out
 from fastvkd.attacks.run import KINDS, Attack, parse_kinds
@@ -142,3 +143,47 @@ def test_kinds_are_named_once_and_run_in_order() -> None:
     assert parse_kinds(["probe", "relearn", "probe"]) == ["relearn", "probe"]
     with pytest.raises(SettingsError, match="allowed are"):
         parse_kinds(["reverse", "shots"])
+
+
+def test_what_was_rounded_is_stated_and_not_mixed_with_what_was_not(world, tmp_path: Path, capsys) -> None:
+    for side, colours in (("forget", ("red", "green")), ("retain", ("blue", "white")), ("test", ("darkred", "lime"))):
+        rows = []
+        for entity, colour in enumerate(colours):
+            Image.new("RGB", (24, 24), colour).save(tmp_path / f"{colour}.png")
+            row = {"image": f"{colour}.png", "entity": f"{'kept' if side == 'retain' else 'gone'} {entity}"}
+            rows.append(row | {"question": "What is it?", "answer": "one", "options": ["one", "two"]})
+        (tmp_path / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shared = ["--data", str(tmp_path), "--device", "cpu"]
+    attack_it = ["attack", "--model", str(world.model), *shared, "--quantize", "nf4", "--out", str(tmp_path / "attack")]
+    attack_it += [
+        "--kind",
+        "quantize",
+        "relearn",
+        "--shares",
+        "1",
+        "--seeds",
+        "0",
+        "--steps",
+        "1",
+        "--variants",
+        "noise",
+    ]
+    assert main(attack_it) in (0, 1)
+    loading = {"dtype": "float32", "quantize": "nf4", "device_map": "none"}
+    found = json.loads((tmp_path / "attack" / "attacks.json").read_text())
+    judged = json.loads((tmp_path / "attack" / "certificate.json").read_text())
+    assert found["loading"] == judged["loading"] == loading
+    assert found["relearning"] and {row["variant"] for row in found["questions"]} == {"plain", "int8", "nf4"}
+    results = {}
+    for kind in ("nf4", "none"):
+        out = tmp_path / kind
+        assert main(["eval", "--model", str(world.model), *shared, "--quantize", kind, "--out", str(out)]) == 0
+        results[kind] = json.loads((out / "results.json").read_text())
+    assert results["nf4"]["loading"] == loading and results["none"]["loading"] == loading | {"quantize": "none"}
+    capsys.readouterr()
+    page = tmp_path / "page.html"
+    assert main(["report", str(tmp_path / "attack"), str(tmp_path / "nf4"), "--out", str(page)]) == 0
+    text = page.read_text()
+    assert "weights of their LLM rounded to nf4" in text and "judged with their LLM rounded to nf4" in text
+    assert main(["report", str(tmp_path / "attack"), str(tmp_path / "none"), "--out", str(page)]) == 2
+    assert "how the LLM was quantised is none, but nf4" in capsys.readouterr().err

@@ -242,3 +242,31 @@ def test_a_loss_that_reaches_no_parameter_is_refused():
     engine.backward(torch.ones((), requires_grad=True) * 2)
     with pytest.raises(TrainingError, match="no trainable parameter received a gradient"):
         engine.step()
+
+
+def test_paged_moments_stay_paged_when_a_checkpoint_brings_them(monkeypatch):
+    """Pages come from CUDA; here a buffer that says it is paged takes their place."""
+    saved_by = engine_for(tiny(torch.float32), optim="paged_adamw_8bit")
+    train(saved_by, 2)
+    saved = copy.deepcopy(saved_by.state_dict())
+    engine = engine_for(tiny(torch.float32), optim="paged_adamw_8bit")
+    optimizer = engine._optimizer
+
+    def buffer(parameter, dtype=torch.float32):
+        made = torch.zeros_like(parameter, dtype=dtype)
+        made.is_paged = parameter.ndim == 2  # bitsandbytes pages large ones only
+        return made
+
+    monkeypatch.setattr(optimizer, "is_paged", True)
+    monkeypatch.setattr(optimizer, "get_state_buffer", buffer)
+    engine.load_state_dict(saved)
+    loaded = optimizer.state_dict()["state"]
+    pages = [
+        getattr(state[name], "is_paged", False) == (parameter.ndim == 2)
+        for parameter, state in optimizer.state.items()
+        for name in ("state1", "state2")
+    ]
+    assert len(pages) > 2 and all(pages)
+    for before, after in zip(saved["moments"].values(), loaded.values(), strict=True):
+        parts = [next(value for value in state.values() if isinstance(value, dict)) for state in (before, after)]
+        assert all(torch.equal(parts[0][name], parts[1][name]) for name in ("state1", "state2"))

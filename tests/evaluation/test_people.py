@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_llava import person, picture
 
 from fastvkd.errors import ModelError
@@ -16,6 +17,7 @@ from fastvkd.evaluation.comparison import comparison_table, read_runs
 from fastvkd.evaluation.multiple_choice import OptionScores
 from fastvkd.evaluation.people import examine, likeness, names_of, people_figures, verdict
 from fastvkd.evaluation.statistics import bootstrap_interval, clustered_interval
+from fastvkd.models.placement import Loading
 from fastvkd.options import EvalOptions
 from fastvkd.records import Choice, Open, Profile, Questions
 
@@ -209,11 +211,13 @@ def test_who_is_alike_is_asked_of_the_model_before(world, tmp_path, monkeypatch,
     asked: list[Any] = []
     monkeypatch.setattr(run, "likeness", lambda model, *_: asked.append(model) or {"a": 1.0})
     options = EvalOptions(model=str(world.model), data=str(world.data), out=tmp_path)
-    model = object()
-    assert run._likeness(options, None, model, None, {}) == {"a": 1.0} and asked == [model]
+    model, loading = object(), Loading(torch.device("cpu"))
+    assert run._likeness(options, None, loading, model, None, {}) == {"a": 1.0} and asked == [model]
     for original, made_of in ((str(world.model), "nowhere"), (None, str(world.model))):
-        assert run._likeness(replace(options, original=original), made_of, model, None, {}) == {"a": 1.0}
+        assert run._likeness(replace(options, original=original), made_of, loading, model, None, {}) == {"a": 1.0}
         assert asked[-1] is not model and len(asked[-1].model.language_model.layers) == 0
-    assert run._likeness(options, str(tmp_path / "gone"), model, None, {}) is None and "--original" in caplog.text
+    assert (
+        run._likeness(options, str(tmp_path / "gone"), loading, model, None, {}) is None and "--original" in caplog.text
+    )
     with pytest.raises(ModelError, match="gone"):
-        run._likeness(replace(options, original=str(tmp_path / "gone")), None, model, None, {})
+        run._likeness(replace(options, original=str(tmp_path / "gone")), None, loading, model, None, {})

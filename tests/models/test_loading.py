@@ -4,18 +4,23 @@ import copy
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoProcessor, PreTrainedModel
+from transformers.image_processing_backends import PilBackend
 
+from fastvkd.cli import main
+from fastvkd.data.check import check_data
 from fastvkd.errors import ModelError
-from fastvkd.models import loading
+from fastvkd.models import families, loading
 from fastvkd.models.families import family_of, train_only, visual_parameters
-from fastvkd.models.loading import load_config, load_model, load_processor
+from fastvkd.models.loading import VISUAL_KEY, load_config, load_model, load_processor
 from fastvkd.models.visual_path import VisualPath, collate_images
+from fastvkd.planning.architecture import architecture_of
 
 INDEX = "model.safetensors.index.json"
 
@@ -216,6 +221,18 @@ def test_under_zero3_no_device_map_is_asked_for_and_buffers_are_moved(llava, mon
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantising_a_whole_model_rounds_the_matrices_of_its_llm_alone(case, kind):
+    model = load_model(case.folder, quantize_llm=kind)
+    decoder = set(map(id, families.language_model(model, family_of(model)).modules()))
+    linear = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[kind]
+    rounded = {id(m) in decoder: type(m).__name__ == linear for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    assert rounded == {True: True, False: False}
+    full = dict(case.model.named_parameters())
+    visual = [(name, p) for name, p in model.named_parameters() if VISUAL_KEY.search(name)]
+    assert visual and all(torch.equal(p, full[name]) for name, p in visual)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_quantising_leaves_the_visual_part_alone(llava, kind, avx512bf16):
     model = load_model(llava.folder, llm_layers=2, quantize_llm=kind)
     linear = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[kind]
@@ -237,3 +254,64 @@ def test_quantising_leaves_the_visual_part_alone(llava, kind, avx512bf16):
 def test_an_unknown_quantisation_is_refused(llava):
     with pytest.raises(ModelError, match="nf4"):
         load_model(llava.folder, quantize_llm="int3")
+
+
+def test_images_are_resized_by_pillow_whatever_is_installed(llava, monkeypatch):
+    other = SimpleNamespace(image_processor=object(), tokenizer="kept")  # as of torchvision
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda path: other)
+    found = load_processor(llava.folder)
+    assert found.tokenizer == "kept" and isinstance(found.image_processor, PilBackend)
+
+
+@pytest.mark.parametrize(("max_pixels", "tokens"), [(None, [48, 25]), (1024, [12, 16]), (256, [2, 4])])
+def test_max_pixels_limit_the_visual_tokens_of_a_photo(tmp_path, max_pixels, tokens):
+    config, processor = tiny.qwen2_5_vl()
+    config.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    limited = load_processor(tmp_path, max_pixels=max_pixels)
+    batch = collate_images(limited, config, tiny.photos((64, 48), (40, 40)))
+    assert batch.token_images.bincount().tolist() == tokens
+    # so the teacher's cache, which is named by this text, is another one
+    text = processor.image_processor.to_json_string()
+    assert (limited.image_processor.to_json_string() == text) == (max_pixels is None)
+    largest = architecture_of(config.to_dict(), max_pixels=max_pixels or 64 * 16 * 16).visual_tokens
+    assert largest >= max(tokens) and (max_pixels is None or largest * 64 <= max_pixels)
+
+
+def test_max_pixels_are_refused_where_they_mean_nothing(llava, tmp_path):
+    with pytest.raises(ModelError, match="max_pixels=4096 is for Qwen-VL"):
+        load_processor(llava.folder, max_pixels=4096)
+    config, processor = tiny.qwen2_5_vl()
+    config.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="one visual token shows 64 pixels"):
+        load_processor(tmp_path, max_pixels=63)
+
+
+def test_data_check_names_the_photo_with_the_most_visual_tokens(tmp_path, capsys):
+    config, processor = tiny.qwen2_5_vl()
+    model, data = tmp_path / "model", tmp_path / "data"
+    config.save_pretrained(model)
+    processor.save_pretrained(model)
+    data.mkdir()
+    for side, (image,) in (("forget", tiny.photos((16, 16))), ("retain", tiny.photos((96, 64)))):
+        image.save(data / f"{side}.png")
+        row = {"image": f"{side}.png", "entity": side, "question": "who is this person ?", "answer": "A"}
+        (data / f"{side}.jsonl").write_text(json.dumps(row) + "\n")
+
+    def most(**told) -> str:
+        return next(note for note in check_data(data, model=str(model), **told).notes if "most" in note)
+
+    assert "retain.jsonl:1" in most() and most().endswith("the one with the most visual tokens, 96")
+    assert most(max_pixels=1024).endswith("tokens, 12")
+    main(["data", "check", str(data), "--model", str(model), "--max-pixels", "1024"])
+    assert "most visual tokens, 12" in capsys.readouterr().out
+
+
+def test_what_is_quantised_already_is_not_quantised_again(llava, tmp_path):
+    folder = copied(llava.folder, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="quantised already"):
+        load_model(folder, quantize_llm="nf4")

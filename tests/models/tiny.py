@@ -351,3 +351,13 @@ def randomised(config, seed: int = 0) -> torch.nn.Module:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(0.2 * noise if parameter.dim() > 1 else 1 + 0.1 * noise)
     return model
+
+
+def places_in_part_away() -> dict[str, str]:
+    """A device_map of the LLaVA with the second layer and the head on disk, as they would be in host memory beside a
+    GPU."""
+    decoder = "model.language_model"
+    here = ["model.vision_tower", "model.multi_modal_projector"]
+    here += [f"{decoder}.{name}" for name in ("embed_tokens", "norm", "rotary_emb", "layers.0")]
+    here += [f"{decoder}.layers.{k}" for k in range(2, DEPTH)]
+    return dict.fromkeys(here, "cpu") | dict.fromkeys([f"{decoder}.layers.1", "lm_head"], "disk")

@@ -4,6 +4,7 @@
 import gc
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,8 @@ from test_planning import CPU_SDPA, measured_peak
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
-from fastvkd.devices import questions_at_once
-from fastvkd.planning.architecture import architecture_of
-from fastvkd.planning.cards import GIB
+from fastvkd.devices import GIB, questions_at_once
+from fastvkd.planning.architecture import architecture_of, find_architecture
 from fastvkd.planning.cost import Cost, Recipe
 from fastvkd.planning.plan import plan
 from fastvkd.records import Open, Photo, Profile, Questions
@@ -113,13 +113,20 @@ def settings_for(model: str, **changes: Any) -> Settings:
 
 
 def test_what_does_not_hold_the_search_does_not_fit_the_run() -> None:
-    """On 24 GiB a 13B model trains at the projector, but is searched through in 4 bit only."""
-    whole = plan(settings_for("llava-1.5-13b"), memory="24GiB")
+    """On 24 GiB a 13B model trains at the projector, but is searched through in 4 bit only, which a run then does."""
+    whole = plan(settings_for("llava-1.5-13b", stranger=Stranger(quantize="none")), memory="24GiB")
     assert whole.search is not None and whole.search["memory_bytes"]["total"] > 24 * GIB
     assert whole.fits is False and whole.micro_batch == 0 and whole.memory_bytes["total"] < 24 * GIB
-    assert whole.recommendation["quantize_llm"] == "nf4"
+    open_ = plan(settings_for("llava-1.5-13b"), memory="24GiB")
+    assert open_.fits is True and open_.search is not None and open_.search["quantize"] == "nf4"
+    assert open_.recommendation["command"] == "fastvkd train --config YAML stranger.quantize=nf4"
     quantised = plan(settings_for("llava-1.5-13b", quantize_llm="nf4"), memory="24GiB")
-    assert quantised.fits is True and "search before training" in quantised.table()
+    assert quantised.fits is True and quantised.search == open_.search
+    assert "the whole model by itself, in nf4: weights 7.88 GiB" in quantised.table()
+    two = plan(settings_for("llava-1.5-13b"), memory="24GiB", world_size=2)
+    assert two.recommendation["command"].endswith("deepspeed=zero2 stranger.device_map=auto")
+    least = plan(settings_for("llava-1.5-13b", stranger=Stranger(device_map="auto")), memory="24GiB").search
+    assert least is not None and least["memory_bytes"]["weights"] < 3 * GIB < whole.search["memory_bytes"]["weights"]
     for changes in ({"forget_target": "noise"}, {"stranger": Stranger(way="shift")}):
         other = plan(settings_for("llava-1.5-13b", **changes), memory="24GiB")
         assert other.search is None and other.fits is True and "search before" not in other.table()
@@ -136,3 +143,29 @@ def test_no_more_questions_are_asked_at_once_than_their_keys_and_values_allow() 
     many = questions_at_once(640, 32, 4096, 2)
     assert 1 < many < 64 and many * 2 * 640 * 32 * 4096 * 2 <= 2 * GIB
     assert questions_at_once(100_000, 80, 8192, 4) == 1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_run_leaves_as_much_room_for_the_search_as_is_planned(checkpointing: bool) -> None:
+    """Up to 2 GiB more, or a tenth less: it decides before anything is loaded, and from fewer figures."""
+    for name in ("llava-1.5-7b", "llava-1.5-13b", "llava-v1.6-34b", "qwen2.5-vl-72b"):
+        a = find_architecture(name)
+        text = SimpleNamespace(
+            hidden_size=a.llm.hidden, num_hidden_layers=a.llm.layers, intermediate_size=a.llm.intermediate
+        )
+        images: Any = SimpleNamespace(
+            config=SimpleNamespace(text_config=text),
+            fixed_resolution=a.fixed_tokens,
+            batch=lambda _, count=a.visual_tokens: SimpleNamespace(token_rows=range(count)),
+        )
+        recipe = Recipe(sites=("projector",), gradient_checkpointing=checkpointing, search_steps=1)
+        parts = Cost(a, recipe).search_memory()
+        planned = parts["statistics"] + parts["activations"]
+        room = stranger._room(Settings(bf16=True, gradient_checkpointing=checkpointing), images)
+        assert 0.9 * planned <= room <= 1.15 * planned + 2 * GIB
+
+
+def test_a_search_that_fits_in_no_way_is_recommended_with_fewer_views() -> None:
+    found = plan(settings_for("llava-v1.6-34b"), gpu="L40S").recommendation
+    assert "stranger.quantize=nf4 stranger.views=3" in found["command"] and found["memory_bytes"] < 45 * GIB
+    assert "stranger.views" not in plan(settings_for("llava-v1.6-34b"), gpu="H100").recommendation["command"]

@@ -16,12 +16,12 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from fastvkd.devices import GIB, usable_bytes
 from fastvkd.engines.local import LocalEngine
 from fastvkd.errors import ModelError, SettingsError
 from fastvkd.planning import cards
 from fastvkd.planning.architecture import ARCHITECTURES, architecture_of, find_architecture
-from fastvkd.planning.cards import GIB
-from fastvkd.planning.cost import ASSUMED, RESERVED_BYTES, Cost, Recipe
+from fastvkd.planning.cost import ASSUMED, Cost, Recipe
 from fastvkd.planning.plan import plan
 from fastvkd.settings import Settings
 
@@ -216,7 +216,7 @@ def test_the_13b_model_at_layer_8_is_recommended_within_24_gib():
     assert "local engine" in result.recommendation["reason"]
     needed = dataclasses.replace(result.recipe, micro_batch=result.recommendation["micro_batch"])
     total = Cost(find_architecture("llava-1.5-13b"), needed).memory(needed.micro_batch)["total"]
-    assert total + RESERVED_BYTES <= 24 * GIB
+    assert total <= usable_bytes(cards.GPU_MEMORY_GIB["RTX 4090"] * GIB)
 
 
 def test_json_has_the_documented_keys():
@@ -232,7 +232,10 @@ def test_json_has_the_documented_keys():
         "recommendation",
         "step_seconds",
         "search",
+        "jobs",
+        "notes",
     }
+    assert [job["name"] for job in result["jobs"]] == ["export", "eval", "attack"] and result["notes"] == []
     assert set(result["parameters"]) == {"trainable", "frozen"}
     assert set(result["flops_per_image"]) == {"tower_forward", "tower_backward", "llm_forward", "llm_backward", "total"}
     memory = {"weights", "masters", "moments", "gradients", "activations", "total"}
@@ -309,6 +312,9 @@ def test_every_card_has_all_its_figures():
     for driver, tflops in (("NVIDIA H100 80GB HBM3", 989), ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA L40S", 362)):
         assert cards.peak_flops(driver) == tflops * 1e12
     assert cards.peak_flops("NVIDIA GeForce RTX 3090") == 71e12
+    real = {"L4": 22.5, "L40S": 45.0, "A40": 45.0, "A10": 22.5, "T4": 14.8}  # not the 24, 48 and 16 of their names
+    for name, gib in real.items():
+        assert cards.gpu_memory(gpu=name, memory=None) == int(gib * GIB)
     assert cards.peak_flops("Something else") is None
 
 

@@ -12,11 +12,12 @@ from fastvkd_kernels import SaliencyMask
 from fastvkd.data import mllmu
 from fastvkd.data.sources import read_forget_retain
 from fastvkd.engines.checkpoints import find_latest, load_weights
+from fastvkd.engines.local import LocalEngine
 from fastvkd.errors import DataError, FastVKDError, ModelError, SettingsError, TrainingError
 from fastvkd.models.families import family_of, visual_parameters
 from fastvkd.models.folder import identify_base
 from fastvkd.models.loading import load_model
-from fastvkd.unlearning import saliency
+from fastvkd.unlearning import loop, saliency
 from fastvkd.unlearning.loop import unlearn
 from fastvkd.unlearning.tasks import prepare
 from fastvkd.unlearning.vkd import task as vkd_task
@@ -315,3 +316,38 @@ def test_a_full_disk_is_one_line_and_leaves_no_checkpoint(world, tmp_path: Path,
     with pytest.raises(TrainingError, match="no space left"):
         unlearn(world.settings(tmp_path / "out"))
     assert find_latest(tmp_path / "out") is None
+
+
+@pytest.mark.parametrize(
+    "arithmetic",
+    [
+        {"fused_frozen_ops": True},
+        {"attn_implementation": "eager"},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_the_original_is_asked_with_the_arithmetic_of_training(world, tmp_path: Path, arithmetic) -> None:
+    """Before any weight has moved, retained features are their targets to the bit, also in bfloat16."""
+    told = {"bf16": True, "sites": {"llm:3": 1.0}, "max_steps": 1, "cache_dir": str(tmp_path / "cache")}
+    unlearn(world.settings(tmp_path / "plain", **told))
+    result = unlearn(world.settings(tmp_path / "run", **told, **arithmetic))
+    assert figures(result.metrics)[0]["loss_retain"] == 0.0
+    noted = [json.loads(file.read_text()) for file in (tmp_path / "cache").glob("*/ingredients.json")]
+    assert len(noted) == 2  # neither run took the other's features
+    keys = ("attn_implementation", "compile", "fused_frozen_ops")
+    plain = {"attn_implementation": "sdpa", "compile": False, "fused_frozen_ops": False}
+    assert sorted(({key: one[key] for key in keys} for one in noted), key=str) == sorted(
+        (plain, plain | arithmetic), key=str
+    )
+    assert all(one["image_processor"].endswith("Pil") for one in noted)
+
+
+def test_a_method_that_trains_nothing_has_no_masters(world, tmp_path: Path, monkeypatch) -> None:
+    engines: list[LocalEngine] = []
+    build = loop.build_engine
+    monkeypatch.setattr(loop, "build_engine", lambda *args: engines.append(build(*args)) or engines[-1])
+    told = {"bf16": True, "method": "manu", "manu_batches": 1, "manu_fraction": 0.1}
+    result = unlearn(world.settings(tmp_path, **told))
+    assert all(master.dtype == torch.bfloat16 for master in engines[0].state_dict()["masters"].values())
+    assert not (result.checkpoint / "masters.safetensors").exists() and load_weights(result.checkpoint)

@@ -159,8 +159,9 @@ class Asker:
             key = "inputs_embeds" if "inputs_embeds" in kwargs else "hidden_states"
             hidden = args[0] if args else kwargs[key]
             flat = hidden.flatten(0, 1)
-            changed = change(flat[rows].float(), counts).to(hidden.dtype)
-            hidden = flat.index_copy(0, rows, changed).view_as(hidden)
+            here = rows.to(flat.device)  # where the model is spread, not that of the batch
+            changed = change(flat[here].float().to(rows.device), counts).to(flat)
+            hidden = flat.index_copy(0, here, changed).view_as(hidden)
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, key: hidden})
 
         handle = entered.register_forward_pre_hook(hook, with_kwargs=True)

@@ -70,7 +70,7 @@ class ImageSet:
     def __init__(self, photos: Sequence[Photo], processor: Any, model_config: Any, *, dtype: torch.dtype, pin: bool):
         self._photos = distinct(photos)
         self.keys = [photo.key for photo in self._photos]
-        self._processor, self._config = processor, model_config
+        self._processor, self.config = processor, model_config
         self.fixed_resolution = family_of(model_config).fixed_resolution
         self._dtype, self._pin = dtype, pin
         self._pixels: Tensor | None = None  # (prepared images, 3, S, S)
@@ -117,18 +117,18 @@ class ImageSet:
         if all(isinstance(one, int) for one in wanted):
             return self.batch([one for one in wanted if isinstance(one, int)])
         pictures = [one.draw() if isinstance(one, NoiseImage) else self.image(one) for one in wanted]
-        return collate_images(self._processor, self._config, pictures)
+        return collate_images(self._processor, self.config, pictures)
 
     def batch(self, indices: Sequence[int], views: Views | None = None, scenes: Scenes | None = None) -> VisualBatch:
         """The images `indices` as model inputs; with `views` each is seen anew (see `_views`), then in its scene."""
         if not self.fixed_resolution:
-            return collate_images(self._processor, self._config, self.pictures(indices, views, scenes))
+            return collate_images(self._processor, self.config, self.pictures(indices, views, scenes))
         pixels = self._prepared(indices)
         if views is not None:
             pixels = _views(pixels, views, *self._normalisation)
         if scenes is not None:
             pixels = scenes.apply(pixels, self._prepared(scenes.other))
-        return batch_from_pixels(self._processor, self._config, pixels)
+        return batch_from_pixels(self._processor, self.config, pixels)
 
     def pictures(
         self, indices: Sequence[int], views: Views | None = None, scenes: Scenes | None = None

@@ -25,10 +25,13 @@ from torch import Tensor, nn
 from transformers.integrations import deepspeed
 
 from fastvkd.data.wording import question_answer_pairs
+from fastvkd.devices import WORKING_BYTES
 from fastvkd.errors import DataError, TrainingError
 from fastvkd.files import write_atomically
 from fastvkd.models import families
+from fastvkd.models.folder import local_folder
 from fastvkd.models.loading import checkpoint_layers, llm_layers_needed, load_model
+from fastvkd.models.placement import Loading, fitting
 from fastvkd.models.prompts import chat_prompt
 from fastvkd.models.visual_path import VisualPath
 from fastvkd.records import Choice, Profile
@@ -67,6 +70,7 @@ _ATTEMPTS, _WELL = 3, 0.2  # searches for one person, till answers are so near a
 _CHECKED = 4  # photos of a person on which that is seen
 _LIKENESS = 0.3  # weight of looking alike, beside twice that of being right no more often than chance
 _NEAR, _LATER = 0.1, 0.1  # weight of a short way, and of the words of an answer after its first
+_ASKED, _COPIES = 40, 18  # tokens of a question beside the image's; copies of mapped features in a step
 _SURE = 3.0  # weight of the stranger's answer being as likely as it should
 
 
@@ -501,10 +505,11 @@ def stranger_maps(
     for photos that do not suffice, TrainingError where the folder is not one that all ranks share.
     """
     _check(settings, population)
-    file = folder / f"stranger-{_digest(settings, sources, images, population)}.safetensors"
+    loading = _loading(settings, device, images)
+    file = folder / f"stranger-{_digest(settings, sources, images, population, loading)}.safetensors"
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not file.exists() and (not distributed or torch.distributed.get_rank() == 0):
-        maps = _find(settings, sources, images, population, device)
+        maps = _find(settings, sources, images, population, loading)
         tensors = {
             f"{s}.{e}.{n}": p.contiguous()
             for s in maps
@@ -524,21 +529,57 @@ def _find(
     sources: Sources,
     images: ImageSet,
     population: Population,
-    device: torch.device,
+    loading: Loading,
 ) -> Maps:
     guided, sites = settings.stranger.way == "guided", list(settings.sites)
     with _by_itself():
         model = load_model(
             settings.model_name_or_path,
-            dtype=torch.bfloat16 if settings.bf16 else torch.float32,
             attn_implementation=settings.attn_implementation,
             llm_layers=None if guided else llm_layers_needed(sites, sources.config),
-            device=device,
-            quantize_llm=None if settings.quantize_llm == "none" else settings.quantize_llm,
+            **loading.arguments(),
         )
         if guided:
             return GuidedSearch(model, sources.processor, images, population, settings).maps(sites)
         return shift_maps(model, images, population, sites)
+
+
+def _loading(settings: Settings, device: torch.device, images: ImageSet) -> Loading:
+    """How the model is loaded that is asked: of the guided search the whole one, on this card or wherever it fits."""
+    told, dtype = settings.stranger, torch.bfloat16 if settings.bf16 else torch.float32
+    kept = None if settings.quantize_llm == "none" else settings.quantize_llm
+    if told.way != "guided":
+        return Loading(device, dtype, kept)
+    if told.quantize != "auto":
+        kept = None if told.quantize == "none" else told.quantize
+    if told.device_map == "auto" or told.quantize != "auto" or kept is not None:
+        return Loading(device, dtype, kept, spread=told.device_map == "auto", room=_room(settings, images))
+    return fitting(
+        [local_folder(settings.model_name_or_path)],
+        device,
+        dtype,
+        "auto",
+        anywhere=settings.engine == "deepspeed",  # the other ranks' cards are idle meanwhile
+        option="stranger.quantize=",
+        spread_option="stranger.device_map=auto",
+        room=_room(settings, images),
+    )
+
+
+def _room(settings: Settings, images: ImageSet) -> int:
+    """Bytes that the guided search takes of a card beside the weights; `planning` counts the same more finely.
+
+    A step's activations in two passes with a graph, copies of the mapped features, and how strangers' features vary.
+    """
+    text: Any = images.config.text_config
+    width, itemsize = text.hidden_size, 2 if settings.bf16 else 4
+    visual = len(images.batch([0]).token_rows)
+    layer = width * itemsize  # its input; or all that its backward pass needs
+    if not settings.gradient_checkpointing:
+        layer = 8 * width + (4 * width + 3 * text.intermediate_size) * itemsize
+    step = 2 * text.num_hidden_layers * (visual + _ASKED) * layer + _COPIES * visual * width * 4
+    samples = visual * width if images.fixed_resolution else width
+    return WORKING_BYTES + settings.stranger.views * step + 200 * samples * 4
 
 
 def _read(file: Path, sites: Sequence[str], people: int) -> Maps:
@@ -575,20 +616,22 @@ def _check(settings: Settings, population: Population) -> None:
         )
 
 
-def _digest(settings: Settings, sources: Sources, images: ImageSet, population: Population) -> str:
+def _digest(settings: Settings, sources: Sources, images: ImageSet, population: Population, loading: Loading) -> str:
     """A name for all that shapes the maps."""
     guided = settings.stranger.way == "guided"
+    told = {key: value for key, value in asdict(settings.stranger).items() if key not in ("quantize", "device_map")}
     shaped_by = {
         "weights": sources.base.fingerprint,
         "preprocessing": sources.processor.image_processor.to_json_string(),
+        "image_processor": type(sources.processor.image_processor).__name__,
         "prompt": chat_prompt(sources.processor, "", image=True),
         "bf16": settings.bf16,
-        "quantize_llm": settings.quantize_llm,
+        "quantize_llm": loading.quantize or "none",
         "sites": list(settings.sites),
         "people": [[images.keys[i] for i in photos] for photos in population.people],
         "others": [[images.keys[i] for i in photos] for photos in population.others],
         "known": population.known,
-        "stranger": asdict(settings.stranger) if guided else "shift",
+        "stranger": told if guided else "shift",
         "seed": settings.seed if guided else None,
         "identity": [[repr(p.visual) for p in profiles] for profiles in population.profiles] if guided else None,
         "neutral": neutral_questions(population.profiles) if guided else None,

@@ -179,7 +179,9 @@ class Distillation:
         path = VisualPath(trained.model, sites)
 
         def see(images: VisualBatch) -> Any:
-            return forward(path, images)
+            # torch compiles a pass with a graph and one without to different arithmetic, and training has one with.
+            with torch.set_grad_enabled(settings.compile or torch.is_grad_enabled()):
+                return forward(path, images)
 
         tables = self._targets(see, progress, partitioned)
         units: ProjectorUnits | None = None
@@ -227,7 +229,7 @@ class Distillation:
     def _see_reference(self, folder: str) -> dict[str, FeatureCache]:
         """What the reference model sees of the forget images, by site."""
         model = load_model(folder, dtype=self._dtype, llm_layers=self.sources.llm_layers, device=self.device)
-        caches = self._open_caches(identify_base(local_folder(folder)))
+        caches = self._open_caches(identify_base(local_folder(folder)), as_trained=False)
         forget = {self.images.keys[i]: i for i in self.plan.forget}
         fill_caches(caches, VisualPath(model, list(self.settings.sites)), forget, self.images.collate, self.device)
         return caches
@@ -283,7 +285,18 @@ class Distillation:
         needed = {images.keys[i]: i for i in self._needed if images.keys[i] not in elsewhere}
         caches = self._open_caches(self.sources.base)
         seen: dict[str, int | NoiseImage] = {**needed, **{image.key: image for image in noise.values()}}
-        fill_caches(caches, path, seen, images.collate, self.device, progress=progress, all_ranks_run=all_ranks_run)
+        # a compiled pass keeps activations, so it takes no more images than a training step
+        batch_size = min(16, settings.per_device_train_batch_size) if settings.compile else 16
+        fill_caches(
+            caches,
+            path,
+            seen,
+            images.collate,
+            self.device,
+            batch_size=batch_size,
+            progress=progress,
+            all_ranks_run=all_ranks_run,
+        )
         keys = [key for key in needed if key in retain]
         total = sum(settings.sites.values())
         tables = {}
@@ -302,14 +315,19 @@ class Distillation:
         settings = self.settings
         return Path(settings.cache_dir) if settings.cache_dir else Path(settings.output_dir) / "teacher_cache"
 
-    def _open_caches(self, model: BaseModel) -> dict[str, FeatureCache]:
+    def _open_caches(self, model: BaseModel, *, as_trained: bool = True) -> dict[str, FeatureCache]:
+        """`as_trained`: seen with the compiled or fused layers that training has, where it has some."""
         settings, processor = self.settings, self.sources.processor
         rank = int(os.environ.get("RANK", "0")) if settings.engine == "deepspeed" else 0
         ingredients = {
             "weights": model.fingerprint,
             "prefix": visual_prefix(processor),
             "preprocessing": processor.image_processor.to_json_string(),
+            "image_processor": type(processor.image_processor).__name__,  # of PIL's or torchvision's resizing
             "compute_dtype": str(self._dtype),
+            "attn_implementation": settings.attn_implementation if as_trained else "sdpa",
+            "compile": settings.compile and as_trained,
+            "fused_frozen_ops": settings.fused_frozen_ops and as_trained,
             "quantize_llm": settings.quantize_llm,
         }
         return {

@@ -7,6 +7,7 @@ import io
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -17,8 +18,9 @@ from fastvkd.data.sources import read_forget_retain
 from fastvkd.data.strangers import read_strangers
 from fastvkd.engines.checkpoints import load_weights
 from fastvkd.errors import DataError, SettingsError
-from fastvkd.models import families
+from fastvkd.models import families, loading, placement
 from fastvkd.models.folder import identify_base
+from fastvkd.models.placement import Loading
 from fastvkd.models.visual_path import VisualPath
 from fastvkd.records import Choice, Open, Photo, Profile, Questions
 from fastvkd.settings import Settings, Stranger
@@ -93,6 +95,50 @@ def test_the_tower_sees_the_views_of_a_step_once(name: str) -> None:
             together = [asker.read(batch).logits for batch in batches]
     assert each and len(calls) == each
     assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_search_through_a_spread_model_finds_the_same_maps(checkpointing, tmp_path, monkeypatch) -> None:
+    model, processor, images, population = tiny_population("llava")
+    model.save_pretrained(tmp_path / "model")
+    where = {"device_map": tiny.places_in_part_away(), "offload_folder": str(tmp_path / "away")}
+    monkeypatch.setattr(loading, "_spread", lambda room: where)
+    settings = Settings(
+        model_name_or_path=str(tmp_path / "model"),
+        forget_target="stranger",
+        gradient_checkpointing=checkpointing,
+        stranger=Stranger(steps=2, views=2, rank=4, device_map="auto"),
+    )
+    found = []
+    for told in (settings, dataclasses.replace(settings, stranger=Stranger(steps=2, views=2, rank=4))):
+        model = stranger._loading(told, torch.device("cpu"), images).model(told.model_name_or_path)
+        assert any(p.is_meta for p in model.parameters()) == (told is settings)
+        maps = GuidedSearch(model, processor, images, population, told).maps(["projector", "llm:2"])
+        found.append([p for site in maps.values() for map_ in site for p in map_.parameters()])
+    assert len(found[0]) == 16 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_the_search_is_quantised_where_the_whole_model_does_not_fit_the_card(tmp_path, monkeypatch, caplog) -> None:
+    _, _, images, _ = tiny_population("llava")
+
+    def loaded(**told) -> Loading:
+        own = {key: told.pop(key) for key in ("way", "quantize", "device_map") if key in told}
+        settings = Settings(model_name_or_path=str(tmp_path), bf16=True, stranger=Stranger(**own), **told)
+        return stranger._loading(settings, torch.device("cuda"), images)
+
+    sizes = {None: 26e9, "nf4": 9e9}
+    monkeypatch.setattr(placement, "weight_bytes", lambda folder, itemsize, quantize=None: sizes[quantize])
+    card = SimpleNamespace(total_memory=24 * 1024**3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert loaded().quantize == "nf4" and "loaded in nf4, as stranger.quantize=nf4" in caplog.messages[0]
+    assert not loaded(device_map="auto").quantize and loaded(device_map="auto").spread
+    plain = loaded(quantize="none", quantize_llm="nf4")
+    assert plain == Loading(torch.device("cuda"), torch.bfloat16, room=plain.room)
+    assert loaded(quantize_llm="int8").quantize == "int8" and loaded(quantize="nf4").quantize == "nf4"
+    assert not loaded(way="shift", quantize="nf4", device_map="auto").spread and len(caplog.messages) == 1
+    card.total_memory *= 2
+    assert loaded().quantize is None and len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize("name", list(tiny.BUILDERS))

@@ -1,0 +1,152 @@
+"""How whole models are brought onto a device: their dtype, their quantisation, and what memory they are spread over.
+
+Training says all of this in its settings. The commands that only ask a model take a default that fits the card, and
+say so on one line.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from fastvkd.devices import QUANTIZED_BYTES, WORKING_BYTES, pick_device, usable_bytes
+from fastvkd.models.folder import read_safetensors_header, shards_of
+from fastvkd.models.loading import VISUAL_KEY, ModelPath, Quantize, load_model
+from fastvkd.options import ModelOptions, Quantized
+
+log = logging.getLogger("fastvkd")
+
+_NOT_ROUNDED = ("lm_head.", "embed_tokens.")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How models are loaded. `spread`: over all cards and then host memory, as accelerate's device_map="auto", `room`
+    bytes of each card being kept free."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    quantize: Quantize | None = None
+    spread: bool = False
+    room: int = WORKING_BYTES
+
+    def model(self, folder: ModelPath) -> PreTrainedModel:
+        """The whole model of a folder, in evaluation mode."""
+        return load_model(folder, **self.arguments())
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of `load_model`."""
+        return {
+            "dtype": self.dtype,
+            "device": self.device,
+            "quantize_llm": self.quantize,
+            "spread": self.room if self.spread else None,
+        }
+
+    def described(self) -> dict[str, str]:
+        """What results state; `device_map` changes no figure, the others do."""
+        return {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "quantize": self.quantize or "none",
+            "device_map": "auto" if self.spread else "none",
+        }
+
+
+def loading_of(options: ModelOptions, folders: Sequence[Path], *, copies: int = 0) -> Loading:
+    """How a command loads the models in `folders` at once, with room for `copies` more of the largest.
+
+    In bfloat16 on a GPU and in float32 on a CPU, unless the options say otherwise.
+    """
+    device = pick_device(options.device)
+    bf16 = options.bf16 or (device.type == "cuda" and not options.fp32)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    anywhere = options.device in ("auto", "cuda")
+    if options.device_map == "auto":
+        quantize = _named(options.quantize)
+        room = WORKING_BYTES
+        if copies and device.type == "cuda":
+            sizes = [weight_bytes(folder, dtype.itemsize, quantize) for folder in folders]
+            copied, cards = copies * max(sizes), _cards()
+            if sum(sizes) + copied <= sum(usable_bytes(card) - room for card in cards):
+                room += copied // len(cards)  # else weights go to host memory, and nothing is copied
+        return Loading(device, dtype, quantize, spread=True, room=room)
+    return fitting(folders, device, dtype, options.quantize, copies=copies, anywhere=anywhere)
+
+
+def fitting(
+    folders: Sequence[Path],
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: Quantized,
+    *,
+    copies: int = 0,
+    anywhere: bool = False,
+    option: str = "--quantize ",
+    spread_option: str = "--device-map auto",
+    room: int = WORKING_BYTES,
+) -> Loading:
+    """`quantize` as it is named; `auto` is the first that fits: the models as they are, over all cards where `anywhere`
+    allows others than `device`, in nf4, and over the cards and host memory. All but the first are said on one line.
+
+    It goes by the size of the card and not by what is free on it, so that the same command gives the same figures.
+    room: bytes beside the weights.
+    """
+    if quantize != "auto" or device.type != "cuda":
+        return Loading(device, dtype, _named(quantize))
+    sizes = {kind: [weight_bytes(folder, dtype.itemsize, kind) for folder in folders] for kind in (None, "nf4")}
+    whole, rounded = (sum(of) + copies * max(of) + room for of in sizes.values())
+    card = torch.cuda.get_device_properties(device).total_memory
+    if whole <= usable_bytes(card):
+        return Loading(device, dtype)
+    cards = _cards()
+    names = ", ".join(folder.name for folder in folders)
+    needs = f"{names} in {str(dtype).removeprefix('torch.')} needs {whole / 1e9:.0f} GB; this card has {card / 1e9:.0f}"
+    if anywhere and whole - room <= sum(usable_bytes(card) - room for card in cards):
+        log.warning("%s: spread over %d cards, as %s", needs, len(cards), spread_option)
+        copied = copies * max(sizes[None]) // len(cards)
+        return Loading(device, dtype, spread=True, room=room + copied)
+    if rounded <= usable_bytes(card):
+        log.warning("%s: loaded in nf4, as %snf4 (%s is exact, and slower)", needs, option, spread_option)
+        return Loading(device, dtype, "nf4")
+    log.warning("%s, too few also for nf4: spread over cards and host memory, as %s", needs, spread_option)
+    return Loading(device, dtype, spread=True, room=room)
+
+
+def _cards() -> list[int]:
+    """Bytes of every GPU."""
+    return [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+
+
+def _named(quantize: Quantized) -> Quantize | None:
+    return None if quantize == "auto" or quantize == "none" else quantize
+
+
+def weight_bytes(folder: Path, itemsize: int, quantize: Quantize | None = None) -> int:
+    """Bytes of a model folder's weights once they are loaded, by what its safetensors files say of themselves.
+
+    Of the LLM the matrices of the layers are quantised, not embeddings and head. A folder that holds quantised weights
+    already is as large as its files.
+    """
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    stored = config.get("quantization_config") is not None
+    total = 0.0
+    for shard in shards_of(folder):
+        header, _ = read_safetensors_header(shard)
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            visual_or_end = VISUAL_KEY.search(name) or any(part in name for part in _NOT_ROUNDED)
+            if stored:
+                total += end - begin
+            elif quantize is None or visual_or_end or len(entry["shape"]) < 2:
+                total += math.prod(entry["shape"]) * itemsize
+            else:
+                total += math.prod(entry["shape"]) * QUANTIZED_BYTES[quantize]
+    return int(total)

@@ -1,0 +1,46 @@
+"""What stands in the way of a model folder, seen from the names of its files: said before anything is downloaded into
+memory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+_INDEX, _ONE = "model.safetensors.index.json", "model.safetensors"
+
+
+def notes_on(model_name_or_path: str) -> list[str]:
+    """What a user should know of a local model folder, a line each; [] for a sound one and for what is no folder.
+
+    Weights that are quantised already, adapters without their base, weights in pickles, and shards that are missing.
+    """
+    folder = Path(model_name_or_path)
+    if not folder.is_dir():
+        return []
+    notes = []
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        base = _json(adapter).get("base_model_name_or_path", "its base model")
+        notes.append(f"{folder}: an adapter of {base}; merge it (merge_and_unload) and save the whole model")
+    quantised = _json(folder / "config.json").get("quantization_config")
+    if quantised:
+        kind = quantised.get("quant_method") or "bitsandbytes"
+        notes.append(
+            f"{folder}: its weights are quantised already ({kind}), so export cannot write into them and the figures "
+            "above, of weights that are not, are too high; take the original model"
+        )
+    pickles = [*folder.glob("pytorch_model*.bin"), *folder.glob("*.pth")]
+    if not (folder / _INDEX).is_file() and not (folder / _ONE).is_file():
+        if pickles:
+            notes.append(f"{folder}: weights in {pickles[0].name} only; write them once with save_pretrained")
+        elif not adapter.is_file():
+            notes.append(f"{folder}: no weights in it; training needs them")
+    elif (folder / _INDEX).is_file():
+        named = sorted(set(_json(folder / _INDEX)["weight_map"].values()))
+        missing = [name for name in named if not (folder / name).is_file()]
+        if missing:
+            notes.append(f"{folder}: {len(missing)} of {len(named)} shards are missing, first {missing[0]}; copy them")
+    return notes
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}

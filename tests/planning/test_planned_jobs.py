@@ -1,0 +1,191 @@
+"""What a plan says of evaluation, attacks and export against what they allocate, on a LLaVA with random weights; and in
+which way each job fits a card."""
+
+import gc
+import io
+import json
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from test_planning import measured_peak, settings_for
+from transformers import AutoModelForImageTextToText
+
+from fastvkd.attacks.relearning import Attacker, relearning_curve
+from fastvkd.cli import main
+from fastvkd.devices import GIB, at_once
+from fastvkd.errors import ModelError
+from fastvkd.evaluation.asker import Asker
+from fastvkd.evaluation.inputs import Embedder, evaluating
+from fastvkd.models import placement
+from fastvkd.models.answers import Query
+from fastvkd.models.prompts import chat_prompt
+from fastvkd.planning.architecture import architecture_of, find_architecture
+from fastvkd.planning.jobs import WholeModel, other_jobs
+from fastvkd.planning.plan import plan
+from fastvkd.records import Choice, Photo, Profile, Questions
+
+SIDE, PHOTOS, ASKED = 64, 8, ("who is this person ?", "the photo ?", "who ?")
+
+
+def noise(seed: int) -> Photo:
+    values = torch.randint(256, (SIDE, SIDE, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(values.numpy()).save(buffer, "PNG")
+    return Photo(buffer.getvalue(), str(seed))
+
+
+class Case:
+    """A LLaVA of 256 visual tokens, its plan, and eight photos with three questions each."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.config, self.processor = tiny.llava(
+            hidden_size=256,
+            intermediate_size=704,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=64,
+        )
+        vision = self.config.vision_config
+        vision.image_size, vision.hidden_size, vision.intermediate_size, vision.num_attention_heads = SIDE, 192, 768, 4
+        self.config.image_seq_length = 256
+        self.processor.image_processor.size = {"height": SIDE, "width": SIDE}
+        self.processor.image_processor.crop_size = {"height": SIDE, "width": SIDE}
+        torch.manual_seed(0)
+        self.model = AutoModelForImageTextToText.from_config(self.config).eval().to(dtype)
+        self.photos = [noise(seed) for seed in range(PHOTOS)]
+        self.whole = WholeModel(architecture_of(self.config.to_dict()), dtype.itemsize, asked_tokens=9)
+
+    def queries(self, asked: tuple[str, ...]) -> list[Query]:
+        prompts = [chat_prompt(self.processor, question, image=True) for question in asked]
+        return [Query(prompt, (photo,)) for photo in self.photos for prompt in prompts]
+
+    def score(self) -> None:
+        queries = self.queries(ASKED)
+        Asker(self.model, self.processor, PHOTOS).scores(queries, [["A", "B C"]] * len(queries))
+
+    def answer(self) -> None:
+        Asker(self.model, self.processor, PHOTOS).answers(self.queries(ASKED[:1]), 4)
+
+    def see(self) -> None:
+        with evaluating(self.model):
+            Embedder(self.model, self.processor, PHOTOS).features(self.photos)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(request.param)
+
+
+def test_planned_memory_of_evaluation_is_the_measured_peak(case: Case, monkeypatch) -> None:
+    embedder = Embedder(case.model, case.processor, PHOTOS)
+    with evaluating(case.model):
+        tokens = max(len(text.ids) for text in embedder.encode(case.queries(ASKED[:1])))
+    pack = tokens + 18  # two further short questions, of three tokens and an option's two each
+    expected = {
+        case.score: PHOTOS * embedder.pack_bytes(pack),
+        case.answer: PHOTOS * embedder.answer_bytes(tokens + 4),
+        case.see: PHOTOS * embedder._tower_bytes(257),
+    }
+    found = {}
+    for work, planned in expected.items():
+        work()  # lazy initialisation outside the measurement
+        gc.collect()
+        found[work] = measured_peak(work)
+        assert found[work] == pytest.approx(planned, rel=0.10), work.__name__
+    # The plan takes the largest; it counts a photo's questions as twice the first, where data ask some fifteen.
+    monkeypatch.setattr("fastvkd.planning.jobs._PACK_TOKENS", pack - tokens)
+    assert case.whole.asking(PHOTOS) >= 0.9 * max(found.values())
+    loaded = measured_peak(lambda: AutoModelForImageTextToText.from_config(case.config, dtype=case.model.dtype))
+    assert case.whole.weights() == sum(p.nbytes for p in case.model.parameters()) <= 1.05 * loaded
+
+
+@pytest.mark.parametrize("weights", ["visual", "all"])
+def test_relearning_takes_no_more_than_planned(case: Case, weights) -> None:
+    choice = Choice(ASKED[0], {"A": "A", "B": "B"}, "A")
+    people = [Profile(str(i), (photo,) * 2, Questions(choice=(choice,))) for i, photo in enumerate(case.photos)]
+
+    def relearn() -> None:
+        attacker = Attacker(case.processor, people, batch_size=16)
+        told = {"weights": weights, "measure_at": (0, 2), "max_samples": 1}
+        relearning_curve(case.model, case.processor, attacker, people, **told)
+
+    planned = case.whole.relearning(everything=weights == "all")
+    measured = measured_peak(relearn)
+    assert 0.5 * planned < measured < 1.10 * planned
+
+
+def test_evaluation_goes_in_batches_that_its_memory_holds(monkeypatch) -> None:
+    case = Case(torch.float32)
+    scored = Asker(case.model, case.processor, PHOTOS).scores(case.queries(ASKED), [["A", "B C"]] * 24)
+    gc.collect()
+    before = measured_peak(case.score)
+    sizes: list[int] = []
+    decoder = case.model.get_decoder()
+    decoder.register_forward_pre_hook(lambda _, args, kw: sizes.append(len(kw["inputs_embeds"])), with_kwargs=True)
+    monkeypatch.setattr("fastvkd.devices.WORKING_BYTES", before // 3)
+    assert measured_peak(case.score) < before / 2 and max(sizes) == 2 and sum(sizes) == PHOTOS
+    again = Asker(case.model, case.processor, PHOTOS).scores(case.queries(ASKED), [["A", "B C"]] * 24)
+    assert all(
+        a.log_likelihood == pytest.approx(b.log_likelihood, abs=1e-5) for a, b in zip(again, scored, strict=True)
+    )
+    assert at_once(GIB) == 1  # more than there is still goes, one by one
+
+
+def test_a_plan_and_the_commands_choose_alike(monkeypatch, tmp_path) -> None:
+    """Whatever the card, `eval` loads a model as the plan says."""
+    for name in ("llava-1.5-7b", "llava-1.5-13b", "llava-v1.6-34b", "qwen2.5-vl-72b"):
+        whole = WholeModel(find_architecture(name))
+        sizes = {None: whole.weights(), "nf4": whole.weights("nf4")}
+        monkeypatch.setattr(placement, "weight_bytes", lambda folder, itemsize, kind=None, of=sizes: of[kind])
+        for gib in (14.8, 22.5, 45.0, 79.1, 178):
+            card = type("Card", (), {"total_memory": int(gib * GIB)})
+            monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
+            for cards in (1, 2):
+                monkeypatch.setattr(torch.cuda, "device_count", lambda cards=cards: cards)
+                job = other_jobs(find_architecture(name), int(gib * GIB), cards)[1]
+                device = torch.device("cuda")
+                found = placement.fitting([tmp_path], device, torch.bfloat16, "auto", anywhere=True)
+                told = f"{'--quantize nf4' if found.quantize else ''}{'--device-map auto' if found.spread else ''}"
+                if job.fits:
+                    assert job.command.removeprefix("fastvkd eval --model merged --data DATA").strip() == told
+
+
+def test_every_job_has_a_way_on_24_gib() -> None:
+    for name in ("llava-1.5-7b", "llava-1.5-13b"):
+        result = plan(settings_for(name, sites={"projector": 1.0}), gpu="L4")
+        assert all(job.fits for job in result.jobs) and result.fits
+        text = result.table()
+        assert "fastvkd export --run RUN --to merged" in text and "fastvkd eval --model merged" in text
+    assert other_jobs(find_architecture("llava-1.5-13b"), None)[1].how == "as it is"
+    host = other_jobs(find_architecture("qwen2.5-vl-72b"), int(22.5 * GIB))[1]
+    assert host.host_bytes > 100 * GIB and host.gpu_bytes < 22 * GIB and "--device-map auto" in host.command
+
+
+def test_a_plan_needs_no_data_and_looks_at_the_folder(tmp_path, capsys) -> None:
+    config, _ = tiny.llava()
+    config.save_pretrained(tmp_path)
+
+    def notes(**config_changes) -> list[str]:
+        written = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**written, **config_changes}))
+        assert main(["plan", f"model_name_or_path={tmp_path}", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["notes"]
+
+    assert "no weights in it" in notes()[0]
+    (tmp_path / "pytorch_model.bin").touch()
+    assert "weights in pytorch_model.bin only" in notes()[0]
+    save_file({"a": torch.ones(1)}, tmp_path / "model-1.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "1 of 2 shards are missing, first model-2.safetensors" in notes()[0]
+    save_file({"b": torch.ones(1)}, tmp_path / "model-2.safetensors")
+    assert notes() == []
+    assert "quantised already (awq)" in notes(quantization_config={"quant_method": "awq"})[0]
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "llava-hf/llava-1.5-7b-hf"}')
+    with pytest.raises(ModelError, match=r"an adapter of llava-hf/llava-1\.5-7b-hf; merge it"):
+        plan(settings_for(str(tmp_path)))
