@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.hooks import RemovableHandle
 
 from fastvkd.engines.optimizers import build_optimizer
 from fastvkd.engines.schedule import Schedule
@@ -52,13 +53,14 @@ class LocalEngine:
         self.schedule = Schedule(lr_scheduler_type, warmup_steps=warmup_steps, max_steps=max_steps)
         self._parameters = dict(named_parameters)
         self._masters: dict[str, nn.Parameter] = {}
+        self._hooks: list[RemovableHandle] = []
         for name, parameter in named_parameters:
             if parameter.dtype == torch.float32:
                 self._masters[name] = parameter
             else:
                 master = nn.Parameter(parameter.detach().to(torch.float32, copy=True))
                 self._masters[name] = master
-                parameter.register_post_accumulate_grad_hook(_move_gradient_to(master))
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(_move_gradient_to(master)))
         self._optimizer = build_optimizer(
             self._masters.items(),
             optim=optim,
@@ -89,6 +91,14 @@ class LocalEngine:
         self._copy_masters_to_parameters()
         self.updates += 1
         return norm
+
+    def release(self) -> None:
+        """Let go of the parameters, so that another engine may train them: no gradient of theirs goes to a master any
+        more."""
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self._parameters.values():
+            parameter.grad = None
 
     @torch.no_grad()
     def _copy_masters_to_parameters(self) -> None:

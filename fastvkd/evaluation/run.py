@@ -110,7 +110,7 @@ def _load(options: EvalOptions, folder: Path) -> tuple[nn.Module, str]:
     """The model, steered where that is asked for, and the fingerprint of all that decides its answers."""
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     model = load_model(options.model, dtype=dtype, device=pick_device(options.device))
-    fingerprint = _fingerprint(folder, dtype)
+    fingerprint = answers_fingerprint(folder, dtype)
     if options.steering is not None:
         attach(model, load_steering(options.steering))
         fingerprint += hashlib.sha256(options.steering.read_bytes()).hexdigest()
@@ -158,7 +158,7 @@ def _summary(
     return summary
 
 
-def _fingerprint(folder: Path, dtype: torch.dtype) -> str:
+def answers_fingerprint(folder: Path, dtype: torch.dtype) -> str:
     """Of everything in a model folder, and of the dtype, that decides what the model answers."""
     digest = hashlib.sha256(f"{identify_base(folder).fingerprint} {dtype}".encode())
     for file in sorted({file for pattern in _TEXT_FILES for file in folder.glob(pattern) if file.is_file()}):
