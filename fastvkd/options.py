@@ -244,6 +244,8 @@ class Budget(Options):
         super().__post_init__()
         if max(self.relearning_steps) < 1:
             raise SettingsError(f"steps={max(self.relearning_steps)}: at least one step is needed")
+        if "unlearned" not in self.relearning_models:
+            raise SettingsError(f"relearn-models={' '.join(self.relearning_models)}: unlearned must be among them")
 
 
 @dataclass(kw_only=True)

@@ -80,7 +80,9 @@ class Certificate:
     kept_visual: float | None = 0.95  # share of the visual accuracy before that the worst kept set must have
     kept_text: float | None = 0.98  # the same of text questions
     language_model_unchanged: bool = True
-    attack_above_chance: float | None = 0.15  # paraphrase, few-shot, reverse, edited photos, quantised: worst variant
+    attack_above_chance: float | None = (
+        0.15  # paraphrase, few-shot, reverse, edited photos, quantised, perturbed: worst variant
+    )
     membership_auc: float | None = 0.65  # furthest from 0.5, either way
     relearning_gap: float | None = 0.10  # area under the relearning curve above gold's
     probe_gap: float | None = 0.15  # linear probe's accuracy above gold's, worst site

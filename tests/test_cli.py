@@ -155,6 +155,8 @@ def test_the_command_line_and_the_library_have_the_same_defaults() -> None:
         ("attack --model m --data d --shares 0.5 0", "shares=0.0: must lie above 0 and at most at 1"),
         ("attack --model m --data d --steps 0", "steps=0: at least one step is needed"),
         ("attack --model m --data d --learning-rates 1e-4 0", "learning_rates=0.0: must be above 0"),
+        ("attack --model m --data d --relearn-models gold", "relearn-models=gold: unlearned must be among them"),
+        ("attack --model m --data d --weights llm", "weights='llm': allowed are visual, all"),
         ("attack --model m --data d --seed -1", "seed=-1: must not be negative"),
         ("compare run --format csv", "format='csv': allowed are text, json, latex"),
         ("demo --size huge", "size='huge': allowed are default, tiny"),

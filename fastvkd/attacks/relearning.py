@@ -351,7 +351,7 @@ class Relearning:
             for weights, rate in product(budget.relearning_weights, budget.learning_rates)
         ]
 
-    def curve(self, model: nn.Module, job: Job, progress: Callable[[int, int], None]) -> dict[str, Any] | None:
+    def curve(self, model: nn.Module, job: Job) -> dict[str, Any] | None:
         """{"photos", "curve"} of one job; None where its variant does nothing to the model."""
         if not job.plan.applies(model):
             return None
@@ -374,7 +374,6 @@ class Relearning:
             gradient_checkpointing=budget.gradient_checkpointing,
             optim=budget.optim,
             prepared=self._prepared,
-            progress=progress,
         )
         return {"photos": attacker.photos, "curve": curve}
 

@@ -14,7 +14,7 @@ from fastvkd.attacks import fewshot, images, membership, paraphrase, perturb, pr
 from fastvkd.attacks.asking import Asked, Examiner, Figures, chance_of, choices_of, figures, plain_query
 from fastvkd.attacks.first_moves import condition_number
 from fastvkd.attacks.journal import Journal
-from fastvkd.attacks.relearning import Attacker, Job, Relearning, held_and_judged, hold_out
+from fastvkd.attacks.relearning import Attacker, Relearning, held_and_judged, hold_out
 from fastvkd.errors import DataError, SettingsError
 from fastvkd.evaluation.inputs import PreparedPhotos
 from fastvkd.evaluation.people import examine
@@ -56,6 +56,7 @@ class Piece:
 
     facts: dict[str, Any]
     measure: Callable[[nn.Module], Any]
+    label: str  # for whoever waits
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class Attack:
         for name, pieces in work:
             model = cache(self.models[name])
             for at, piece in pieces:
-                self.progress(done, total, " ".join([name, *map(str, piece.facts.values())]))
+                self.progress(done, total, f"{name} {piece.label}")
                 facts = {"model": name, "identity": self.identities.get(name, name), **piece.facts}
                 value = self.journal.kept(facts, lambda piece=piece, model=model: piece.measure(model()))  # type: ignore[misc]
                 found[at].setdefault(name, []).append(value)
@@ -168,7 +169,8 @@ class Attack:
         return [plain_query(self.processor, one.choice.question, one.photo) for one in asked]
 
     def _piece(self, kind: str, measure: Callable[[nn.Module], Any], **facts: Any) -> Piece:
-        return Piece({"kind": kind, **facts, "max_samples": self.budget.max_samples, "seed": self.seed}, measure)
+        asked = {"max_samples": self.budget.max_samples, "seed": self.seed}
+        return Piece({"kind": kind, **facts, **asked}, measure, f"{kind} {facts.get('variant', '')}".strip())
 
     def _evaluation(self) -> Part:
         """Free answers are asked for only where they say something of people: where the data know strangers."""
@@ -215,23 +217,22 @@ class Attack:
         budget = self.budget
         relearning = Relearning(self.processor, self.cells, budget, public=self.public, prepared=self.prepared)
 
-        def curve(model: nn.Module, job: Job) -> Any:
-            name = " ".join(map(str, job.names.values()))
-            return relearning.curve(model, job, lambda done, total: self.progress(done, total, f"relearn {name}"))
-
         spent = {
             "steps": budget.relearning_steps,
             "samples": budget.relearning_samples,
             "retained": budget.relearning_retained,
             "optim": budget.optim,
         }
-        pieces = [Piece({"kind": "condition"}, condition_number)]
-        pieces.append(
-            Piece({"kind": "retained", **spent, "seeds": budget.relearning_seeds}, relearning.retained),
-        )
+        seeds = {"kind": "retained", "seeds": budget.relearning_seeds, **spent}
+        pieces = [
+            Piece({"kind": "condition"}, condition_number, "condition of the projector"),
+            Piece(seeds, relearning.retained, "retained people"),
+        ]
         for job in relearning.jobs:
             public = self.identities.get("public") if job.plan.variant.startswith("public") else None
-            pieces.append(Piece({"kind": "relearn", **job.names, **spent, "public": public}, partial(curve, job=job)))
+            label = " ".join(["relearn", *map(str, job.names.values())])
+            facts = {"kind": "relearn", **job.names, **spent, "public": public}
+            pieces.append(Piece(facts, partial(relearning.curve, job=job), label))
 
         def result(found: Mapping[str, list[Any]]) -> dict[str, Any]:
             rows = relearning.rows(

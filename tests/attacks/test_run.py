@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,18 +12,18 @@ from fastvkd.attacks import run
 from fastvkd.attacks.journal import Journal
 from fastvkd.attacks.relearning import hold_out
 from fastvkd.attacks.suite import KINDS, Attack, parse_kinds
-from fastvkd.cli import _parser, main
+from fastvkd.cli import main
 from fastvkd.data.sources import evaluation_cells
 from fastvkd.errors import DataError, SettingsError
 from fastvkd.evaluation.inputs import PreparedPhotos
 from fastvkd.models.loading import load_model, load_processor
-from fastvkd.options import AttackOptions, Budget
+from fastvkd.options import Budget
 from fastvkd.reporting import relearning_parts, validate
 from fastvkd.reporting.html import section
 from fastvkd.reporting.sections import Page
 
 
-def test_every_attack_and_the_certificate_of_a_run(world, tmp_path: Path, capsys) -> None:
+def test_every_attack_and_the_certificate_of_a_run(world, tmp_path: Path, capsys, monkeypatch) -> None:
     thresholds = tmp_path / "run.yaml"
     thresholds.write_text("certificate: {probe_gap: 0.01, kept_text: null}\n")
     model = str(world.model)
@@ -71,6 +72,9 @@ def test_every_attack_and_the_certificate_of_a_run(world, tmp_path: Path, capsys
     )
     for row in found["questions"]:
         assert row["variant"] in printed
+    monkeypatch.setattr(run, "load_model", lambda *_, **__: pytest.fail("all figures are in attacks.jsonl"))
+    assert main([*command, "--device", "cpu", "--out", str(tmp_path / "out")]) == code
+    assert json.loads((tmp_path / "out" / "attacks.json").read_text()) == found
 
     kinds = ("questions", "membership", "probe", "perturbation")
     report = {"attacks": {key: found[key] for key in kinds}, "certificate": judged}
@@ -156,75 +160,88 @@ def test_without_unseen_photos_the_other_attacks_still_run(world) -> None:
     assert found["questions"] and found["membership"]
 
 
-def arguments(world, out: Path, *more: str) -> list[str]:
-    command = ["attack", "--model", str(world.model), "--data", str(world.data), "--out", str(out), "--device", "cpu"]
-    command += ["--forget-split", world.forget_split, "--retain-split", world.retain_split, "--max-samples", "4"]
-    command += ["--shares", "0.5", "--seeds", "0", "--steps", "1", "--variants", "noise", "--weights", "visual"]
-    return [*command, "--learning-rates", "1e-3", "--kind", "relearn", "reverse", *more]
+class Loaders:
+    """Loaders of models, which note who was loaded, and refuse where another one is still there."""
 
+    def __init__(self, world) -> None:
+        self.world, self.names, self._alive = world, [], []
 
-def options_of(world, out: Path, *more: str) -> AttackOptions:
-    given = vars(_parser().parse_args(arguments(world, out, *more)))
-    given.pop("command")
-    return AttackOptions(**given)
+    def of(self, *names: str) -> dict:
+        return {name: partial(self._load, name) for name in names}
 
-
-@pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every whole model that is loaded, by folder; and no two of them are there at the same time."""
-    names, alive = [], []
-
-    def load(folder: Path, **how):
-        model = load_model(folder, **how)
-        if "llm_layers" not in how:
-            assert not [one for one in alive if one() is not None], "another model is still loaded"
-            alive.append(weakref.ref(model))
-            names.append(Path(folder).name)
+    def _load(self, name: str):
+        assert not [model for model in self._alive if model() is not None], "another model is still loaded"
+        model = load_model(self.world.model)
+        self._alive.append(weakref.ref(model))
+        self.names.append(name)
         return model
 
-    monkeypatch.setattr(run, "load_model", load)
-    return names
+
+SMALL = Budget(
+    max_samples=4,
+    relearning_shares=(0.5,),
+    relearning_seeds=(0,),
+    relearning_steps=(0, 1),
+    relearning_variants=("noise",),
+    relearning_weights=("visual",),
+    relearning_samples=4,
+    relearning_retained=4,
+    learning_rates=(1e-3,),
+)
 
 
-def test_one_model_is_loaded_at_a_time_and_none_where_all_is_found(world, tmp_path: Path, loaded: list[str]) -> None:
-    names = ("before", "gold")
-    for name in names:
-        (tmp_path / name).symlink_to(world.model)
-    both = [part for name in names for part in (f"--{name}", str(tmp_path / name))]
-    assert main(arguments(world, tmp_path / "out", *both)) in (0, 1)
-    assert loaded == ["before", "model", "gold"]
-    first = (tmp_path / "out" / "attacks.json").read_text()
-    assert main(arguments(world, tmp_path / "out", *both)) in (0, 1)
-    assert loaded == ["before", "model", "gold"] and (tmp_path / "out" / "attacks.json").read_text() == first
+@pytest.fixture(scope="module")
+def asking(world) -> tuple:
+    cells = evaluation_cells(str(world.data), world.forget_split, world.retain_split)
+    processor = load_processor(world.model)
+    return processor, cells, PreparedPhotos(processor), SMALL
 
 
-def test_an_interrupted_attack_goes_on_where_it_stopped(world, tmp_path: Path, loaded: list[str]) -> None:
-    def stop_at(label: str):
-        def progress(done: int, total: int, what: str) -> None:
-            if what.startswith(label):
-                raise KeyboardInterrupt
+def test_one_model_is_loaded_at_a_time_and_none_where_all_is_found(world, asking, tmp_path: Path) -> None:
+    loaders, file = Loaders(world), tmp_path / "attacks.jsonl"
+    models = loaders.of("vanilla", "unlearned", "gold")
+    kinds = ["relearn", "reverse", "quantize"]
+    found = Attack(models, *asking, journal=Journal(file)).run(kinds)
+    assert loaders.names == ["vanilla", "unlearned", "gold"]
+    assert all(set(row["figures"]) == set(models) for row in found["questions"])
+    assert Attack(models, *asking, journal=Journal(file)).run(kinds) == found
+    assert len(loaders.names) == 3
 
-        return progress
 
+def test_an_interrupted_attack_goes_on_where_it_stopped(world, asking, tmp_path: Path) -> None:
+    def stop(done: int, total: int, what: str) -> None:
+        if what.startswith("unlearned relearn 0.5 noise"):
+            raise KeyboardInterrupt
+
+    def attack(**how) -> dict:
+        return Attack(models, *asking[:3], **{"budget": SMALL, "journal": Journal(file)} | how).run(kinds)
+
+    loaders, file, kinds = Loaders(world), tmp_path / "attacks.jsonl", ["relearn", "reverse"]
+    models = loaders.of("unlearned")
     with pytest.raises(KeyboardInterrupt):
-        run.attack_run(options_of(world, tmp_path / "out"), stop_at("unlearned relearn 0.5 noise"))
-    assert not (tmp_path / "out" / "attacks.json").exists()
-    journal = tmp_path / "out" / "attacks.jsonl"
-    kept = journal.read_text()
+        attack(progress=stop)
+    kept = file.read_text()
     assert [json.loads(line)["kind"] for line in kept.splitlines()] == [
-        *("evaluation", "plain", "reverse", "condition", "retained", "relearn"),
+        *("plain", "reverse", "condition", "retained", "relearn"),
     ]
-    journal.write_text(kept + kept[:100])  # the machine went down in the middle of a line
-    found = run.attack_run(options_of(world, tmp_path / "out"))
-    lines = [json.loads(line) for line in journal.read_text().splitlines()]
-    assert [line["kind"] for line in lines[6:]] == ["relearn"] and lines[6]["variant"] == "noise"
-    assert journal.read_text().startswith(kept) and loaded == ["model", "model"]
-    assert found == run.attack_run(options_of(world, tmp_path / "other"))
-    # Another seed is another attack, more memory is not.
-    run.attack_run(options_of(world, tmp_path / "out", "--micro-batch", "4", "--gradient-checkpointing"))
-    assert len(journal.read_text().splitlines()) == 7
-    run.attack_run(options_of(world, tmp_path / "out", "--seed", "1"))
-    assert len(journal.read_text().splitlines()) == 10  # evaluation and questions; relearning has seeds of its own
+    file.write_text(kept + kept[:100])  # the machine went down in the middle of a line
+    found = attack()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(line["kind"], line.get("variant")) for line in lines[5:]] == [("relearn", "noise")]
+    assert file.read_text().startswith(kept)
+    assert found == attack(journal=Journal())
+    # Less memory is the same attack; another seed, model or rate is not.
+    loaders.names.clear()
+    attack(budget=dataclasses.replace(SMALL, micro_batch=4, gradient_checkpointing=True))
+    assert not loaders.names
+    for how, measured in (
+        ({"seed": 1}, 2),  # the questions; relearning has seeds of its own
+        ({"identities": {"unlearned": "another"}}, 6),
+        ({"budget": dataclasses.replace(SMALL, learning_rates=(1e-3, 1e-4))}, 2),
+    ):
+        before = len(file.read_text().splitlines())
+        attack(**how)
+        assert len(file.read_text().splitlines()) == before + measured
 
 
 def test_a_journal_is_of_its_models_and_data_alone(tmp_path: Path) -> None:

@@ -242,3 +242,17 @@ def test_a_loss_that_reaches_no_parameter_is_refused():
     engine.backward(torch.ones((), requires_grad=True) * 2)
     with pytest.raises(TrainingError, match="no trainable parameter received a gradient"):
         engine.step()
+
+
+def test_a_released_engine_leaves_the_parameters_to_another():
+    module = tiny(torch.bfloat16)
+    first = engine_for(module)
+    train(first, 1)
+    first.release()
+    assert all(parameter.grad is None for parameter in module.parameters())
+    held = {name: master.clone() for name, master in first.state_dict()["masters"].items()}
+    second = engine_for(module)
+    norms = train(second, 2, first=1)
+    assert all(norm > 0 for norm in norms)
+    assert all(master.grad is None for master in first._masters.values())
+    assert all(torch.equal(value, held[name]) for name, value in first.state_dict()["masters"].items())
