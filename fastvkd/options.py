@@ -15,10 +15,10 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from fastvkd.bounds import Bound, NotNegative, Positive
 from fastvkd.errors import SettingsError
-from fastvkd.settings import Optim
 
 T = TypeVar("T")
 Mode = Literal["corrected", "paper"]
+Optim = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "ademamix_8bit"]
 TableFormat = Literal["text", "json", "latex"]
 RelearningVariant = Literal[
     "redrawn_projector",

@@ -20,6 +20,7 @@ import yaml
 from fastvkd.bounds import Bound, NotNegative, Positive
 from fastvkd.errors import SettingsError
 from fastvkd.methods import METHODS, answer_losses, feature_methods
+from fastvkd.options import Optim
 
 T = TypeVar("T")
 
@@ -38,7 +39,6 @@ AtLeastTwo = Annotated[int, Bound(lambda value: value >= 2, "at least 2, one for
 ForgetTarget = Literal["noise", "mean", "redirect", "reference", "repel", "saturate", "stranger"]
 TARGETLESS = ("repel", "saturate")  # they send forget images away from something, not to something
 Distance = Literal["mse", "cosine", "smooth_l1"]
-Optim = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "ademamix_8bit"]
 Trainable = Literal["vision+projector", "projector", "vision", "lora", "all"]
 
 
