@@ -131,8 +131,8 @@ def relearning_curve(
     curve: Curve = []
 
     def measure(step: int) -> None:
-        point = {"step": step, "accuracy": ask(unseen, max_samples=max_samples), "moved": moved(model, before)}
-        kept = ask(retained, max_samples=retained_samples)
+        accuracy, kept = ask("test", unseen, max_samples), ask("retain", retained, retained_samples)
+        point = {"step": step, "accuracy": accuracy, "moved": moved(model, before)}
         curve.append({key: value for key, value in {**point, "retained": kept}.items() if value is not None})
 
     with _put_back_at_the_end(model, trained) as before:
@@ -181,17 +181,15 @@ def answer_losses(
 def _accuracy(
     model: nn.Module,
     processor: Any,
+    cell: str,
     profiles: Sequence[Profile],
-    *,
-    seed: int,
     max_samples: int | None,
-    batch_size: int,
-    photos: PreparedPhotos | None,
+    **asking: Any,
 ) -> float | None:
-    """Of visual multiple choice; None where there are no such questions."""
-    asking: dict[str, Any] = {"tasks": ("choice",), "kinds": ("vqa",), "batch_size": batch_size, "photos": photos}
-    cells = evaluate_cells(model, processor, {"asked": list(profiles)}, seed=seed, max_samples=max_samples, **asking)
-    accuracy: float | None = cells["asked"]["vqa"]["accuracy"]
+    """Of visual multiple choice, `asking` as `evaluate_cells` does; None where there are no such questions."""
+    kind: dict[str, Any] = {"tasks": ("choice",), "kinds": ("vqa",)}
+    cells = evaluate_cells(model, processor, {cell: list(profiles)}, max_samples=max_samples, **kind, **asking)
+    accuracy: float | None = cells[cell]["vqa"]["accuracy"]
     return accuracy
 
 
@@ -380,11 +378,8 @@ class Relearning:
     def retained(self, model: nn.Module) -> list[float | None]:
         """The accuracy on retained people before any attack, on the questions of each seed."""
         budget = self._budget
-        asking: dict[str, Any] = {"batch_size": budget.batch_size, "max_samples": budget.relearning_retained}
-        return [
-            _accuracy(model, self._processor, self._retained, seed=seed, photos=self._prepared, **asking)
-            for seed in budget.relearning_seeds
-        ]
+        ask = partial(_accuracy, model, self._processor, "retain", self._retained, budget.relearning_retained)
+        return [ask(seed=seed, batch_size=budget.batch_size, photos=self._prepared) for seed in budget.relearning_seeds]
 
     def rows(
         self,
