@@ -191,11 +191,11 @@ def attack_table(found: Mapping[str, Any]) -> str:
     lines = []
     models = list(found["evaluation"])
     width = max(len(name) for name in models) + 2
-    head = f"{'attack':14} {'variant':32}" + "".join(f"{name:>{width}}" for name in models) + f"{'chance':>9}"
+    head = f"{'attack':14} {'variant':42}" + "".join(f"{name:>{width}}" for name in models) + f"{'chance':>9}"
 
     def row(kind: str, variant: str, values: Mapping[str, float], chance: float | None) -> None:
         cells = "".join(f"{values[name]:>{width}.3f}" if name in values else f"{'-':>{width}}" for name in models)
-        lines.append(f"{kind:14} {variant:32}{cells}" + (f"{chance:>9.3f}" if chance is not None else ""))
+        lines.append(f"{kind:14} {variant:42}{cells}" + (f"{chance:>9.3f}" if chance is not None else ""))
 
     for one in found.get("questions", []):
         accuracy = {name: cell["accuracy"] for name, cell in one["figures"].items()}

@@ -55,7 +55,7 @@ _SHAPING = (people, flags, demo_data, demo_model, photos, descent, sight, pretra
 _CHEAP: dict[str, Any] = {
     "learning_rates": (1e-3,),
     "relearning_models": ("unlearned", "gold"),
-    "relearning_retained": 48,
+    "relearning_retained": 24,
 }
 
 
