@@ -18,6 +18,7 @@ from fastvkd.errors import SettingsError
 
 T = TypeVar("T")
 Mode = Literal["corrected", "paper"]
+Optim = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "ademamix_8bit"]
 TableFormat = Literal["text", "json", "latex"]
 RelearningVariant = Literal[
     "redrawn_projector",
@@ -28,10 +29,15 @@ RelearningVariant = Literal[
     "unrelated_photos",
     "public_projector",
     "public_tower",
+    "all_photos",
+]
+RelearningWeights = Literal["visual", "all"]
+Attacked = Literal["vanilla", "unlearned", "gold"]
+AttackKind = Literal[
+    "relearn", "paraphrase", "fewshot", "reverse", "images", "quantize", "membership", "probe", "perturb", "all"
 ]
 Quantized = Literal["auto", "none", "nf4", "int8"]
 DeviceMap = Literal["none", "auto"]
-AttackKind = Literal["relearn", "paraphrase", "fewshot", "reverse", "images", "quantize", "membership", "probe", "all"]
 
 
 @dataclass(frozen=True)
@@ -221,9 +227,10 @@ class CompareOptions(Options):
 
 @dataclass(kw_only=True)
 class Budget(Options):
-    """How much each attack may spend. Relearning runs every share of the forget photos with every seed, as far as the
-    last of `relearning_steps`, and the largest share with the first seed in the ways of `relearning_variants` too;
-    `relearning_samples` (None: all) are the questions of one of its measurements."""
+    """How much each attack may spend. Relearning trains every kind of weights at every rate, with every share of the
+    forget photos and every seed, as far as the last of `relearning_steps`; with the largest share and the first seed
+    also in the ways of `relearning_variants`. `relearning_samples` (None: all) are the questions of one of its
+    measurements, `relearning_retained` those about retained people. `perturbations` are sizes in steps of 1/255."""
 
     max_samples: Annotated[Count[int | None], Flag("questions a variant")] = 400
     batch_size: Annotated[Count[int], Flag("questions at once")] = 64
@@ -239,13 +246,32 @@ class Budget(Options):
         Flag("relearning: further ways, with the largest share and the first seed", name="--variants"),
     ] = get_args(RelearningVariant)
     relearning_seeds: Annotated[tuple[NotNegative[int], ...], Flag("relearning: seeds", name="--seeds")] = (0, 1, 2)
+    relearning_weights: Annotated[
+        tuple[RelearningWeights, ...], Flag("relearning: what is trained", name="--weights")
+    ] = get_args(RelearningWeights)
+    relearning_models: Annotated[
+        tuple[Attacked, ...], Flag("relearning: which of the models at hand", name="--relearn-models")
+    ] = get_args(Attacked)
+    learning_rates: Annotated[
+        tuple[Positive[float], ...], Flag("relearning: learning rates; the strongest attack counts")
+    ] = (1e-5, 1e-4, 1e-3)
     relearning_samples: int | None = None
-    learning_rate: Annotated[Positive[float], Flag("relearning: learning rate")] = 1e-3
+    relearning_retained: int = 100
+    perturbations: Annotated[tuple[Count[int], ...], Flag("perturbation of all pixels: at most so many 255ths")] = (
+        8,
+        16,
+    )
+    perturbation_steps: Annotated[Count[int], Flag("perturbation: steps to find it")] = 100
+    micro_batch: Annotated[Count[int], Flag("training: of 16 questions so many at once")] = 16
+    gradient_checkpointing: Annotated[bool, Flag("training: keep fewer activations, compute them again")] = False
+    optim: Annotated[Optim, Flag("relearning: optimiser, as in the settings of a run")] = "adamw_torch"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if max(self.relearning_steps) < 1:
             raise SettingsError(f"steps={max(self.relearning_steps)}: at least one step is needed")
+        if "unlearned" not in self.relearning_models:
+            raise SettingsError(f"relearn-models={' '.join(self.relearning_models)}: unlearned must be among them")
 
 
 @dataclass(kw_only=True)

@@ -20,6 +20,7 @@ import yaml
 from fastvkd.bounds import Bound, NotNegative, Positive
 from fastvkd.errors import SettingsError
 from fastvkd.methods import METHODS, answer_losses, feature_methods
+from fastvkd.options import Optim
 
 T = TypeVar("T")
 
@@ -38,7 +39,6 @@ AtLeastTwo = Annotated[int, Bound(lambda value: value >= 2, "at least 2, one for
 ForgetTarget = Literal["noise", "mean", "redirect", "reference", "repel", "saturate", "stranger"]
 TARGETLESS = ("repel", "saturate")  # they send forget images away from something, not to something
 Distance = Literal["mse", "cosine", "smooth_l1"]
-Optim = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "ademamix_8bit"]
 Trainable = Literal["vision+projector", "projector", "vision", "lora", "all"]
 
 
@@ -83,7 +83,9 @@ class Certificate:
     kept_visual: float | None = 0.95  # share of the visual accuracy before that the worst kept set must have
     kept_text: float | None = 0.98  # the same of text questions
     language_model_unchanged: bool = True
-    attack_above_chance: float | None = 0.15  # paraphrase, few-shot, reverse, edited photos, quantised: worst variant
+    attack_above_chance: float | None = (
+        0.15  # paraphrase, few-shot, reverse, edited photos, quantised, perturbed: worst variant
+    )
     membership_auc: float | None = 0.65  # furthest from 0.5, either way
     relearning_gap: float | None = 0.10  # area under the relearning curve above gold's
     probe_gap: float | None = 0.15  # linear probe's accuracy above gold's, worst site

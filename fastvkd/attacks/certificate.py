@@ -29,17 +29,19 @@ def figures_of(
     people: Mapping[str, Mapping[str, Any]] | None = None,
     *,
     chance: float | None,
-    relearning_gaps: Iterable[float] = (),
+    relearning: Sequence[Mapping[str, Any]] = (),
     language_model: Mapping[str, str] | None = None,
 ) -> dict[str, float | None]:
-    """The figures that `judge` knows, from `{model: {set: {kind: cell}}}`, the result of `attack`, the gaps of its
-    relearning (`mean_gaps`) and the digests `before` and `after` of the language model; None where not measured.
+    """The figures that `judge` knows, from `{model: {set: {kind: cell}}}`, the result of `attack`, what comes of its
+    relearning (`relearned`) and the digests `before` and `after` of the language model; None where not measured.
     `people` is `{model: the figures of examine person by person}`; what it lacks is absent here too.
 
     `chance` is that of the forget set's questions. `*_excess` are the unlearned model's accuracy above chance in the
     worst variant of an attack; `membership` the area furthest from 0.5, mirrored to lie above; `relearning_gap` the
-    largest gap; the `kept_*` are shares of the accuracy before, of the worst set; `telltale_gold` is gold's
-    `telltale_auc`.
+    largest gap, and `relearning_evidence` 1 if every kind of weights has a curve that is evidence, else 0; the `kept_*`
+    are shares of the accuracy before, of the worst set; `telltale_gold` is gold's `telltale_auc`. `perturbation_excess`
+    (absent if not measured) is the accuracy on unseen photos under the worst perturbation, above the highest of chance,
+    gold's, and that on strangers' photos.
     """
     unlearned = evaluated["unlearned"]
     rows = attacks.get("questions", [])
@@ -69,10 +71,31 @@ def figures_of(
         else float(language_model["before"] == language_model["after"]),
         **{f"{kind}_excess": excess(kind) for kind in ("paraphrase", "fewshot", "reverse", "images", "quantize")},
         "membership": max(areas, default=None),
-        "relearning_gap": max(relearning_gaps, default=None),
+        "relearning_gap": max((row["gap"] for row in relearning if row["gap"] is not None), default=None),
+        "relearning_evidence": _carried_out(relearning),
         "probe_gap": probe_gap(attacks["probe"]["models"]) if "probe" in attacks else None,
+        **_perturbed(attacks.get("perturbation", [])),
         **_of_people(people or {}),
     }
+
+
+def _carried_out(relearning: Sequence[Mapping[str, Any]]) -> float | None:
+    """Whether every kind of weights has a curve that is evidence; None where there are no curves."""
+    kinds = {row["weights"] for row in relearning}
+    return float(kinds == {row["weights"] for row in relearning if row["evidence"]}) if kinds else None
+
+
+def _perturbed(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def accuracy(model: str, on: str, size: int) -> list[float]:
+        same = (row for row in rows if (row["on"], row["size"]) == (on, size) and model in row["figures"])
+        return [row["figures"][model]["accuracy"] for row in same]
+
+    excess = []
+    for row in rows:
+        if row["on"] == "unseen" and row["size"]:
+            taught = accuracy("gold", "unseen", row["size"]) + accuracy("unlearned", "strangers", row["size"])
+            excess.append(row["figures"]["unlearned"]["accuracy"] - max([row["chance"], *taught]))
+    return {"perturbation_excess": max(excess)} if excess else {}
 
 
 def _of_people(people: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -94,13 +117,20 @@ def _of_people(people: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     return found
 
 
-def mean_gaps(rows: Iterable[Mapping[str, Any]]) -> list[float]:
-    """The mean `relearning_gap` over seeds of every variant, kind of weights and share, from the rows of `relearn`."""
-    gaps: dict[tuple[str, str, float], list[float]] = {}
+def relearned(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of `Relearning.rows` as means over seeds: {"variant", "weights", "share", "learning_rate", "gap" (None
+    without gold), "evidence": whether no seed's curve of the unlearned model is marked as collapsed}."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    names = ("variant", "weights", "share", "learning_rate")
     for row in rows:
-        if "relearning_gap" in row["auc"]:
-            gaps.setdefault((row["variant"], row["weights"], row["share"]), []).append(row["auc"]["relearning_gap"])
-    return [sum(of) / len(of) for of in gaps.values()]
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    found = []
+    for group, of in groups.items():
+        gaps = [row["auc"]["relearning_gap"] for row in of if "relearning_gap" in row["auc"]]
+        gap = sum(gaps) / len(gaps) if gaps else None
+        evidence = not any(row["collapsed"].get("unlearned", True) for row in of)
+        found.append({**dict(zip(names, group, strict=True)), "gap": gap, "evidence": evidence})
+    return found
 
 
 def certificate(
@@ -109,12 +139,14 @@ def certificate(
     settings: Mapping[str, Any] | None,
     model_fingerprint: str,
     figures: Mapping[str, float | None],
+    relearning: Sequence[Mapping[str, Any]] = (),
     thresholds: Certificate,
     versions: Mapping[str, str],
     loading: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The content of certificate.json. `settings` are those of the run that made the model; None if unknown. `loading`
-    is how the judged models were loaded (`Loading.described`): a quantised one is another than the folder holds."""
+    """The content of certificate.json. `settings` are those of the run that made the model; None if unknown.
+    `relearning` is that of `relearned`, every way in which it was tried. `loading` is how the judged models were loaded
+    (`Loading.described`): a quantised one is another than the folder holds."""
     hashes = sorted({photo.key for profile in forget for photo in profile.photos})
     checks = judge(figures, thresholds)
     return {
@@ -132,6 +164,7 @@ def certificate(
         "python": platform.python_version(),
         "thresholds": asdict(thresholds),
         "figures": dict(figures),
+        "relearning": list(relearning),
         "checks": checks,
     }
 

@@ -6,7 +6,7 @@ Relearning after a move is the same attack as the plain one, so the strongest of
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
@@ -80,12 +80,15 @@ def put_back(model: nn.Module, public: nn.Module, part: Literal["vision", "proje
 
 
 @torch.no_grad()
-def moved(model: nn.Module, original: nn.Module) -> float:
-    """How far the visual weights of `model` lie from those of `original`: the norm of the difference over the norm."""
-    pairs = zip(*(visual_parameters(one, family_of(one), "vision+projector") for one in (model, original)), strict=True)
+def moved(model: nn.Module, before: Mapping[str, Tensor]) -> float:
+    """How far the visual weights of `model` lie from those `before` (by name, on any device): the norm of the
+    difference over the norm."""
+    squares = []
     # One tensor after the other: a card has no room for a second copy of a large tower.
-    squares = [((a.float() - b.float()).square().sum(), b.float().square().sum()) for (_, a), (_, b) in pairs]
-    away, whole = (float(torch.stack(of).sum()) for of in zip(*squares, strict=True))
+    for name, weight in visual_parameters(model, family_of(model), "vision+projector"):
+        old = before[name].to(weight.device).float()
+        squares.append(torch.stack([(weight.float() - old).square().sum(), old.square().sum()]))
+    away, whole = torch.stack(squares).sum(0).tolist()
     return math.sqrt(away / whole)
 
 

@@ -74,9 +74,11 @@ class LocalEngine:
                 name: _master_of(parameter) if trains else parameter for name, parameter in named_parameters
             }
             self._optimizer = build_optimizer(self._masters.items(), **settings)
-        for name, parameter in named_parameters:
-            if self._masters[name] is not parameter:
-                parameter.register_post_accumulate_grad_hook(_move_gradient_to(self._masters[name]))
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(_move_gradient_to(self._masters[name]))
+            for name, parameter in named_parameters
+            if self._masters[name] is not parameter
+        ]
 
     def backward(self, loss: Tensor) -> None:
         (loss / self.gradient_accumulation_steps).backward()
@@ -99,6 +101,14 @@ class LocalEngine:
         self._copy_masters_to_parameters()
         self.updates += 1
         return norm
+
+    def release(self) -> None:
+        """Let go of the parameters, so that another engine may train them: no gradient of theirs goes to a master any
+        more."""
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self._parameters.values():
+            parameter.grad = None
 
     @torch.no_grad()
     def _copy_masters_to_parameters(self) -> None:

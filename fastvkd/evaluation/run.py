@@ -114,7 +114,7 @@ def evaluate(options: EvalOptions, progress: OnProgress | None = None) -> dict[s
 def _load(options: EvalOptions, folder: Path, loading: Loading) -> tuple[nn.Module, str]:
     """The model, steered where that is asked for, and the fingerprint of all that decides its answers."""
     model = loading.model(options.model)
-    fingerprint = _fingerprint(folder, loading)
+    fingerprint = answers_fingerprint(folder, loading)
     if options.steering is not None:
         attach(model, load_steering(options.steering))
         fingerprint += hashlib.sha256(options.steering.read_bytes()).hexdigest()
@@ -166,7 +166,7 @@ def _summary(
     return summary
 
 
-def _fingerprint(folder: Path, loading: Loading) -> str:
+def answers_fingerprint(folder: Path, loading: Loading) -> str:
     """Of everything in a model folder, and in how it is loaded, that decides what the model answers."""
     rounded = f" {loading.quantize}" if loading.quantize else ""
     digest = hashlib.sha256(f"{identify_base(folder).fingerprint} {loading.dtype}{rounded}".encode())

@@ -11,7 +11,8 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -207,6 +208,17 @@ def checkpoint_layers(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
+
+
+@contextmanager
+def layers_checkpointed(model: Any) -> Iterator[None]:
+    """`checkpoint_layers` for a while; then the model is in evaluation mode as it was loaded."""
+    checkpoint_layers(model)
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval()
 
 
 def _load_truncated(

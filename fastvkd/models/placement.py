@@ -49,6 +49,13 @@ class Loading:
             "spread": self.room if self.spread else None,
         }
 
+    def offloads(self, folder: Path) -> bool:
+        """Whether part of that model would lie in host memory, where nothing can change it."""
+        if not self.spread or self.device.type != "cuda":
+            return False
+        room = sum(usable_bytes(card) - self.room for card in _cards())
+        return weight_bytes(folder, self.dtype.itemsize, self.quantize) > room
+
     def described(self) -> dict[str, str]:
         """What results state; `device_map` changes no figure, the others do."""
         return {
@@ -58,8 +65,8 @@ class Loading:
         }
 
 
-def loading_of(options: ModelOptions, folders: Sequence[Path], *, copies: int = 0) -> Loading:
-    """How a command loads the models in `folders` at once, with room for `copies` more of the largest.
+def loading_of(options: ModelOptions, folders: Sequence[Path]) -> Loading:
+    """How a command loads the models in `folders` at once.
 
     In bfloat16 on a GPU and in float32 on a CPU, unless the options say otherwise.
     """
@@ -68,15 +75,8 @@ def loading_of(options: ModelOptions, folders: Sequence[Path], *, copies: int = 
     dtype = torch.bfloat16 if bf16 else torch.float32
     anywhere = options.device in ("auto", "cuda")
     if options.device_map == "auto":
-        quantize = _named(options.quantize)
-        room = WORKING_BYTES
-        if copies and device.type == "cuda":
-            sizes = [weight_bytes(folder, dtype.itemsize, quantize) for folder in folders]
-            copied, cards = copies * max(sizes), _cards()
-            if sum(sizes) + copied <= sum(usable_bytes(card) - room for card in cards):
-                room += copied // len(cards)  # else weights go to host memory, and nothing is copied
-        return Loading(device, dtype, quantize, spread=True, room=room)
-    return fitting(folders, device, dtype, options.quantize, copies=copies, anywhere=anywhere)
+        return Loading(device, dtype, _named(options.quantize), spread=True)
+    return fitting(folders, device, dtype, options.quantize, anywhere=anywhere)
 
 
 def fitting(
@@ -85,7 +85,6 @@ def fitting(
     dtype: torch.dtype,
     quantize: Quantized,
     *,
-    copies: int = 0,
     anywhere: bool = False,
     option: str = "--quantize ",
     spread_option: str = "--device-map auto",
@@ -100,7 +99,7 @@ def fitting(
     if quantize != "auto" or device.type != "cuda":
         return Loading(device, dtype, _named(quantize))
     sizes = {kind: [weight_bytes(folder, dtype.itemsize, kind) for folder in folders] for kind in (None, "nf4")}
-    whole, rounded = (sum(of) + copies * max(of) + room for of in sizes.values())
+    whole, rounded = (sum(of) + room for of in sizes.values())
     card = torch.cuda.get_device_properties(device).total_memory
     if whole <= usable_bytes(card):
         return Loading(device, dtype)
@@ -109,8 +108,7 @@ def fitting(
     needs = f"{names} in {str(dtype).removeprefix('torch.')} needs {whole / 1e9:.0f} GB; this card has {card / 1e9:.0f}"
     if anywhere and whole - room <= sum(usable_bytes(card) - room for card in cards):
         log.warning("%s: spread over %d cards, as %s", needs, len(cards), spread_option)
-        copied = copies * max(sizes[None]) // len(cards)
-        return Loading(device, dtype, spread=True, room=room + copied)
+        return Loading(device, dtype, spread=True, room=room)
     if rounded <= usable_bytes(card):
         log.warning("%s: loaded in nf4, as %snf4 (%s is exact, and slower)", needs, option, spread_option)
         return Loading(device, dtype, "nf4")

@@ -1,6 +1,6 @@
 """What export, evaluation and attacks take of cards and host, beside training, and how each fits.
 
-Figures follow what the code allocates: whole models, what goes through them at once, and an attack's copy of a model.
+Figures follow what the code allocates: a whole model, what goes through it at once, and what relearning adds.
 Legend as in `cost.py`.
 """
 
@@ -75,19 +75,20 @@ class WholeModel:
         return max(at_once(one, batch_size) * one for one in each)
 
     def relearning(self, *, everything: bool, quantize: str = "none") -> int:
-        """A copy of one model that is trained on answers, all of it or its visual part: weights, moments, and the
+        """A model that is trained on answers, all of it or its visual part: weights, float32 masters, moments, and the
         larger of gradients and activations. What is quantised stays as it is."""
         s, llm = self.itemsize, self.architecture.llm
-        trained = self.cost.trainable * s
+        trained = self.cost.trainable
         activations = self.cost.activation_bytes_per_image() + self.cost.unused_block_bytes()
         if everything:
             rounded = llm.layers * llm.matrices if quantize != "none" else 0
-            trained = int(self.cost.whole_bytes()) - rounded * s
+            trained = int(self.cost.whole_bytes()) // s - rounded
             # trained layers keep more: what both norms scale and give, and what goes into the two ways out
             inputs = 4 * llm.hidden + (llm.attention_width + llm.intermediate if quantize == "none" else 0)
             activations += llm.layers * self.cost.tokens * inputs * s
         activations += 3 * ASKED_ANSWER_TOKENS * llm.vocabulary * 4
-        return int(self.weights(quantize) + 2 * trained + max(trained, _RELEARNED * activations))
+        masters = 4 * trained if s < 4 else 0
+        return int(self.weights(quantize) + masters + 8 * trained + max(4 * trained, _RELEARNED * activations))
 
     def exporting(self) -> int:
         """Bytes of host memory: the largest visual tensor, as stored and as trained, in float32."""
@@ -98,7 +99,7 @@ class WholeModel:
 
 def other_jobs(architecture: Architecture, memory_bytes: int | None, cards: int = 1) -> list[Job]:
     """Export, evaluation and attack of a model on so many cards of one kind, each in the first way that fits, from the
-    fastest exact one on; without a card, as it is. An attack has two models, before and after unlearning."""
+    fastest exact one on; without a card, as it is."""
     model = WholeModel(architecture)
     room = max(WORKING_BYTES, model.asking(EvalOptions.batch_size))
     evaluate = "fastvkd eval --model merged --data DATA"
@@ -143,25 +144,20 @@ def _ways(model: WholeModel, command: str, room: int, cards: int) -> Iterator[_W
 
 
 def _attack_ways(model: WholeModel, command: str, room: int, cards: int) -> Iterator[_Way]:
-    """All kinds first, then without relearning, then without rounding too: two models are held, and these two kinds
-    work on a copy of one."""
-    least = int(model.cost.least_bytes())
-    flags = {
-        "": "",
-        ", but for relearn": _but("relearn"),
-        ", but for relearn and quantize": _but("relearn", "quantize"),
-    }
+    """All kinds first, then without relearning, then without what changes weights or needs gradients. One model is held
+    at a time."""
+    least, exact = int(model.cost.least_bytes()), model.weights()
+    relearn = ", but for relearn"
     for quantize, flag, how in (("none", "", "as it is"), ("nf4", " --quantize nf4", "in nf4")):
         one = model.weights(quantize)
         relearnt = max(model.relearning(everything=every, quantize=quantize) for every in (False, True))
-        needs = dict(zip(flags, (max(one + room, relearnt), one + room, room), strict=True))
-        for left, kind in flags.items():
-            yield _Way(how + left, command + flag + kind, 2 * one, needs[left])
-            if cards > 1 and quantize == "none" and left:
-                held = 2 * one if "quantize" in left else 3 * one
-                yield _Way(f"{_over(cards)}{left}", f"{command} --device-map auto{kind}", held, room, least)
-    how, kind = f"{_HOST}{list(flags)[-1]}", list(flags.values())[-1]
-    yield _Way(how, f"{command} --device-map auto{kind}", 2 * model.weights(), room, 2 * least)
+        yield _Way(how, command + flag, one, max(room, relearnt - one))
+        yield _Way(how + relearn, command + flag + _but("relearn"), one, room)
+        if cards > 1 and quantize == "none":
+            spread = f"{command} --device-map auto{_but('relearn')}"
+            yield _Way(_over(cards) + relearn, spread, exact, room, least)
+    spread = f"{command} --device-map auto{_but('relearn', 'quantize', 'perturb')}"
+    yield _Way(f"{_HOST}, but for relearn, quantize and perturb", spread, exact, room, least)
 
 
 def _but(*left_out: str) -> str:

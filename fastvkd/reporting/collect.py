@@ -179,7 +179,7 @@ def _attack(folder: Path, found: Collected) -> None:
     found.agree(_ROUNDED, content.get("loading", {}).get("quantize"), folder)
     _settings(found, paper["settings"], folder)
     _data(found, content, folder)
-    attacks = {key: content[key] for key in ("questions", "membership", "probe") if key in content}
+    attacks = {key: content[key] for key in ("questions", "membership", "probe", "perturbation") if key in content}
     if attacks:
         found.put("attacks", attacks, folder)
     if content.get("relearning"):
@@ -206,30 +206,38 @@ def _attack_of_earlier_versions(content: dict[str, Any]) -> dict[str, Any]:
 
 def relearning_parts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a report says of relearning: `relearning`, `relearning_auc` and `relearning_variants`, of the attacker who
-    holds most photos, as means over seeds. Curves are those of the plain attack; `relearning_variants`, where there are
-    variants, has the areas of all.
+    holds most photos, as means over seeds at the learning rate that regains most. Curves are those of the plain attack;
+    `relearning_variants`, where there are variants or rates, has the areas of all.
 
-    `rows` are those of attacks.json: `share`, `weights`, `seed`, `curves`, `auc`, and `variant` unless it is plain.
+    `rows` are those of attacks.json: `share`, `weights`, `seed`, `curves`, `auc`, `variant` unless it is plain, and
+    since there are several `learning_rate` and `collapsed`.
     """
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, str, float], list[Mapping[str, Any]]] = {}
     for row in _strongest(rows):
-        groups.setdefault((row.get("variant", PLAIN), row["weights"]), []).append(row)
-    areas = {
-        group: {model: _mean([run["auc"][model] for run in runs]) for model in runs[0]["auc"]}
-        for group, runs in groups.items()
-    }
-    plain = {weights: runs for (variant, weights), runs in groups.items() if variant == PLAIN}
-    every = [{"variant": variant, "weights": weights, "auc": auc} for (variant, weights), auc in areas.items()]
+        group = (row.get("variant", PLAIN), row["weights"], row.get("learning_rate", 0.0))
+        groups.setdefault(group, []).append(row)
+    every: list[dict[str, Any]] = []
+    for (variant, weights, rate), runs in groups.items():
+        auc = {model: _mean([run["auc"][model] for run in runs]) for model in runs[0]["auc"]}
+        lost = any(run.get("collapsed", {}).get("unlearned") for run in runs)
+        told = ({"learning_rate": rate} if rate else {}) | ({"collapsed": True} if lost else {})
+        every.append({"variant": variant, "weights": weights, **told, "auc": auc})
+    plain: dict[str, tuple[Mapping[str, Any], list[Mapping[str, Any]]]] = {}
+    for one, runs in zip(every, groups.values(), strict=True):
+        best = plain.get(one["weights"])
+        if one["variant"] == PLAIN and (best is None or one["auc"]["unlearned"] > best[0]["auc"]["unlearned"]):
+            plain[one["weights"]] = one, runs
     return {
-        "relearning": {weights: _mean_curves(runs) for weights, runs in plain.items()},
-        "relearning_auc": {weights: areas[PLAIN, weights] for weights in plain},
+        "relearning": {weights: _mean_curves(runs) for weights, (_, runs) in plain.items()},
+        "relearning_auc": {weights: one["auc"] for weights, (one, _) in plain.items()},
         **({"relearning_variants": every} if len(every) > len(plain) else {}),
     }
 
 
 def _strongest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    share = max(row["share"] for row in rows)
-    return [row for row in rows if row["share"] == share]
+    """Of the plain attack those with the largest share, and all variants, which are of that attacker."""
+    share = max((row["share"] for row in rows if row.get("variant", PLAIN) == PLAIN), default=None)
+    return [row for row in rows if row.get("variant", PLAIN) != PLAIN or row["share"] == share]
 
 
 def _mean_curves(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -243,9 +251,11 @@ def _mean_curves(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _relearning_note(rows: Sequence[Mapping[str, Any]]) -> str:
-    rows = _strongest(rows)
+    rows = [row for row in _strongest(rows) if row.get("variant", PLAIN) == PLAIN]
     seeds = len({row["seed"] for row in rows})
     note = f"Relearning: an attacker with {rows[0]['share']:.0%} of the forget photos, mean over seeds ({seeds})."
+    if rates := sorted({row["learning_rate"] for row in rows if "learning_rate" in row}):
+        note += f" Learning rates tried: {', '.join(f'{rate:g}' for rate in rates)}; the curves are of the strongest."
     if rows[0].get("judged_on") == "held out":
         note += " It was judged on photos that unlearning had used, but the attacker did not."
     return note

@@ -60,7 +60,7 @@ def build_report(
             under those curves as mean accuracies.
         relearning_variants: `{"variant", "weights", "auc"}`, the same areas for every way in which an attacker prepared
             the model; the curves above are those of `plain`.
-        attacks: "questions", "membership" and "probe" as `fastvkd.attacks.run.Attack.run` returns them.
+        attacks: "questions", "membership" and "probe" as `fastvkd.attacks.suite.Attack.run` returns them.
         certificate: content of certificate.json; of its settings, images and code only the counts of images are kept.
         comparison: further points of the trade-off plot, `{"name", "forget", "retain"}` (VQA accuracies).
         notes: sentences about this run's data and model that a reader must know, shown under "does not show".

@@ -100,11 +100,12 @@ def _rising(curve: list[Point]) -> list[Point]:
 
 Weights = Literal["visual", "all"]
 Curve = Annotated[list[Point], Field(min_length=1), AfterValidator(_rising)]
-Curves = Annotated[dict[Literal["unlearned", "gold"], Curve], _holding("unlearned")]
+Curves = Annotated[dict[Literal["vanilla", "unlearned", "gold"], Curve], _holding("unlearned")]
 
 
 class Areas(_Part):
     unlearned: Fraction
+    vanilla: Fraction = 0
     gold: Fraction = 0
     relearning_gap: Annotated[Number, Field(ge=-1, le=1)] = 0
 
@@ -135,10 +136,20 @@ class Probe(BaseModel):
     models: dict[str, dict[str, dict[str, Accuracy]]]
 
 
+class Perturbed(BaseModel):
+    """Accuracy under a perturbation of at most `size` 255ths of every pixel."""
+
+    size: Whole
+    on: Literal["unseen", "strangers"]
+    chance: Fraction
+    figures: Figures
+
+
 class Attacks(_Part):
     questions: list[Question] = []
     membership: dict[str, dict[str, dict[str, Area]]] = {}
     probe: Probe = _ABSENT
+    perturbation: list[Perturbed] = []
 
 
 class Check(BaseModel):
@@ -256,10 +267,13 @@ FIGURES = tuple(Beside.model_fields)
 
 
 class Relearned(BaseModel):
-    """The area under one relearning curve; `variant` is how the attacker prepared the model."""
+    """The area under one relearning curve; `variant` is how the attacker prepared the model. One that has `collapsed`
+    is no evidence: retained people were lost too."""
 
     variant: Text = PLAIN
     weights: Weights
+    learning_rate: Annotated[Number, Field(gt=0)] = _ABSENT
+    collapsed: Annotated[bool, Field(strict=True)] = False
     auc: Annotated[Areas, _holding("unlearned")]
 
 

@@ -354,7 +354,7 @@ def _relearning(page: Page) -> Shown:
             continue
         series = [
             svg.Series(label, [(p["step"], p["accuracy"]) for p in curves[attack][label]], css)
-            for label, css in (("unlearned", "ink"), ("gold", "gold"))
+            for label, css in (("vanilla", "grey"), ("unlearned", "ink"), ("gold", "gold"))
             if label in curves[attack]
         ]
         rules = [svg.Rule("chance", report["chance"])] if "chance" in report else []
@@ -369,6 +369,11 @@ def _relearning(page: Page) -> Shown:
 def _questions(page: Page) -> Shown:
     rows = question_rows(page.report)
     return {"rows": rows, "models": models_of(rows[0]["figures"]), "strip": _question_strip} if rows else None
+
+
+def _perturbation(page: Page) -> Shown:
+    rows = page.report.get("attacks", {}).get("perturbation", [])
+    return {"rows": rows, "models": models_of(rows[0]["figures"])} if rows else None
 
 
 def _question_strip(row: Mapping[str, Any]) -> Markup:
@@ -475,6 +480,7 @@ SECTIONS: dict[str, Callable[[Page], Shown]] = {
     "training.html": _training,
     "relearning.html": _relearning,
     "questions.html": _questions,
+    "perturbation.html": _perturbation,
     "membership.html": _membership,
     "probe.html": _probe,
     "certificate.html": _certificate,

@@ -25,6 +25,7 @@ _CHECKS = {
     "reverse_excess": ("Answers in reverse, above chance", "attack_above_chance", "at most"),
     "images_excess": ("Edited photos, above chance", "attack_above_chance", "at most"),
     "quantize_excess": ("Quantised weights, above chance", "attack_above_chance", "at most"),
+    "perturbation_excess": ("Perturbed photos, above what that teaches", "attack_above_chance", "at most"),
     "membership": ("Membership inference, AUC", "membership_auc", "at most"),
     "relearning_gap": ("Relearning, area above gold", "relearning_gap", "at most"),
     "probe_gap": ("Linear probe, worst site above gold", "probe_gap", "at most"),
@@ -34,7 +35,10 @@ _CHECKS = {
     "outside_band": ("Forgotten people off the strangers' band", "outside_band", "at most"),
     "telltale_auc": ("Forgotten people told from strangers, AUC", "telltale_auc", "at most"),
 }
-_OF_PEOPLE = ("named_right", "misnamed_excess", "description_kept", "outside_band", "telltale_auc")
+_WHERE_MEASURED = (
+    *("named_right", "misnamed_excess", "description_kept", "outside_band", "telltale_auc"),
+    "perturbation_excess",
+)
 
 
 def meets(key: str, figure: float | None, thresholds: Certificate, chance: float | None = None) -> bool | None:
@@ -59,20 +63,24 @@ def judge(figures: Mapping[str, float | None], thresholds: Certificate) -> list[
     """Every check whose threshold is set: {"key", "name", "figure" (None if not measured), "asked" (text), "met" (None
     if not measured)}.
 
-    Checks of people beside strangers are left out where `figures` lack their key: few data allow them.
-    `telltale_gold` is for `Certificate.allowed_telltale`."""
+    Checks of people beside strangers and of the perturbation are left out where `figures` lack their key: few data
+    allow them, and a demo does not pay for it. `telltale_gold` is for `Certificate.allowed_telltale`. A relearning gap
+    that is small enough counts as not measured where `relearning_evidence` is 0: then the attack wrecked the model."""
     checks = []
     chance = figures.get("chance")
     thresholds = replace(thresholds, telltale_auc=thresholds.allowed_telltale(figures.get("telltale_gold")))
     for key, (name, threshold, rule) in _CHECKS.items():
         limit = getattr(thresholds, threshold)
-        if limit is None or limit is False or (key in _OF_PEOPLE and key not in figures):
+        if limit is None or limit is False or (key in _WHERE_MEASURED and key not in figures):
             continue
         figure = figures.get(key)
         met = meets(key, figure, thresholds, chance)
         asked = {"yes": "yes", "within": f"within {limit:.2f} of chance"}.get(rule, f"{rule} {limit:.2f}")
         if rule == "within" and met is not None:
             asked += f" ({chance:.2f})"
+        if key == "relearning_gap" and met and figures.get("relearning_evidence") == 0:
+            figure = met = None
+            asked += "; not carried out, as retained people were lost too"
         checks.append({"key": key, "name": name, "figure": figure, "asked": asked, "met": met})
     return checks
 

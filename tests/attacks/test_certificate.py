@@ -9,7 +9,7 @@ import pytest
 from fastvkd.attacks.certificate import (
     certificate,
     figures_of,
-    mean_gaps,
+    relearned,
     source_sha256,
     write_certificate,
 )
@@ -151,14 +151,18 @@ def test_figures_are_the_worst_of_each_kind() -> None:
         "membership": {"unlearned": {"pairs": {"loss": {"auc": 0.52}, "zlib": {"auc": 0.1}}}},
     }
     rows = [
-        {"variant": "plain", "weights": "all", "share": 0.2, "seed": seed, "auc": {"relearning_gap": gap}}
-        for seed, gap in enumerate((0.1, 0.3))
+        {
+            **{"variant": "plain", "weights": "all", "share": 0.2, "learning_rate": rate, "seed": seed},
+            **{"auc": {"relearning_gap": gap}, "collapsed": {"unlearned": rate > 1e-4, "gold": False}},
+        }
+        for rate, gaps in ((1e-5, (0.1, 0.3)), (1e-3, (-0.3, -0.2)))
+        for seed, gap in enumerate(gaps)
     ]
     found = figures_of(
         evaluated,
         attacks,
         chance=0.25,
-        relearning_gaps=mean_gaps(rows),
+        relearning=relearned(rows),
         language_model={"before": "a", "after": "a"},
     )
     assert found == {
@@ -175,8 +179,47 @@ def test_figures_are_the_worst_of_each_kind() -> None:
         "quantize_excess": None,
         "membership": 0.9,
         "relearning_gap": pytest.approx(0.2),
+        "relearning_evidence": 1.0,
         "probe_gap": None,
     }
+
+
+def test_an_attack_that_wrecked_the_model_lets_nothing_pass() -> None:
+    def rows(**evidence: bool) -> list[dict]:
+        return [{"weights": weights, "gap": -0.2, "evidence": value} for weights, value in evidence.items()]
+
+    def found(*rows_of: dict) -> dict:
+        return figures_of({"unlearned": {}}, {}, chance=None, relearning=rows_of)
+
+    assert found(*rows(visual=True, all=True))["relearning_evidence"] == 1
+    assert found(*rows(visual=True, all=False))["relearning_evidence"] == 0  # all weights were never attacked
+    assert found(*rows(visual=True, all=False), *rows(all=True))["relearning_evidence"] == 1  # another rate did it
+    assert found()["relearning_evidence"] is None
+    assert verdict(relearning_evidence=1.0) == "passed" and verdict(relearning_evidence=0.0) == "incomplete"
+    check = next(
+        one for one in judge(PASSING | {"relearning_evidence": 0.0}, Certificate()) if one["key"] == "relearning_gap"
+    )
+    assert check["figure"] is None and check["asked"].endswith("not carried out, as retained people were lost too")
+    # What comes back although the model is wrecked has come back.
+    assert verdict(relearning_evidence=0.0, relearning_gap=0.3) == "failed"
+
+
+def test_a_perturbation_is_compared_with_what_it_teaches() -> None:
+    def row(on: str, size: int, unlearned: float, gold: float | None = None) -> dict:
+        models = {"unlearned": unlearned} | ({} if gold is None else {"gold": gold})
+        figures = {name: {"accuracy": value} for name, value in models.items()}
+        return {"on": on, "size": size, "chance": 0.25, "figures": figures}
+
+    def excess(*rows: dict) -> float:
+        return figures_of({"unlearned": {}}, {"perturbation": rows}, chance=None)["perturbation_excess"]
+
+    assert excess(row("unseen", 0, 0.9), row("unseen", 8, 0.5), row("unseen", 16, 0.4)) == pytest.approx(0.25)
+    assert excess(row("unseen", 8, 0.5, 0.45), row("strangers", 8, 0.3, 0.6)) == pytest.approx(0.05)
+    assert excess(row("unseen", 8, 0.5, 0.3), row("strangers", 8, 0.4)) == pytest.approx(0.1)
+    assert excess(row("unseen", 8, 0.5), row("strangers", 16, 0.9)) == pytest.approx(0.25)
+    assert "perturbation_excess" not in figures_of({"unlearned": {}}, {}, chance=None)
+    assert verdict(perturbation_excess=0.15) == "passed" and verdict(perturbation_excess=0.16) == "failed"
+    assert verdict(perturbation_excess=None) == "incomplete"
 
 
 def test_every_set_that_is_not_forgotten_is_to_be_kept() -> None:
@@ -194,12 +237,14 @@ def test_images_are_named_by_hash_and_nobody_by_name(known, tmp_path: Path) -> N
         settings={"learning_rate": 1e-3},
         model_fingerprint="ab" * 32,
         figures=PASSING,
+        relearning=[{"variant": "noise", "weights": "all", "learning_rate": 1e-4, "gap": 0.1, "evidence": True}],
         thresholds=Certificate(),
         versions={"fastvkd": "0.1.0"},
     )
     write_certificate(paper, tmp_path / "certificate.json")
     text = (tmp_path / "certificate.json").read_text()
     assert json.loads(text) == paper and paper["verdict"] == "passed"
+    assert paper["relearning"][0]["variant"] == "noise" and paper["relearning"][0]["learning_rate"] == 1e-4
     hashes = sorted(photo.key for profile in known.forget for photo in profile.photos)
     assert paper["forgotten"] == {"entities": 4, "images": 4, "image_sha256": hashes}
     for profile in known.forget:

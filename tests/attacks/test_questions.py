@@ -127,20 +127,23 @@ def largest_error(weight: torch.Tensor, bits: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_rounding_moves_every_linear_weight_a_little_and_keeps_shapes(known, asked, bits, avx512bf16) -> None:
-    rounded = quantized(known.knows, bits)
-    before = {name: dequantized(rounded.get_submodule(name)) for name in linear_names(known.knows)}
-    assert len(before) > 20 and any("vision" in name for name in before)  # tower, projector and LLM
-    assert left_alone(rounded) == ["lm_head"] and set(before) == set(linear_names(rounded))
-    for name, weight in before.items():
-        exact = known.knows.get_submodule(name).weight
-        assert weight.shape == exact.shape and not torch.equal(weight, exact)
-        error = (weight - exact).abs()
-        assert (error <= largest_error(exact, bits) * (1 + 1e-5)).all(), name
+    exact = {name: known.knows.get_submodule(name).weight for name in linear_names(known.knows)}
+    own = {name: weight.clone() for name, weight in exact.items()}
     plain = [plain_query(known.processor, one.choice.question, one.photo) for one in asked]
-    assert accuracy(known, rounded, asked, plain) > accuracy(known, known.blank, asked, plain)
-    for name, weight in before.items():  # answering has not changed what the layers hold, and a copy holds it too
-        assert torch.equal(dequantized(rounded.get_submodule(name)), weight)
-        assert torch.equal(dequantized(copy.deepcopy(rounded.get_submodule(name))), weight)
+    with quantized(known.knows, bits) as rounded:
+        before = {name: dequantized(rounded.get_submodule(name)) for name in exact}
+        assert len(before) > 20 and any("vision" in name for name in before)  # tower, projector and LLM
+        assert left_alone(rounded) == ["lm_head"] and set(before) == set(linear_names(rounded))
+        for name, weight in before.items():
+            assert weight.shape == own[name].shape and not torch.equal(weight, own[name])
+            error = (weight - own[name]).abs()
+            assert (error <= largest_error(own[name], bits) * (1 + 1e-5)).all(), name
+        assert accuracy(known, rounded, asked, plain) > accuracy(known, known.blank, asked, plain)
+        for name, weight in before.items():  # answering has not changed what the layers hold, and a copy holds it too
+            assert torch.equal(dequantized(rounded.get_submodule(name)), weight)
+            assert torch.equal(dequantized(copy.deepcopy(rounded.get_submodule(name))), weight)
+    for name, weight in exact.items():  # the very same layers are back, and hold what they held
+        assert known.knows.get_submodule(name).weight is weight and torch.equal(weight, own[name]), name
 
 
 def linear_names(model: torch.nn.Module) -> list[str]:
@@ -149,8 +152,8 @@ def linear_names(model: torch.nn.Module) -> list[str]:
 
 
 def test_an_unknown_rounding_is_refused(known) -> None:
-    with pytest.raises(SettingsError, match="nf4"):
-        quantized(known.knows, "int3")
+    with pytest.raises(SettingsError, match="nf4"), quantized(known.knows, "int3"):
+        pass
 
 
 def test_questions_can_be_a_seeded_sample(known) -> None:

@@ -270,3 +270,17 @@ def test_paged_moments_stay_paged_when_a_checkpoint_brings_them(monkeypatch):
     for before, after in zip(saved["moments"].values(), loaded.values(), strict=True):
         parts = [next(value for value in state.values() if isinstance(value, dict)) for state in (before, after)]
         assert all(torch.equal(parts[0][name], parts[1][name]) for name in ("state1", "state2"))
+
+
+def test_a_released_engine_leaves_the_parameters_to_another():
+    module = tiny(torch.bfloat16)
+    first = engine_for(module)
+    train(first, 1)
+    first.release()
+    assert all(parameter.grad is None for parameter in module.parameters())
+    held = {name: master.clone() for name, master in first.state_dict()["masters"].items()}
+    second = engine_for(module)
+    norms = train(second, 2, first=1)
+    assert all(norm > 0 for norm in norms)
+    assert all(master.grad is None for master in first._masters.values())
+    assert all(torch.equal(value, held[name]) for name, value in first.state_dict()["masters"].items())

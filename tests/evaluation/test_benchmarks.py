@@ -23,7 +23,7 @@ from fastvkd.evaluation.comparison import comparison_table, read_runs
 from fastvkd.evaluation.divergence import jensen_shannon, option_divergence, scored_choices
 from fastvkd.evaluation.modality_pairs import joint_figures
 from fastvkd.evaluation.protocol import evaluate_cells
-from fastvkd.evaluation.run import _fingerprint, evaluate
+from fastvkd.evaluation.run import answers_fingerprint, evaluate
 from fastvkd.evaluation.truth_ratio import forget_quality, log_truth_ratios, model_utility, probability, truth_score
 from fastvkd.models.placement import Loading
 from fastvkd.models.prompts import chat_prompt
@@ -435,12 +435,15 @@ def test_a_finished_cell_is_of_one_dtype_and_one_processor(model_folder, folders
         (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()), indent=3))
         assert tasks_run() == whole, name
     plain = Loading(torch.device("cpu"))
-    before = _fingerprint(folder, plain)
+    before = answers_fingerprint(folder, plain)
     (folder / "README.md").write_text("a card says nothing about answers")
-    assert _fingerprint(folder, plain) == before
+    assert answers_fingerprint(folder, plain) == before
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    assert _fingerprint(folder, plain) != before
-    assert len({_fingerprint(folder, dataclasses.replace(plain, quantize=kind)) for kind in (None, "nf4", "int8")}) == 3
+    assert answers_fingerprint(folder, plain) != before
+    assert (
+        len({answers_fingerprint(folder, dataclasses.replace(plain, quantize=kind)) for kind in (None, "nf4", "int8")})
+        == 3
+    )
 
 
 @pytest.mark.parametrize("name", ["clear", "umu", "jsonl"])

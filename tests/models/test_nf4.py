@@ -125,8 +125,8 @@ import bitsandbytes
 assert fastvkd.__file__.startswith(root) and bitsandbytes.functional.has_avx512bf16() == kind
 tokens = torch.arange(8)[None]
 for bits in ("nf4", "int8"):
-    for model in (load_model(folder, quantize_llm=bits), quantized(load_model(folder), bits)):
-        with torch.no_grad():
+    with quantized(load_model(folder), bits) as whole, torch.no_grad():
+        for model in (load_model(folder, quantize_llm=bits), whole):
             print(bits, model(input_ids=tokens).logits.double().sum().item())
 """
 

@@ -80,17 +80,16 @@ def test_the_default_fits_the_card_and_says_so(cards, monkeypatch, caplog) -> No
     assert loading_of(options(quantize="none"), folders).quantize is None
     assert loading_of(options(device_map="auto"), folders) == Loading(torch.device("cuda"), torch.bfloat16, spread=True)
     assert not caplog.messages  # what was asked for need not be said
-    both = loading_of(options(), folders * 3)  # three models, as an attack has them
+    both = loading_of(options(), folders * 3)
     assert both.spread and "spread over cards and host memory" in caplog.messages[0]
     cards.append(22.5)
     assert loading_of(options(), folders).spread and "spread over 2 cards" in caplog.messages[1]
     assert loading_of(options(device="cuda:1"), folders).quantize == "nf4"  # one card was named
-    assert loading_of(options(device_map="auto"), folders, copies=1).room == 2 * GIB  # two do not fit: none is copied
-    cards[:] = [45.0, 45.0]
-    assert loading_of(options(device_map="auto"), folders, copies=1).room == 2 * GIB + 13_000_000_000
-    cards[:] = [22.5, 22.5]
     assert fitting(folders * 2, torch.device("cuda"), torch.bfloat16, "auto").quantize == "nf4"
-    assert fitting(folders * 2, torch.device("cuda"), torch.bfloat16, "auto", copies=1).spread
+    auto = loading_of(options(device_map="auto"), folders)
+    assert not auto.offloads(folders[0])
+    cards[:] = [22.5]
+    assert auto.offloads(folders[0]) and not loading_of(options(quantize="nf4"), folders).offloads(folders[0])
 
 
 def test_bytes_of_a_folder_are_those_of_the_loaded_model(llava) -> None:
@@ -146,17 +145,18 @@ def test_a_spread_model_answers_to_the_bit_as_a_whole_one(llava, spread) -> None
         assert one.scores(queries, [["A", "B C"]] * 2) == other.scores(queries, [["A", "B C"]] * 2)
 
 
-def test_attacks_that_change_weights_are_left_out_where_some_are_away(llava, spread, caplog) -> None:
+def test_attacks_that_need_all_weights_are_left_out_where_some_are_away(llava, spread, caplog) -> None:
     photo = Photo(_png(tiny.photos((20, 20))[0]), "photo")
     choice = Choice("who is this person ?", {"A": "A", "B": "B"}, "A")
     people = [Profile(name, (photo,), Questions(choice=(choice,))) for name in ("a", "b")]
     cells = {"forget": people[:1], "test": people[:1], "retain": people[1:]}
-    attack = Attack({"unlearned": spread}, llava.processor, cells, PreparedPhotos(llava.processor))
+    loaders = {"unlearned": lambda: spread}
+    attack = Attack(loaders, llava.processor, cells, PreparedPhotos(llava.processor), offloaded=True)
     found = attack.run(["all"])
     assert {row["kind"] for row in found["questions"]} >= {"plain", "images"} and "relearning" not in found
     assert "quantize" not in {row["kind"] for row in found["questions"]}
-    assert sum("some lie in host memory" in message for message in caplog.messages) == 2
-    with pytest.raises(DataError, match="relearn: it changes weights"):
+    assert sum("lie in host memory" in message for message in caplog.messages) == 3
+    with pytest.raises(DataError, match="relearn: some weights lie in host memory"):
         attack.run(["relearn"])
 
 

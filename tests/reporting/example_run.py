@@ -66,7 +66,7 @@ def model_cells(
 
 
 def attacks() -> dict[str, Any]:
-    """As `fastvkd.attacks.run.Attack.run` returns them, without relearning."""
+    """As `fastvkd.attacks.suite.Attack.run` returns them, without relearning."""
     variants = [
         ("plain", "plain"), ("paraphrase", "reworded"), ("paraphrase", "preamble"), ("fewshot", "5-shot"),
         ("reverse", "which photo"), ("images", "grayscale"), ("images", "jpeg"), ("quantize", "nf4"),

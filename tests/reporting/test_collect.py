@@ -214,6 +214,32 @@ def test_the_variants_of_relearning_have_their_areas_and_the_plain_attack_its_cu
     assert "+60.0</td>" in page and "the strongest is “opened” on all weights: area 90% (gold model: 30%)." in page
 
 
+def test_of_several_rates_the_strongest_gives_the_curves_and_a_wrecked_model_is_marked(tmp_path: Path) -> None:
+    def row(rate: float, accuracy: float, variant: str = "plain", share: float = 0.2) -> dict[str, Any]:
+        models = {"vanilla": 0.9, "unlearned": accuracy, "gold": 0.3}
+        return {
+            **{"share": share, "seed": 0, "weights": "all", "judged_on": "unseen", "variant": variant},
+            "learning_rate": rate,
+            "curves": {name: [{"step": 0, "accuracy": value}] for name, value in models.items()},
+            "auc": models | {"relearning_gap": accuracy - 0.3},
+            "collapsed": {"vanilla": False, "unlearned": rate > 1e-4, "gold": False},
+        }
+
+    rows = [row(1e-5, 0.3), row(1e-4, 0.7), row(1e-3, 0.5), row(1e-4, 0.8, "all_photos", share=1.0)]
+    report = collect([attack(tmp_path, relearning=rows)]).report
+    assert report["relearning"]["all"]["unlearned"] == [{"step": 0, "accuracy": 0.7}]
+    assert report["relearning"]["all"]["vanilla"] == [{"step": 0, "accuracy": 0.9}]
+    assert report["relearning_auc"]["all"]["relearning_gap"] == pytest.approx(0.4)
+    told = [(one["variant"], one["learning_rate"], "collapsed" in one) for one in report["relearning_variants"]]
+    assert told == [("plain", 1e-5, False), ("plain", 1e-4, False), ("plain", 1e-3, True), ("all_photos", 1e-4, False)]
+    note = report["notes"][0]
+    assert "20% of the forget photos" in note and "Learning rates tried: 1e-05, 0.0001, 0.001" in note
+    write_page([attack(tmp_path, relearning=rows)], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "As trained<small>all weights, learning rate 0.001, retained people lost too</small>" in page
+    assert "All photos<small>all weights, learning rate 0.0001</small>" in page and "a small area is no" in page
+
+
 def test_the_figures_about_strangers_come_from_the_evaluations(runs: dict[str, Path], tmp_path: Path) -> None:
     parts = with_strangers()
     beside = {model: {name: parts[model][name] for name in FIGURES} for model in ("vanilla", "unlearned", "gold")}

@@ -1,0 +1,62 @@
+"""Finished figures, kept line by line, so that an attack that was interrupted goes on where it stopped."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastvkd.errors import TrainingError
+from fastvkd.files import write_atomically
+
+
+class Journal:
+    """Figures by all that they depend on: in memory, and where a `path` is given as one JSON line each.
+
+    Args:
+        path: lines that are there are used again where `common` and the figure's own facts are the same. Others stay:
+            they may be wanted again. A last line that was cut off is dropped.
+        common: what every figure depends on, as JSON, such as the data and the code.
+    """
+
+    def __init__(self, path: Path | None = None, common: Any = None) -> None:
+        self._path, self._common = path, common
+        self._found: dict[str, Any] = {}
+        if path is None or not path.is_file():
+            return
+        lines = list(filter(None, map(_read, path.read_text("utf-8").splitlines())))
+        self._found = {line["key"]: line["found"] for line in lines}
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+    def kept(self, facts: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
+        """The figure that belongs to `facts`, measured now unless it is there. `facts` is JSON, and so is the figure.
+
+        Raises TrainingError where the file cannot be written.
+        """
+        key = hashlib.sha256(json.dumps([self._common, facts], sort_keys=True).encode()).hexdigest()
+        if key not in self._found:
+            text = json.dumps({"key": key, **facts, "found": measure()})
+            self._append(text)
+            self._found[key] = json.loads(text)["found"]  # the same whether measured now or read
+        return self._found[key]
+
+    def _append(self, text: str) -> None:
+        if self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise TrainingError(f"{self._path}: cannot be written: {error.strerror or error}") from error
+
+
+def _read(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and {"key", "found"} <= set(row) else None
