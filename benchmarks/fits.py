@@ -44,7 +44,8 @@ def cell(name: str, command: str | None, gpu: int, host: int) -> str:
     kinds = ""
     if "--kind" in rest:
         rest, _, named = rest.partition("--kind")
-        rest, kinds = rest.strip(), " all kinds but relearn" + ("" if "quantize" in named else " and quantize") + ","
+        without = [kind for kind in ("relearn", "quantize", "perturb") if kind not in named.split()]
+        rest, kinds = rest.strip(), f" all kinds but {' '.join(without)},"
     where = "no GPU" if name == "export" else f"{gpu / GIB:.1f}"
     if host and name != "export":
         where += f", host {host / GIB:.0f}"

@@ -63,7 +63,8 @@ def step_table(report: dict[str, Any]) -> list[str]:
         cells += ["" if row["counted_flops_per_image"] is None else f"{row['counted_flops_per_image'] / 1e9:.2f}"]
         cells += [f"{row['least_bytes_per_image'] / 1e6:.1f}", f"{row['roofline_ms_per_image']:.2f}"]
         cells += [f"{row['mfu_of_matmul']:.0%}", *([f"{row['mfu']:.1%}"] if on_gpu else [])]
-        cells += ["" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"]
+        few = f" ({alone})" if (alone := row.get("peak_batch", row["batch"])) != row["batch"] else ""
+        cells += ["" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}{few}"]
         cells += [f"{row['max_loss_error']:.0e}", f"{row['max_grad_error']:.0e}"]
         rows.append(cells)
     lines += ["", *table(head, rows, left=2), ""]
@@ -77,7 +78,8 @@ def step_table(report: dict[str, Any]) -> list[str]:
         share = report["loss_ms_per_image"] / last["ms_per_image"]
         lines.append(
             f"The loss kernel alone takes {report['loss_ms_per_image']:.3g} ms an image, {share:.1%} of step "
-            f"({last['variant']}). Peak: bytes in live tensors, models and optimiser included, built alone."
+            f"({last['variant']}). Peak: bytes in live tensors, models and optimiser included, built alone, with fewer "
+            "images where that many had no room (in brackets)."
         )
     lines += [f"({letter}) is left out: {reason}." for letter, reason in report["left_out"].items()]
     return lines

@@ -280,7 +280,8 @@ class AttackOptions(Budget, ModelOptions):
 
     example: ClassVar = "fastvkd attack --model merged --before MODEL --data DATA"
     when_gpu_is_full: ClassVar = (
-        f"{ModelOptions.when_gpu_is_full}; or leave out relearn, the dearest --kind, or one of --before and --gold"
+        f"{ModelOptions.when_gpu_is_full}; relearn and perturb also --micro-batch 1 --gradient-checkpointing, and "
+        "relearn --weights visual or --optim paged_adamw_8bit"
     )
     model: Annotated[str, Flag("the unlearned model", "FOLDER")]
     before: Annotated[str | None, Flag("the model before unlearning, to compare with", "FOLDER")] = None

@@ -94,7 +94,8 @@ def _perturbed(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for row in rows:
         if row["on"] == "unseen" and row["size"]:
             taught = accuracy("gold", "unseen", row["size"]) + accuracy("unlearned", "strangers", row["size"])
-            excess.append(row["figures"]["unlearned"]["accuracy"] - max([row["chance"], *taught]))
+            if taught:  # a model that never knew anybody is above chance then too: beside chance alone it says nothing
+                excess.append(row["figures"]["unlearned"]["accuracy"] - max([row["chance"], *taught]))
     return {"perturbation_excess": max(excess)} if excess else {}
 
 

@@ -246,28 +246,21 @@ class Plan:
 
 
 def plans(
-    processor: Any,
-    cells: Cells,
-    known: Sequence[Profile],
+    sources: Mapping[str, Sequence[Profile]],
+    holding: Callable[[str, float, int], Attacker],
     budget: Budget,
     share: float,
     seed: int,
     public: Callable[[], nn.Module] | None = None,
 ) -> list[Plan]:
-    """The ways to relearn with `share` of the `known` photos: as the model is, and for the largest share and the first
-    seed those that `budget.relearning_variants` names as well.
+    """The ways to relearn with `share` of the photos in `sources["forget"]`: as the model is, and for the largest share
+    and the first seed those that `budget.relearning_variants` names as well.
 
     `retained_photos` are of the retain set and `unrelated_photos` of the real-world set, as many as of the forget set;
     `all_photos` takes every photo that the attacker could have. `public_projector` and `public_tower` need a `public`
-    model. An attacker is made when first asked for, and only the last one is kept: it holds prepared photos.
+    model. `holding` makes the attacker who holds such a share of a source, drawn with such a seed.
     """
-    sources = {"forget": known, "retained": cells.get("retain", ()), "unrelated": cells.get("realworld", ())}
-
-    @lru_cache(maxsize=1)
-    def holding(source: str, share: float) -> Attacker:
-        return Attacker(processor, sources[source], share=share, seed=seed)
-
-    attacker = partial(holding, "forget", share)
+    attacker = partial(holding, "forget", share, seed)
     found = [Plan(PLAIN, attacker)]
     if (share, seed) != (max(budget.relearning_shares), budget.relearning_seeds[0]):
         return found
@@ -284,9 +277,9 @@ def plans(
             found.append(Plan(variant, attacker, first, partial(applies, variant)))
         elif counts.get(source):
             as_many = min(1.0, _photos_held(share, counts["forget"]) / counts[source])
-            found.append(Plan(variant, partial(holding, source, as_many)))
+            found.append(Plan(variant, partial(holding, source, as_many, seed)))
         elif variant == "all_photos" and share < 1:
-            found.append(Plan(variant, partial(holding, "forget", 1.0)))
+            found.append(Plan(variant, partial(holding, "forget", 1.0, seed)))
         elif public is not None and variant in parts:
 
             def take(model: nn.Module, part: Literal["projector", "vision"] = parts[variant]) -> None:
@@ -342,10 +335,16 @@ class Relearning:
         self._processor, self._budget, self._prepared = processor, budget, prepared
         self._retained = cells.get("retain", ())
         known, self._judged = held_and_judged(cells)
+        sources = {"forget": known, "retained": self._retained, "unrelated": cells.get("realworld", ())}
+
+        @lru_cache(maxsize=1)  # it holds prepared photos
+        def holding(source: str, share: float, seed: int) -> Attacker:
+            return Attacker(processor, sources[source], share=share, seed=seed)
+
         self.jobs = [
             Job(share, seed, plan, weights, rate)
             for share, seed in product(budget.relearning_shares, budget.relearning_seeds)
-            for plan in plans(processor, cells, known, budget, share, seed, public)
+            for plan in plans(sources, holding, budget, share, seed, public)
             for weights, rate in product(budget.relearning_weights, budget.learning_rates)
         ]
 

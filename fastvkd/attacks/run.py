@@ -17,10 +17,11 @@ from fastvkd.attacks.suite import Attack
 from fastvkd.data.sources import evaluation_cells, reference_strangers
 from fastvkd.engines.exporting import read_record, settings_of
 from fastvkd.environment import library_versions
+from fastvkd.errors import SettingsError
 from fastvkd.evaluation.inputs import PreparedPhotos
 from fastvkd.evaluation.people import likeness
 from fastvkd.evaluation.protocol import OnProgress
-from fastvkd.evaluation.run import answers_fingerprint
+from fastvkd.evaluation.run import answers_fingerprint, text_files_sha256
 from fastvkd.files import write_atomically
 from fastvkd.models.folder import identify_base, language_model_sha256, local_folder
 from fastvkd.models.loading import load_model, load_processor
@@ -38,7 +39,7 @@ def attack_run(options: AttackOptions, progress: OnProgress = lambda *_: None) -
     thresholds, and write attacks.json and certificate.json into `out`.
 
     One model at a time is loaded. Whatever is found goes into attacks.jsonl at once; what is there of the same models,
-    data, options and code is not computed again.
+    data, options, code, libraries and kind of device is not computed again.
 
     Thresholds, splits and the settings that the certificate states are those of the run that made the unlearned model,
     as `export` noted them, and its folder gets the certificate too, with a section in its model card. Of another model
@@ -61,9 +62,15 @@ def attack_run(options: AttackOptions, progress: OnProgress = lambda *_: None) -
     reference = reference_strangers(options.data)
     max_pixels = options.max_pixels or made_by.get("max_pixels")
     processor = load_processor(options.model, max_pixels=max_pixels)
-    loading = loading_of(options, [folders["unlearned"]])  # one model at a time
+    loading = loading_of(options, folders["unlearned"])
     identities = _identities(options, folders, loading, max_pixels)
-    common = {"code": source_sha256(), "data": _content_sha256(cells, reference)}
+    common = {
+        "code": source_sha256(),
+        "versions": library_versions(),
+        "device": loading.device.type,
+        "processor": text_files_sha256(folders["unlearned"]),  # through which every model is asked
+        "data": _content_sha256(cells, reference),
+    }
     journal = Journal(options.out / "attacks.jsonl", common)
     public = None if options.public is None else local_folder(options.public)
     retained = min(options.relearning_retained, options.max_samples or options.relearning_retained)
@@ -81,7 +88,8 @@ def attack_run(options: AttackOptions, progress: OnProgress = lambda *_: None) -
         public=None if public is None else cache(partial(load_model, public, dtype=loading.dtype)),
         journal=journal,
         identities=identities,
-        offloaded=loading.offloads(folders["unlearned"]),
+        scattered=loading.scattered(folders["unlearned"]),
+        rounded=loading.quantize or "",
     ).run(options.kind, evaluate=True)
     asked = choices_of(cells["forget"], None, options.seed)
     relearning = relearned(found.get("relearning", []))
@@ -130,6 +138,11 @@ def _thresholds(options: AttackOptions) -> Certificate | None:
 
 def _load(options: AttackOptions, loading: Loading, name: str, folder: Path) -> nn.Module:
     model = loading.model(folder)
+    if any(p.is_meta for p in model.parameters()) and loading.scattered(folder) != "host":
+        raise SettingsError(
+            f"{folder}: part of it went to host memory, since other work fills the cards; free them, or leave out "
+            "relearn, quantize and perturb (--kind)"
+        )
     if name == "unlearned" and options.steering is not None:
         attach(model, load_steering(options.steering))
     return model

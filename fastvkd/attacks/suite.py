@@ -20,6 +20,7 @@ from fastvkd.evaluation.inputs import PreparedPhotos
 from fastvkd.evaluation.people import examine
 from fastvkd.evaluation.protocol import OnProgress
 from fastvkd.models.answers import Query
+from fastvkd.models.placement import Scattered
 from fastvkd.options import AttackKind, Budget
 from fastvkd.records import Photo, Profile
 
@@ -89,7 +90,8 @@ class Attack:
     public: Loader | None = None  # what everybody can download: the model before it learnt anything that is asked
     journal: Journal = field(default_factory=Journal)
     identities: Mapping[str, str] = field(default_factory=dict)
-    offloaded: bool = False  # some weights lie in host memory: nothing can be trained
+    scattered: Scattered = ""  # where the models' weights lie, if not on one device
+    rounded: str = ""  # how the LLM is quantised as it is loaded, if it is
 
     @property
     def unseen(self) -> list[Profile]:
@@ -122,9 +124,11 @@ class Attack:
             needs = "unseen photos of the forgotten entities (Test_Set, or test.jsonl), or several photos of one"
             for kind in ("relearn", "perturb"):
                 _leave_out(kind, wanted, kinds, f"the data hold no {needs}, to judge by")
-        if self.offloaded:
-            for kind in ("relearn", "quantize", "perturb"):
-                _leave_out(kind, wanted, kinds, "some weights lie in host memory (--device-map auto)")
+        if self.rounded:
+            _leave_out("quantize", wanted, kinds, f"the LLM is loaded in {self.rounded} already")
+        for kind in {"": (), "cards": ("relearn",), "host": ("relearn", "quantize", "perturb")}[self.scattered]:
+            where = "on several cards" if self.scattered == "cards" else "partly in host memory"
+            _leave_out(kind, wanted, kinds, f"the weights lie {where} (--device-map auto)")
         data = probe.ProbeData(forget, self.unseen, retain, seed=self.seed) if "probe" in wanted else None
         if data is None or "forget" not in data.groups:
             _leave_out("probe", wanted, kinds, "the data hold no two forgotten entities with two photos each")

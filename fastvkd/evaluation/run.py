@@ -68,7 +68,7 @@ def evaluate(options: EvalOptions, progress: OnProgress | None = None) -> dict[s
     cells = evaluation_cells(folder, forget_split, retain_split)
     max_pixels = options.max_pixels or made_by.get("max_pixels")
     processor = load_processor(options.model, max_pixels=max_pixels)
-    loading = loading_of(options, [local])
+    loading = loading_of(options, local)
     model, fingerprint = _load(options, local, loading)
     fingerprint += "" if max_pixels is None else f" {max_pixels}"
     samples: list[dict[str, Any]] = []
@@ -169,7 +169,13 @@ def _summary(
 def answers_fingerprint(folder: Path, loading: Loading) -> str:
     """Of everything in a model folder, and in how it is loaded, that decides what the model answers."""
     rounded = f" {loading.quantize}" if loading.quantize else ""
-    digest = hashlib.sha256(f"{identify_base(folder).fingerprint} {loading.dtype}{rounded}".encode())
+    facts = f"{identify_base(folder).fingerprint} {loading.dtype}{rounded} {text_files_sha256(folder)}"
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def text_files_sha256(folder: Path) -> str:
+    """Of the files that make a model's processor: tokenizer, templates, preprocessing."""
+    digest = hashlib.sha256()
     for file in sorted({file for pattern in _TEXT_FILES for file in folder.glob(pattern) if file.is_file()}):
         digest.update(f" {file.relative_to(folder)} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
     return digest.hexdigest()

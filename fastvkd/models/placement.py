@@ -7,21 +7,22 @@ say so on one line.
 import json
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from fastvkd.devices import QUANTIZED_BYTES, WORKING_BYTES, pick_device, usable_bytes
+from fastvkd.errors import SettingsError
 from fastvkd.models.folder import read_safetensors_header, shards_of
 from fastvkd.models.loading import VISUAL_KEY, ModelPath, Quantize, load_model
 from fastvkd.options import ModelOptions, Quantized
 
 log = logging.getLogger("fastvkd")
 
+Scattered = Literal["", "cards", "host"]
 _NOT_ROUNDED = ("lm_head.", "embed_tokens.")
 
 
@@ -49,12 +50,15 @@ class Loading:
             "spread": self.room if self.spread else None,
         }
 
-    def offloads(self, folder: Path) -> bool:
-        """Whether part of that model would lie in host memory, where nothing can change it."""
+    def scattered(self, folder: Path) -> Scattered:
+        """Where the weights of that model will lie, if not on one device."""
         if not self.spread or self.device.type != "cuda":
-            return False
-        room = sum(usable_bytes(card) - self.room for card in _cards())
-        return weight_bytes(folder, self.dtype.itemsize, self.quantize) > room
+            return ""
+        cards = _cards()
+        room = sum(usable_bytes(card) - self.room for card in cards)
+        if weight_bytes(folder, self.dtype.itemsize, self.quantize) > room:
+            return "host"
+        return "cards" if len(cards) > 1 else ""
 
     def described(self) -> dict[str, str]:
         """What results state; `device_map` changes no figure, the others do."""
@@ -65,8 +69,8 @@ class Loading:
         }
 
 
-def loading_of(options: ModelOptions, folders: Sequence[Path]) -> Loading:
-    """How a command loads the models in `folders` at once.
+def loading_of(options: ModelOptions, folder: Path) -> Loading:
+    """How a command loads a model, one at a time.
 
     In bfloat16 on a GPU and in float32 on a CPU, unless the options say otherwise.
     """
@@ -75,12 +79,14 @@ def loading_of(options: ModelOptions, folders: Sequence[Path]) -> Loading:
     dtype = torch.bfloat16 if bf16 else torch.float32
     anywhere = options.device in ("auto", "cuda")
     if options.device_map == "auto":
+        if not anywhere:
+            raise SettingsError(f"--device-map auto goes over all cards: leave out --device {options.device}")
         return Loading(device, dtype, _named(options.quantize), spread=True)
-    return fitting(folders, device, dtype, options.quantize, anywhere=anywhere)
+    return fitting(folder, device, dtype, options.quantize, anywhere=anywhere)
 
 
 def fitting(
-    folders: Sequence[Path],
+    folder: Path,
     device: torch.device,
     dtype: torch.dtype,
     quantize: Quantized,
@@ -98,14 +104,13 @@ def fitting(
     """
     if quantize != "auto" or device.type != "cuda":
         return Loading(device, dtype, _named(quantize))
-    sizes = {kind: [weight_bytes(folder, dtype.itemsize, kind) for folder in folders] for kind in (None, "nf4")}
-    whole, rounded = (sum(of) + room for of in sizes.values())
+    whole, rounded = (weight_bytes(folder, dtype.itemsize, kind) + room for kind in (None, "nf4"))
     card = torch.cuda.get_device_properties(device).total_memory
     if whole <= usable_bytes(card):
         return Loading(device, dtype)
     cards = _cards()
-    names = ", ".join(folder.name for folder in folders)
-    needs = f"{names} in {str(dtype).removeprefix('torch.')} needs {whole / 1e9:.0f} GB; this card has {card / 1e9:.0f}"
+    kind = str(dtype).removeprefix("torch.")
+    needs = f"{folder.name} in {kind} needs {whole / 1e9:.0f} GB; this card has {card / 1e9:.0f}"
     if anywhere and whole - room <= sum(usable_bytes(card) - room for card in cards):
         log.warning("%s: spread over %d cards, as %s", needs, len(cards), spread_option)
         return Loading(device, dtype, spread=True, room=room)

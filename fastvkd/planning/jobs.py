@@ -55,6 +55,8 @@ class WholeModel:
         self.architecture, self.itemsize = architecture, itemsize
         recipe = Recipe(sites=(f"llm:{architecture.llm.layers}",), bf16=itemsize == 2)
         self.cost = Cost(architecture, recipe, prefix_tokens=asked_tokens)
+        checkpointed = dataclasses.replace(recipe, gradient_checkpointing=True)
+        self._checkpointed = Cost(architecture, checkpointed, prefix_tokens=asked_tokens)
         self.prompt = architecture.visual_tokens + asked_tokens
 
     def weights(self, quantize: str = "none") -> int:
@@ -74,21 +76,33 @@ class WholeModel:
         )
         return max(at_once(one, batch_size) * one for one in each)
 
-    def relearning(self, *, everything: bool, quantize: str = "none") -> int:
-        """A model that is trained on answers, all of it or its visual part: weights, float32 masters, moments, and the
-        larger of gradients and activations. What is quantised stays as it is."""
+    def relearning(self, *, everything: bool, quantize: str = "none", gently: bool = False) -> int:
+        """A model that is trained on answers, all of it or its visual part: weights, float32 masters, moments,
+        gradients and activations. What is quantised stays as it is. `gently`: one pair at a time, checkpointed."""
         s, llm = self.itemsize, self.architecture.llm
         trained = self.cost.trainable
-        activations = self.cost.activation_bytes_per_image() + self.cost.unused_block_bytes()
         if everything:
             rounded = llm.layers * llm.matrices if quantize != "none" else 0
             trained = int(self.cost.whole_bytes()) // s - rounded
+        activations = self._passed_back(everything=everything, quantize=quantize, gently=gently)
+        held = self.weights(quantize) + (4 * trained if s < 4 else 0) + 8 * trained
+        # Of one batch gradients come as activations go; of several they stay.
+        return int(held + (4 * trained + activations if gently else max(4 * trained, activations)))
+
+    def perturbing(self, quantize: str = "none", *, gently: bool = False) -> int:
+        """A frozen model through which gradients go to the pixels."""
+        return int(self.weights(quantize) + self._passed_back(everything=False, quantize=quantize, gently=gently))
+
+    def _passed_back(self, *, everything: bool, quantize: str, gently: bool) -> float:
+        """What a step of question-answer pairs keeps for its way back."""
+        s, llm = self.itemsize, self.architecture.llm
+        cost = self._checkpointed if gently else self.cost
+        pair = cost.activation_bytes_per_image() + cost.unused_block_bytes()
+        if everything:
             # trained layers keep more: what both norms scale and give, and what goes into the two ways out
             inputs = 4 * llm.hidden + (llm.attention_width + llm.intermediate if quantize == "none" else 0)
-            activations += llm.layers * self.cost.tokens * inputs * s
-        activations += 3 * ASKED_ANSWER_TOKENS * llm.vocabulary * 4
-        masters = 4 * trained if s < 4 else 0
-        return int(self.weights(quantize) + masters + 8 * trained + max(4 * trained, _RELEARNED * activations))
+            pair += (1 if gently else llm.layers) * self.cost.tokens * inputs * s
+        return (1 if gently else _RELEARNED) * (pair + 3 * ASKED_ANSWER_TOKENS * llm.vocabulary * 4)
 
     def exporting(self) -> int:
         """Bytes of host memory: the largest visual tensor, as stored and as trained, in float32."""
@@ -144,18 +158,23 @@ def _ways(model: WholeModel, command: str, room: int, cards: int) -> Iterator[_W
 
 
 def _attack_ways(model: WholeModel, command: str, room: int, cards: int) -> Iterator[_Way]:
-    """All kinds first, then without relearning, then without what changes weights or needs gradients. One model is held
-    at a time."""
+    """All kinds first, then relearning of the visual weights alone, then without what needs gradients or changes
+    weights. One model is held at a time."""
     least, exact = int(model.cost.least_bytes()), model.weights()
-    relearn = ", but for relearn"
+    gently = " --micro-batch 1 --gradient-checkpointing"
     for quantize, flag, how in (("none", "", "as it is"), ("nf4", " --quantize nf4", "in nf4")):
-        one = model.weights(quantize)
-        relearnt = max(model.relearning(everything=every, quantize=quantize) for every in (False, True))
-        yield _Way(how, command + flag, one, max(room, relearnt - one))
-        yield _Way(how + relearn, command + flag + _but("relearn"), one, room)
+        one, asked = model.weights(quantize), command + flag
+        most = max(model.relearning(everything=every, quantize=quantize) for every in (False, True))
+        yield _Way(how, asked, one, max(room, most - one))
+        visual = model.relearning(everything=False, quantize=quantize, gently=True)
+        yield _Way(f"{how}, visual weights relearnt", f"{asked} --weights visual{gently}", one, max(room, visual - one))
+        passed = model.perturbing(quantize, gently=True)
+        yield _Way(f"{how}, but for relearn", asked + gently + _but("relearn"), one, max(room, passed - one))
+        asked_alone = ", but for relearn and perturb"
         if cards > 1 and quantize == "none":
-            spread = f"{command} --device-map auto{_but('relearn')}"
-            yield _Way(_over(cards) + relearn, spread, exact, room, least)
+            spread = f"{command} --device-map auto{_but('relearn', 'perturb')}"
+            yield _Way(_over(cards) + asked_alone, spread, exact, room, least)
+        yield _Way(how + asked_alone, asked + _but("relearn", "perturb"), one, room)
     spread = f"{command} --device-map auto{_but('relearn', 'quantize', 'perturb')}"
     yield _Way(f"{_HOST}, but for relearn, quantize and perturb", spread, exact, room, least)
 

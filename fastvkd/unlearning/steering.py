@@ -107,7 +107,7 @@ def fit_to_folder(
         quantize=quantize,
         device_map=device_map,
     )
-    model = loading_of(told, [local_folder(model_name_or_path)]).model(model_name_or_path)
+    model = loading_of(told, local_folder(model_name_or_path)).model(model_name_or_path)
     processor = load_processor(model_name_or_path, max_pixels=max_pixels)
     return fit(model, processor, forget, retain, **options)
 

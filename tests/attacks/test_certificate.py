@@ -210,13 +210,13 @@ def test_a_perturbation_is_compared_with_what_it_teaches() -> None:
         figures = {name: {"accuracy": value} for name, value in models.items()}
         return {"on": on, "size": size, "chance": 0.25, "figures": figures}
 
-    def excess(*rows: dict) -> float:
-        return figures_of({"unlearned": {}}, {"perturbation": rows}, chance=None)["perturbation_excess"]
+    def excess(*rows: dict) -> float | None:
+        return figures_of({"unlearned": {}}, {"perturbation": rows}, chance=None).get("perturbation_excess")
 
-    assert excess(row("unseen", 0, 0.9), row("unseen", 8, 0.5), row("unseen", 16, 0.4)) == pytest.approx(0.25)
+    assert excess(row("unseen", 0, 0.9, 0.1), row("unseen", 8, 0.5, 0.1), row("unseen", 16, 0.4)) == pytest.approx(0.25)
     assert excess(row("unseen", 8, 0.5, 0.45), row("strangers", 8, 0.3, 0.6)) == pytest.approx(0.05)
     assert excess(row("unseen", 8, 0.5, 0.3), row("strangers", 8, 0.4)) == pytest.approx(0.1)
-    assert excess(row("unseen", 8, 0.5), row("strangers", 16, 0.9)) == pytest.approx(0.25)
+    assert excess(row("unseen", 8, 0.5), row("strangers", 16, 0.9)) is None  # chance alone says nothing
     assert "perturbation_excess" not in figures_of({"unlearned": {}}, {}, chance=None)
     assert verdict(perturbation_excess=0.15) == "passed" and verdict(perturbation_excess=0.16) == "failed"
     assert verdict(perturbation_excess=None) == "incomplete"

@@ -289,25 +289,15 @@ def test_what_was_rounded_is_stated_and_not_mixed_with_what_was_not(world, tmp_p
         (tmp_path / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shared = ["--data", str(tmp_path), "--device", "cpu"]
     attack_it = ["attack", "--model", str(world.model), *shared, "--quantize", "nf4", "--out", str(tmp_path / "attack")]
-    attack_it += [
-        "--kind",
-        "quantize",
-        "relearn",
-        "--shares",
-        "1",
-        "--seeds",
-        "0",
-        "--steps",
-        "1",
-        "--variants",
-        "noise",
-    ]
-    assert main(attack_it) in (0, 1)
+    few = ["--shares", "1", "--seeds", "0", "--steps", "1", "--variants", "noise"]
+    assert main([*attack_it, "--kind", "images", "relearn", *few]) in (0, 1)
     loading = {"dtype": "float32", "quantize": "nf4", "device_map": "none"}
     found = json.loads((tmp_path / "attack" / "attacks.json").read_text())
     judged = json.loads((tmp_path / "attack" / "certificate.json").read_text())
     assert found["loading"] == judged["loading"] == loading
-    assert found["relearning"] and {row["variant"] for row in found["questions"]} == {"plain", "int8", "nf4"}
+    assert found["relearning"] and {row["kind"] for row in found["questions"]} == {"plain", "images"}
+    assert main([*attack_it, "--kind", "quantize"]) == 2  # what is rounded already shows nothing of that attack
+    assert "quantize: the LLM is loaded in nf4 already" in capsys.readouterr().err
     results = {}
     for kind in ("nf4", "none"):
         out = tmp_path / kind

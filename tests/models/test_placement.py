@@ -48,7 +48,7 @@ def options(**told) -> EvalOptions:
     return EvalOptions(model="m", data="d", **told)
 
 
-def sized(monkeypatch: pytest.MonkeyPatch, billions: float) -> list[Path]:
+def sized(monkeypatch: pytest.MonkeyPatch, billions: float) -> Path:
     """A folder whose model has so many parameters, 95 % of them in the LLM's layers."""
 
     def bytes_of(_: Path, itemsize: int, quantize: str | None = None) -> int:
@@ -56,40 +56,43 @@ def sized(monkeypatch: pytest.MonkeyPatch, billions: float) -> list[Path]:
         return int(billions * 1e9 * (0.05 * itemsize + 0.95 * each))
 
     monkeypatch.setattr(placement, "weight_bytes", bytes_of)
-    return [Path("models/LLaVA-13B")]
+    return Path("models/LLaVA-13B")
 
 
 def test_bfloat16_is_the_default_on_a_gpu_and_float32_on_a_cpu(cards, monkeypatch) -> None:
-    folders = sized(monkeypatch, 7)
-    assert loading_of(options(), folders) == Loading(torch.device("cuda"), torch.bfloat16)
-    assert loading_of(options(fp32=True, quantize="int8"), folders).dtype == torch.float32
+    folder = sized(monkeypatch, 7)
+    assert loading_of(options(), folder) == Loading(torch.device("cuda"), torch.bfloat16)
+    assert loading_of(options(fp32=True, quantize="int8"), folder).dtype == torch.float32
     cpu = Loading(torch.device("cpu"))
-    assert loading_of(options(device="cpu"), folders) == cpu and cpu.dtype == torch.float32
-    assert loading_of(options(device="cpu", bf16=True), folders).dtype == torch.bfloat16
+    assert loading_of(options(device="cpu"), folder) == cpu and cpu.dtype == torch.float32
+    assert loading_of(options(device="cpu", bf16=True), folder).dtype == torch.bfloat16
     with pytest.raises(SettingsError, match="--bf16 and --fp32"):
         options(bf16=True, fp32=True)
 
 
 def test_the_default_fits_the_card_and_says_so(cards, monkeypatch, caplog) -> None:
-    folders = sized(monkeypatch, 13)
-    found = loading_of(options(), folders)
+    folder = sized(monkeypatch, 13)
+    found = loading_of(options(), folder)
     assert (found.quantize, found.spread) == ("nf4", False) and len(caplog.messages) == 1
     needs = "LLaVA-13B in bfloat16 needs 28 GB; this card has 24: loaded in nf4, as --quantize nf4"
     assert caplog.messages[0].startswith(needs) and "--device-map auto is exact" in caplog.messages[0]
     caplog.clear()
-    assert loading_of(options(quantize="none"), folders).quantize is None
-    assert loading_of(options(device_map="auto"), folders) == Loading(torch.device("cuda"), torch.bfloat16, spread=True)
+    assert loading_of(options(quantize="none"), folder).quantize is None
+    assert loading_of(options(device_map="auto"), folder) == Loading(torch.device("cuda"), torch.bfloat16, spread=True)
     assert not caplog.messages  # what was asked for need not be said
-    both = loading_of(options(), folders * 3)
-    assert both.spread and "spread over cards and host memory" in caplog.messages[0]
     cards.append(22.5)
-    assert loading_of(options(), folders).spread and "spread over 2 cards" in caplog.messages[1]
-    assert loading_of(options(device="cuda:1"), folders).quantize == "nf4"  # one card was named
-    assert fitting(folders * 2, torch.device("cuda"), torch.bfloat16, "auto").quantize == "nf4"
-    auto = loading_of(options(device_map="auto"), folders)
-    assert not auto.offloads(folders[0])
+    assert loading_of(options(), folder).spread and "spread over 2 cards" in caplog.messages[0]
+    assert loading_of(options(device="cuda:1"), folder).quantize == "nf4"  # one card was named
+    with pytest.raises(SettingsError, match="leave out --device cuda:1"):
+        loading_of(options(device="cuda:1", device_map="auto"), folder)
+    assert fitting(folder, torch.device("cuda"), torch.bfloat16, "auto").quantize == "nf4"
+    auto = loading_of(options(device_map="auto"), folder)
+    assert auto.scattered(folder) == "cards"
     cards[:] = [22.5]
-    assert auto.offloads(folders[0]) and not loading_of(options(quantize="nf4"), folders).offloads(folders[0])
+    assert auto.scattered(folder) == "host" and loading_of(options(quantize="nf4"), folder).scattered(folder) == ""
+    folder = sized(monkeypatch, 40)
+    caplog.clear()
+    assert loading_of(options(), folder).spread and "spread over cards and host memory" in caplog.messages[0]
 
 
 def test_bytes_of_a_folder_are_those_of_the_loaded_model(llava) -> None:
@@ -151,12 +154,12 @@ def test_attacks_that_need_all_weights_are_left_out_where_some_are_away(llava, s
     people = [Profile(name, (photo,), Questions(choice=(choice,))) for name in ("a", "b")]
     cells = {"forget": people[:1], "test": people[:1], "retain": people[1:]}
     loaders = {"unlearned": lambda: spread}
-    attack = Attack(loaders, llava.processor, cells, PreparedPhotos(llava.processor), offloaded=True)
+    attack = Attack(loaders, llava.processor, cells, PreparedPhotos(llava.processor), scattered="host")
     found = attack.run(["all"])
     assert {row["kind"] for row in found["questions"]} >= {"plain", "images"} and "relearning" not in found
     assert "quantize" not in {row["kind"] for row in found["questions"]}
-    assert sum("lie in host memory" in message for message in caplog.messages) == 3
-    with pytest.raises(DataError, match="relearn: some weights lie in host memory"):
+    assert sum("lie partly in host memory" in message for message in caplog.messages) == 3
+    with pytest.raises(DataError, match="relearn: the weights lie partly in host memory"):
         attack.run(["relearn"])
 
 

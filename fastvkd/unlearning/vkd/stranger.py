@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ _LIKE = 16  # of them are weighed against one another for each person
 _KNOWN_AS_STRANGERS = 4  # known people whose answers are averaged where no strangers are given
 _FEWEST_TO_SHIFT, _FEWEST_OTHERS = 2, 4  # photos of a person, and of other people
 _ATTEMPTS, _WELL = 3, 0.2  # searches for one person, till answers are so near a stranger's
+_FIRM_ATTEMPTS, _FIRM = 2, 3.0  # further ones if none is, and the weight of the person's own answer in them
 _CHECKED = 4  # photos of a person on which that is seen
 _LIKENESS = 0.3  # weight of looking alike, beside twice that of being right no more often than chance
 _NEAR, _LATER = 0.1, 0.1  # weight of a short way, and of the words of an answer after its first
@@ -180,11 +181,17 @@ def _means(rows: Tensor, counts: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Aim:
-    """An identity question with a stranger's answer, and the log-probabilities (answer tokens, V) that are aimed at."""
+    """An identity question with a stranger's answer, and the log-probabilities (answer tokens, V) that are aimed at.
+
+    own, most: the first token of the person's own answer, and the log-probability beside the stranger's answer that it
+    may have at most; None in a search that does not ask for that.
+    """
 
     question: str
     answer: str
     wanted: Tensor
+    own: int | None = None
+    most: float = 0.0
 
 
 class GuidedSearch:
@@ -216,9 +223,14 @@ class GuidedSearch:
             natural, outward = self._natural(site)
             for e, candidates in enumerate(pools):
                 tried: list[tuple[float, StrangerMap]] = []
-                for pool in candidates[:_ATTEMPTS]:
+                # Strangers who look alike are given much of the person's own answers. If no map gets away from these,
+                # they are held to what strangers get for them on average.
+                attempts = [(pool, False) for pool in candidates[:_ATTEMPTS]]
+                attempts += [(pool, True) for pool in candidates[:_FIRM_ATTEMPTS]]
+                for pool, firm in attempts:
                     log.info("%s: searching for person %d of %d", site, e + 1, len(people))
                     aims = self._aims(pool, self.identity[e])
+                    aims = self._held_to_usual(aims, e) if firm else aims
                     map_ = self._search(site, e, aims, answers[e], natural, outward)
                     tried.append((self._off(site, e, aims, map_), map_))
                     if tried[-1][0] <= _WELL:
@@ -321,6 +333,26 @@ class GuidedSearch:
             aims.append(_Aim(question, answer, (each.logsumexp(0) - math.log(len(photos))).half()))
         return aims
 
+    @torch.no_grad()
+    def _held_to_usual(self, aims: Sequence[_Aim], e: int) -> list[_Aim]:
+        """The same aims, the person's own answer being no more likely than for strangers on average."""
+        told = {q: a for p in self.population.profiles[e] for q, a in question_answer_pairs(p.visual)}
+        photos = [photos[0] for photos in self.others]
+        held = []
+        for aim in aims:
+            own = self._first_token(photos[0], aim.question, told[aim.question])
+            said = self._first_token(photos[0], aim.question, aim.answer)
+            logits = self.asker.logits(photos, [(aim.question, aim.answer)] * len(photos))
+            first = logits.unflatten(0, (len(photos), -1))[:, 0].float()
+            first[:, said] = -1e4
+            usual = float(first.softmax(-1)[:, own].mean().log())
+            held.append(replace(aim, own=own, most=usual))
+        return held
+
+    def _first_token(self, photo: int, question: str, answer: str) -> int:
+        predicts = self.asker.batch([photo], [(question, answer)]).predicts
+        return int(predicts[predicts != -100][0])
+
     def _neutral_answers(self, photos: Sequence[int]) -> list[list[str]]:
         """The original's greedy answer to every neutral question about each photo."""
         n = len(self.neutral)
@@ -385,6 +417,8 @@ class GuidedSearch:
             z0, counts = noted["rows"], noted["counts"]
             z = map_(z0)
             loss = _as_strangers(said.logits, said.tokens, said.row, torch.cat([aim.wanted for aim in who]).float())
+            if all(aim.own is not None for aim in who):
+                loss = loss + _FIRM * _too_own(said.logits, said.tokens, said.row, who)
             loss = loss + options.keep * _divergence(kept.logits, before.logits).mean()
             # As far out as strangers, and each photo as unusual among them as it was.
             wanted = natural.away(z0, counts) + outward[:, None]
@@ -411,7 +445,7 @@ def _as_strangers(logits: Tensor, tokens: Tensor, row: Tensor, wanted: Tensor) -
     of the known people somebody resembles. And by how much the stranger's answer is less likely than it should be, as
     log-odds: answers can be near on average while one view in ten is called by a name.
     """
-    first = torch.cat([torch.ones_like(row[:1], dtype=torch.bool), row[1:] != row[:-1]])
+    first = _first(row)
     answer = (_divergence(logits, wanted) * torch.where(first, 1.0, _LATER)).sum() / first.sum()
     said = F.one_hot(tokens[first], logits.shape[-1]).bool()
     others = [x[first].masked_fill(said, -1e4) for x in (logits, wanted)]
@@ -420,6 +454,21 @@ def _as_strangers(logits: Tensor, tokens: Tensor, row: Tensor, wanted: Tensor) -
         x[first][said] - rest.detach().logsumexp(1) for x, rest in zip((logits, wanted), others, strict=True)
     )
     return answer + _divergence(*others).mean() + _SURE * (aimed - odds).clamp(min=0).mean()
+
+
+def _too_own(logits: Tensor, tokens: Tensor, row: Tensor, aims: Sequence[_Aim]) -> Tensor:
+    """How much likelier than they may be the own answers of a person are beside the stranger's, in log-probability."""
+    first = _first(row)
+    said = F.one_hot(tokens[first], logits.shape[-1]).bool()
+    beside = logits[first].masked_fill(said, -1e4).log_softmax(-1)
+    own = torch.tensor([aim.own for aim in aims], device=logits.device)
+    most = torch.tensor([aim.most for aim in aims], device=logits.device)
+    return (beside.gather(1, own[:, None])[:, 0] - most).clamp(min=0).mean()
+
+
+def _first(row: Tensor) -> Tensor:
+    """(n,) bool: which answer tokens are their answer's first, `row` being whose they are."""
+    return torch.cat([torch.ones_like(row[:1], dtype=torch.bool), row[1:] != row[:-1]])
 
 
 def _see(
@@ -555,7 +604,7 @@ def _loading(settings: Settings, device: torch.device, images: ImageSet) -> Load
     if told.device_map == "auto" or told.quantize != "auto" or kept is not None:
         return Loading(device, dtype, kept, spread=told.device_map == "auto", room=_room(settings, images))
     return fitting(
-        [local_folder(settings.model_name_or_path)],
+        local_folder(settings.model_name_or_path),
         device,
         dtype,
         "auto",
@@ -635,7 +684,7 @@ def _digest(settings: Settings, sources: Sources, images: ImageSet, population: 
         "seed": settings.seed if guided else None,
         "identity": [[repr(p.visual) for p in profiles] for profiles in population.profiles] if guided else None,
         "neutral": neutral_questions(population.profiles) if guided else None,
-        "format": 3,
+        "format": 4,
     }
     return hashlib.sha256(json.dumps(shaped_by, sort_keys=True).encode()).hexdigest()[:16]
 

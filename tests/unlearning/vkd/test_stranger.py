@@ -192,6 +192,38 @@ def test_a_view_that_is_called_by_a_name_costs_more_than_its_divergence() -> Non
     assert cost(0.2) == pytest.approx(stranger._SURE * math.log(4), rel=1e-5)  # log-odds 0 are wanted
 
 
+def test_an_own_answer_costs_what_it_is_likelier_than_it_may_be() -> None:
+    """Token 0 is the stranger's answer; token 1 is the person's own, and may have half of what is beside that."""
+    tokens, row = torch.zeros(2, dtype=torch.int64), torch.arange(2)
+    said = torch.tensor([[0.9, 0.08, 0.02], [0.9, 0.02, 0.08]]).log().requires_grad_()
+    aims = [stranger._Aim("", "", torch.zeros(1), own=1, most=math.log(0.5))] * 2
+    cost = stranger._too_own(said, tokens, row, aims)
+    assert cost.item() == pytest.approx(math.log(0.8 / 0.5) / 2, rel=1e-5)  # the second answer is below
+    (gradient,) = torch.autograd.grad(cost, said)
+    assert gradient[0, 1] > 0 > gradient[0, 2] and not gradient[1].any() and not gradient[:, 0].any()
+
+
+def test_where_no_map_is_near_the_search_holds_the_persons_own_answer_down(monkeypatch) -> None:
+    model, processor, images, population = tiny_population("llava")
+    population = dataclasses.replace(population, people=population.people[:1], profiles=population.profiles[:1])
+    search = GuidedSearch(model, processor, images, population, Settings(forget_target="stranger"))
+    firm: list[bool] = []
+
+    def searched(site, e, aims, *_):
+        firm.append(all(aim.own is not None for aim in aims))
+        assert all((aim.own is None) == (aim.most == 0.0) and aim.most <= 0 for aim in aims)
+        return stranger.StrangerMap(4, 2)
+
+    monkeypatch.setattr(search, "_search", searched)
+    monkeypatch.setattr(search, "_off", lambda *_: 0.5 if not firm[-1] else 0.1)
+    search.maps(["projector"])
+    assert firm == [False] * min(stranger._ATTEMPTS, len(search.pools()[0])) + [True]
+    firm.clear()
+    monkeypatch.setattr(search, "_off", lambda *_: 0.1)
+    search.maps(["projector"])
+    assert firm == [False]
+
+
 def test_an_answer_is_given_where_every_token_is_the_likeliest(monkeypatch) -> None:
     model, processor, images, _ = tiny_population("llava")
     asker = Asker(model, processor, images)
