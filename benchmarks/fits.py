@@ -45,7 +45,8 @@ def cell(name: str, command: str | None, gpu: int, host: int) -> str:
     if "--kind" in rest:
         rest, _, named = rest.partition("--kind")
         without = [kind for kind in ("relearn", "quantize", "perturb") if kind not in named.split()]
-        rest, kinds = rest.strip(), f" all kinds but {' '.join(without)},"
+        listed = " and ".join([", ".join(without[:-1]), without[-1]] if without[1:] else without)
+        rest, kinds = rest.strip(), f" all kinds but {listed},"
     where = "no GPU" if name == "export" else f"{gpu / GIB:.1f}"
     if host and name != "export":
         where += f", host {host / GIB:.0f}"

@@ -20,5 +20,5 @@ def test_every_job_has_a_row_for_every_model_and_export_needs_no_gpu() -> None:
     assert fits.cell("attack", None, 1, 1) == "does not fit"
     attack = "fastvkd attack --model merged --before MODEL --data DATA --device-map auto --kind fewshot probe"
     assert fits.cell("attack", attack, 2 << 30, 7 << 30) == (
-        "`--device-map auto` all kinds but relearn and quantize, 2.0, host 7"
+        "`--device-map auto` all kinds but relearn, quantize and perturb, 2.0, host 7"
     )
