@@ -82,7 +82,7 @@ def test_what_of_a_card_can_be_used_and_what_goes_at_once() -> None:
     [
         (["train", "model_name_or_path=m", "data=d"], "fastvkd.unlearning.loop", "unlearn", "fastvkd plan"),
         (["eval", "--model", "m", "--data", "d"], "fastvkd.evaluation.run", "evaluate", "--quantize nf4"),
-        (["attack", "--model", "m", "--data", "d"], "fastvkd.attacks.run", "attack_run", "leave out relearn"),
+        (["attack", "--model", "m", "--data", "d"], "fastvkd.attacks.run", "attack_run", "relearn --weights visual"),
         (
             ["steer", "--model", "m", "--data", "d", "--layers", "1"],
             "fastvkd.unlearning.steering",
