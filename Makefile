@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 demo: $(STAMP)
 	$(BIN)/fastvkd demo --out out/demo
 
-# One case at least of every claim, within 12 minutes on two cores; `make proofs` runs the costly further cases. A file's
+# One case at least of every claim, in some 11 to 25 minutes on two cores; `make proofs` runs the costly further cases. A file's
 # tests stay together, since they share what is costly to make, and files go in their order: the long ones come early.
 test: $(STAMP) lint
 	$(PYTEST) -m "not proof"

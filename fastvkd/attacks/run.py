@@ -152,8 +152,7 @@ def _identities(
     options: AttackOptions, folders: Mapping[str, Path], loading: Loading, max_pixels: int | None
 ) -> dict[str, str]:
     """What each model's answers depend on: its weights, how they are loaded, its processor, and the steering."""
-    seen = "" if max_pixels is None else f" {max_pixels}"
-    found = {name: answers_fingerprint(folder, loading) + seen for name, folder in folders.items()}
+    found = {name: answers_fingerprint(folder, loading, max_pixels) for name, folder in folders.items()}
     if options.steering is not None:
         found["unlearned"] += hashlib.sha256(options.steering.read_bytes()).hexdigest()
     if options.public is not None:
@@ -185,7 +184,7 @@ def _likeness(
         return None
     facts = {"kind": "likeness", "identity": identities["vanilla"]}
     found: dict[str, float] = journal.kept(
-        facts, lambda: likeness(load_model(folders["vanilla"], llm_layers=0, **loading.arguments()), processor, cells)
+        facts, lambda: likeness(loading.visual_part(folders["vanilla"]), processor, cells)
     )
     return found
 

@@ -20,7 +20,7 @@ from fastvkd.evaluation.protocol import OnProgress
 from fastvkd.evaluation.truth_ratio import forget_quality, model_utility
 from fastvkd.files import write_atomically
 from fastvkd.models.folder import identify_base, local_folder
-from fastvkd.models.loading import load_model, load_processor
+from fastvkd.models.loading import load_processor
 from fastvkd.models.placement import Loading, loading_of
 from fastvkd.models.steering import attach, load_steering
 from fastvkd.options import EvalOptions
@@ -69,8 +69,7 @@ def evaluate(options: EvalOptions, progress: OnProgress | None = None) -> dict[s
     max_pixels = options.max_pixels or made_by.get("max_pixels")
     processor = load_processor(options.model, max_pixels=max_pixels)
     loading = loading_of(options, local)
-    model, fingerprint = _load(options, local, loading)
-    fingerprint += "" if max_pixels is None else f" {max_pixels}"
+    model, fingerprint = _load(options, local, loading, max_pixels)
     samples: list[dict[str, Any]] = []
     same: dict[str, Any] = {
         "benchmark": benchmark,
@@ -111,10 +110,10 @@ def evaluate(options: EvalOptions, progress: OnProgress | None = None) -> dict[s
     return results
 
 
-def _load(options: EvalOptions, folder: Path, loading: Loading) -> tuple[nn.Module, str]:
+def _load(options: EvalOptions, folder: Path, loading: Loading, max_pixels: int | None) -> tuple[nn.Module, str]:
     """The model, steered where that is asked for, and the fingerprint of all that decides its answers."""
     model = loading.model(options.model)
-    fingerprint = answers_fingerprint(folder, loading)
+    fingerprint = answers_fingerprint(folder, loading, max_pixels)
     if options.steering is not None:
         attach(model, load_steering(options.steering))
         fingerprint += hashlib.sha256(options.steering.read_bytes()).hexdigest()
@@ -135,7 +134,7 @@ def _likeness(
         return likeness(model, processor, cells)
     try:
         folder = local_folder(options.original or made_of or "")
-        original = load_model(folder, dtype=loading.dtype, device=loading.device, llm_layers=0)
+        original = loading.visual_part(folder)
     except ModelError as error:
         if options.original is not None:
             raise
@@ -166,10 +165,11 @@ def _summary(
     return summary
 
 
-def answers_fingerprint(folder: Path, loading: Loading) -> str:
-    """Of everything in a model folder, and in how it is loaded, that decides what the model answers."""
+def answers_fingerprint(folder: Path, loading: Loading, max_pixels: int | None = None) -> str:
+    """Of everything in a model folder, in how it is loaded, and in how it sees photos, that decides what it answers."""
     rounded = f" {loading.quantize}" if loading.quantize else ""
     facts = f"{identify_base(folder).fingerprint} {loading.dtype}{rounded} {text_files_sha256(folder)}"
+    facts += "" if max_pixels is None else f" {max_pixels}"
     return hashlib.sha256(facts.encode()).hexdigest()
 
 

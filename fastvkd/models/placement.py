@@ -41,6 +41,10 @@ class Loading:
         """The whole model of a folder, in evaluation mode."""
         return load_model(folder, **self.arguments())
 
+    def visual_part(self, folder: ModelPath) -> PreTrainedModel:
+        """Tower and projector alone, which nothing rounds or spreads."""
+        return load_model(folder, dtype=self.dtype, device=self.device, llm_layers=0)
+
     def arguments(self) -> dict[str, Any]:
         """Those of `load_model`."""
         return {

@@ -1,25 +1,15 @@
 """Prompts and answers as tokens, in every family: whatever its processor does, answers stand where labels say."""
 
-import io
-
 import pytest
 import tiny
 import torch
-from PIL import Image
 
 from fastvkd.models.answers import Query, collate_answers, processor_inputs
 from fastvkd.models.prompts import chat_prompt
-from fastvkd.records import Photo
 
 ANSWERS = ("the photo", "the")
 # From a tower with many tokens an image to one with few: rows are padded behind or before.
 SIZES = ((64, 64), (64, 64))
-
-
-def as_photo(image: Image.Image) -> Photo:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return Photo(file.getvalue(), "photo")
 
 
 @pytest.mark.parametrize("name", list(tiny.BUILDERS))
@@ -39,7 +29,7 @@ def test_labels_are_the_answers_where_rows_are_padded(name: str) -> None:
 def test_prompts_end_where_their_answers_begin(name: str) -> None:
     _, processor = tiny.BUILDERS[name]()
     queries = [
-        Query(chat_prompt(processor, question, image=True), (as_photo(image),))
+        Query(chat_prompt(processor, question, image=True), (tiny.as_photo(image),))
         for image, question in zip(tiny.photos(*SIZES), ANSWERS, strict=True)
     ]
     inputs = processor_inputs(processor, queries, None, torch.device("cpu"))

@@ -1,6 +1,5 @@
 """How the commands that only ask a model load it: a default that fits the card, and what is spread over memory."""
 
-import io
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from PIL import Image
 
 from fastvkd.attacks.run import Attack
 from fastvkd.devices import GIB
@@ -21,7 +19,7 @@ from fastvkd.models.loading import load_model
 from fastvkd.models.placement import Loading, fitting, loading_of, weight_bytes
 from fastvkd.models.prompts import chat_prompt
 from fastvkd.options import EvalOptions
-from fastvkd.records import Choice, Photo, Profile, Questions
+from fastvkd.records import Choice, Profile, Questions
 
 taken: Counter[int] = Counter()  # bytes of each GPU that something lies in
 
@@ -139,7 +137,7 @@ def spread(llava, tmp_path, monkeypatch) -> torch.nn.Module:
 
 def test_a_spread_model_answers_to_the_bit_as_a_whole_one(llava, spread) -> None:
     whole = load_model(llava.folder)
-    photo = Photo(_png(tiny.photos((20, 20))[0]), "photo")
+    photo = tiny.as_photo(tiny.photos((20, 20))[0])
     prompt = chat_prompt(llava.processor, "who is this person ?", image=True)
     queries = [Query(prompt, (photo,)), Query(chat_prompt(llava.processor, "who ?", image=False))]
     for fast in (True, False):
@@ -149,7 +147,7 @@ def test_a_spread_model_answers_to_the_bit_as_a_whole_one(llava, spread) -> None
 
 
 def test_attacks_that_need_all_weights_are_left_out_where_some_are_away(llava, spread, caplog) -> None:
-    photo = Photo(_png(tiny.photos((20, 20))[0]), "photo")
+    photo = tiny.as_photo(tiny.photos((20, 20))[0])
     choice = Choice("who is this person ?", {"A": "A", "B": "B"}, "A")
     people = [Profile(name, (photo,), Questions(choice=(choice,))) for name in ("a", "b")]
     cells = {"forget": people[:1], "test": people[:1], "retain": people[1:]}
@@ -161,9 +159,3 @@ def test_attacks_that_need_all_weights_are_left_out_where_some_are_away(llava, s
     assert sum("lie partly in host memory" in message for message in caplog.messages) == 3
     with pytest.raises(DataError, match="relearn: the weights lie partly in host memory"):
         attack.run(["relearn"])
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

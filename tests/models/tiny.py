@@ -4,6 +4,7 @@
 down a second time so that the tests do not believe the table they test.
 """
 
+import io
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,6 +53,7 @@ from transformers import (
 )
 
 from fastvkd.models.loading import image_only
+from fastvkd.records import Photo
 
 DEPTH, TOWER_DEPTH, SIDE, PATCH = 4, 3, 16, 4
 QUESTION, ANSWER = "who is this person ?", " A B C"
@@ -340,6 +342,19 @@ def photos(*sizes: tuple[int, int], seed: int = 0) -> list[Image.Image]:
     """Random RGB images of these (width, height)s."""
     rng = np.random.default_rng(seed)
     return [Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)) for width, height in sizes]
+
+
+def as_photo(image: Image.Image, source: str = "photo") -> Photo:
+    """The image as a file would hold it."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return Photo(file.getvalue(), source)
+
+
+def noise(side: int, seed: int) -> Photo:
+    """A square photo of random pixels."""
+    values = torch.randint(256, (side, side, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return as_photo(Image.fromarray(values.numpy()), str(seed))
 
 
 def randomised(config, seed: int = 0) -> torch.nn.Module:

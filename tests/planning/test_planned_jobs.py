@@ -2,13 +2,11 @@
 which way each job fits a card."""
 
 import gc
-import io
 import json
 
 import pytest
 import tiny
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from test_planning import measured_peak, settings_for
 from transformers import AutoModelForImageTextToText
@@ -25,16 +23,9 @@ from fastvkd.models.prompts import chat_prompt
 from fastvkd.planning.architecture import architecture_of, find_architecture
 from fastvkd.planning.jobs import WholeModel, other_jobs
 from fastvkd.planning.plan import plan
-from fastvkd.records import Choice, Photo, Profile, Questions
+from fastvkd.records import Choice, Profile, Questions
 
 SIDE, PHOTOS, ASKED = 64, 8, ("who is this person ?", "the photo ?", "who ?")
-
-
-def noise(seed: int) -> Photo:
-    values = torch.randint(256, (SIDE, SIDE, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(values.numpy()).save(buffer, "PNG")
-    return Photo(buffer.getvalue(), str(seed))
 
 
 class Case:
@@ -56,7 +47,7 @@ class Case:
         self.processor.image_processor.crop_size = {"height": SIDE, "width": SIDE}
         torch.manual_seed(0)
         self.model = AutoModelForImageTextToText.from_config(self.config).eval().to(dtype)
-        self.photos = [noise(seed) for seed in range(PHOTOS)]
+        self.photos = [tiny.noise(SIDE, seed) for seed in range(PHOTOS)]
         self.whole = WholeModel(architecture_of(self.config.to_dict()), dtype.itemsize, asked_tokens=9)
 
     def queries(self, asked: tuple[str, ...]) -> list[Query]:

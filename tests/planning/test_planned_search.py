@@ -2,7 +2,6 @@
 (recomputing a layer stops short of its last product), peak memory to 10 %."""
 
 import gc
-import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from PIL import Image
 from test_planning import CPU_SDPA, measured_peak
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
@@ -19,20 +17,13 @@ from fastvkd.devices import GIB, questions_at_once
 from fastvkd.planning.architecture import architecture_of, find_architecture
 from fastvkd.planning.cost import Cost, Recipe
 from fastvkd.planning.plan import plan
-from fastvkd.records import Open, Photo, Profile, Questions
+from fastvkd.records import Open, Profile, Questions
 from fastvkd.settings import Settings, Stranger, load_settings
 from fastvkd.unlearning.vkd import stranger
 from fastvkd.unlearning.vkd.images import ImageSet
 from fastvkd.unlearning.vkd.stranger import GuidedSearch, Population
 
 QUESTION, ANSWER, SIDE = "who is this person ?", "A B C", 64
-
-
-def noise(seed: int) -> Photo:
-    values = torch.randint(256, (SIDE, SIDE, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(values.numpy()).save(buffer, "PNG")
-    return Photo(buffer.getvalue(), str(seed))
 
 
 class Case:
@@ -51,7 +42,7 @@ class Case:
         self.config.image_seq_length = 256
         self.processor.image_processor.size = {"height": SIDE, "width": SIDE}
         self.processor.image_processor.crop_size = {"height": SIDE, "width": SIDE}
-        shown = [noise(seed) for seed in range(5)]
+        shown = [tiny.noise(SIDE, seed) for seed in range(5)]
         self.images = ImageSet(shown, self.processor, self.config, dtype=torch.float32, pin=False)
         profile = Profile("e", (shown[0],), Questions(generation=(Open(QUESTION, ANSWER),)))
         self.population = Population([[profile]], [[0]], [[1, 2], [3, 4]], known=False)

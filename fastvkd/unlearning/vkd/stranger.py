@@ -223,20 +223,27 @@ class GuidedSearch:
             natural, outward = self._natural(site)
             for e, candidates in enumerate(pools):
                 tried: list[tuple[float, StrangerMap]] = []
-                # Strangers who look alike are given much of the person's own answers. If no map gets away from these,
-                # they are held to what strangers get for them on average.
-                attempts = [(pool, False) for pool in candidates[:_ATTEMPTS]]
-                attempts += [(pool, True) for pool in candidates[:_FIRM_ATTEMPTS]]
-                for pool, firm in attempts:
+                for aims in self._attempts(candidates, e):
                     log.info("%s: searching for person %d of %d", site, e + 1, len(people))
-                    aims = self._aims(pool, self.identity[e])
-                    aims = self._held_to_usual(aims, e) if firm else aims
                     map_ = self._search(site, e, aims, answers[e], natural, outward)
                     tried.append((self._off(site, e, aims, map_), map_))
                     if tried[-1][0] <= _WELL:
                         break
                 found[site].append(min(tried, key=lambda one: one[0])[1].further(self._reach(e)))
         return found
+
+    def _attempts(self, candidates: Sequence[Sequence[int]], e: int) -> Iterator[list[_Aim]]:
+        """What the searches for one person aim at, till a map is good enough.
+
+        Strangers who look alike are given much of the person's own answers. Where none of their maps gets away from
+        these, they are held to what strangers get for them on average.
+        """
+        aimed = []
+        for pool in candidates[:_ATTEMPTS]:
+            aimed.append(self._aims(pool, self.identity[e]))
+            yield aimed[-1]
+        for aims in aimed[:_FIRM_ATTEMPTS]:
+            yield self._held_to_usual(aims, e)
 
     def _reach(self, e: int) -> float:
         """How far training aims, 1 being the target: photos that it does not see fall short, the more so the fewer of a

@@ -1,14 +1,10 @@
 """Views in which a photo's subject stands in other surroundings."""
 
-import io
-
 import numpy as np
 import pytest
 import tiny
 import torch
-from PIL import Image
 
-from fastvkd.records import Photo
 from fastvkd.unlearning.vkd.images import ImageSet
 from fastvkd.unlearning.vkd.scenes import Scenes, draw_scenes
 
@@ -75,7 +71,7 @@ def test_ranks_draw_what_one_process_draws() -> None:
 def test_photos_that_keep_their_size_are_moved_one_by_one_and_the_others_stay() -> None:
     shown = tiny.photos((24, 16), (24, 16), (20, 28), (40, 40))
     config, processor = tiny.BUILDERS["qwen2_5_vl"]()
-    images = ImageSet([png(image) for image in shown], processor, config, dtype=torch.float32, pin=False)
+    images = ImageSet([tiny.as_photo(image) for image in shown], processor, config, dtype=torch.float32, pin=False)
     still, elsewhere, beside = 0, 1, 2
     place = np.full((3, 6), 0.5)
     scenes = Scenes(np.array([still, elsewhere, beside]), np.array([3, 3, 3]), place, np.array([True] * 3))
@@ -86,9 +82,3 @@ def test_photos_that_keep_their_size_are_moved_one_by_one_and_the_others_stay() 
     assert np.array_equal(after[8, 12], before[8, 12]) and np.array_equal(after[0, 0], lent[0, 0])
     assert not np.array_equal(np.array(seen[2]), np.array(shown[2]))
     assert images.batch([0, 1, 2], scenes=scenes).n_images == 3
-
-
-def png(image: Image.Image) -> Photo:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return Photo(buffer.getvalue(), "drawn")

@@ -3,7 +3,6 @@ then runs that find, keep and use them."""
 
 import copy
 import dataclasses
-import io
 import math
 import shutil
 from pathlib import Path
@@ -12,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from PIL import Image
 
 from fastvkd.data.sources import read_forget_retain
 from fastvkd.data.strangers import read_strangers
@@ -22,7 +20,7 @@ from fastvkd.models import families, loading, placement
 from fastvkd.models.folder import identify_base
 from fastvkd.models.placement import Loading
 from fastvkd.models.visual_path import VisualPath
-from fastvkd.records import Choice, Open, Photo, Profile, Questions
+from fastvkd.records import Choice, Open, Profile, Questions
 from fastvkd.settings import Settings, Stranger
 from fastvkd.unlearning.answers import read_answers
 from fastvkd.unlearning.loop import unlearn
@@ -36,16 +34,10 @@ from fastvkd.unlearning.vkd.teacher import split_by_image
 WHO, WHAT = "who is this person ?", "the photo ?"
 
 
-def png(image: Image.Image, name: str) -> Photo:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return Photo(buffer.getvalue(), name)
-
-
 def tiny_population(name: str) -> tuple[torch.nn.Module, object, ImageSet, Population]:
     """Two forgotten people and three strangers with two photos each, of two sizes."""
     config, processor = tiny.BUILDERS[name]()
-    shown = [png(image, f"{i}") for i, image in enumerate(tiny.photos(*[(16, 16), (32, 16)] * 5))]
+    shown = [tiny.as_photo(image, f"{i}") for i, image in enumerate(tiny.photos(*[(16, 16), (32, 16)] * 5))]
     images = ImageSet(shown, processor, config, dtype=torch.float32, pin=False)
     questions = Questions(
         generation=(Open(WHO, "A B"),), description=(Choice(WHAT, {"A": "B", "B": "C"}, "A"),),
