@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -74,3 +75,36 @@ def test_a_flipped_byte_never_escapes_as_another_error():
 
 def test_content_hash_tells_bytes_apart():
     assert content_hash(b"a") != content_hash(b"b") and len(content_hash(b"a")) == 64
+
+
+RAMP = np.linspace(0, 1, 2500).reshape(50, 50)
+DEEP = [
+    ((RAMP * 65535).astype(np.uint16), "PNG"),
+    ((RAMP * 65535).astype(np.uint16), "TIFF"),
+    ((RAMP * 65535).astype(np.uint16), "PPM"),
+    ((RAMP * 65535).astype(">u2"), "TIFF"),
+    ((RAMP * 65535).astype(np.int32), "TIFF"),
+    ((RAMP * 255).astype(np.int32), "TIFF"),
+    (RAMP.astype(np.float32), "TIFF"),
+    ((RAMP * 255).astype(np.float32), "TIFF"),
+    ((RAMP * 65535).astype(np.float32), "TIFF"),
+]
+
+
+def saved(pixels: np.ndarray, fmt: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, fmt)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("pixels", "fmt"), DEEP, ids=[f"{fmt}-{pixels.dtype}" for pixels, fmt in DEEP])
+def test_pixels_of_more_than_eight_bits_are_scaled(pixels, fmt):
+    read = np.asarray(decode_image(saved(pixels, fmt), "x"))
+    assert read.shape == (50, 50, 3)
+    np.testing.assert_allclose(read[..., 0], RAMP * 255, atol=1.0)
+
+
+@pytest.mark.parametrize("pixels", [RAMP - 0.5, RAMP * 1e9, np.full((4, 4), np.nan)])
+def test_pixels_of_no_known_range_are_refused(pixels):
+    with pytest.raises(DataError, match=r"whose range is unknown.*save the photo with 8 bits"):
+        decode_image(saved(pixels.astype(np.float32), "TIFF"), "x.tiff")
