@@ -6,10 +6,14 @@ tower and projector runs beside the trained one and shares the frozen LLM.
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import json
+import logging
 import os
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,8 +26,20 @@ from fastvkd.models import families
 from fastvkd.models.families import family_of
 from fastvkd.models.visual_path import SiteFeatures, VisualBatch
 
+log = logging.getLogger("fastvkd")
+
 T = TypeVar("T")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an image's features lie: rows `first` to `first + count` of a writer's file, and SHA-256 (hex) of them."""
+
+    writer: str
+    first: int
+    count: int
+    sha256: str
 
 
 class FeatureCache:
@@ -31,85 +47,140 @@ class FeatureCache:
 
     The folder is named by everything that shapes a feature: base weights, prompt prefix, preprocessing, site, dtype.
     Images inside it are named by their keys. So runs may share a cache, and a changed ingredient gets a new folder.
-    Each rank of a job adds to a file and an index of its own and reads those of all. New rows are flushed before the
-    index that names them is renamed into place, so an interrupted run leaves a cache that is valid and shorter.
+    Each process adds to a file and an index of its own and reads those of all, so that runs may share one at the same
+    time. New rows are flushed before the index that names them is renamed into place, so an interrupted run leaves a
+    cache that is valid and shorter. Each image's rows have a digest: what is damaged is missing, and computed again.
 
     Raises:
         TrainingError: the disk is full, or the folder cannot be written.
     """
 
     def __init__(self, root: Path, *, site: str, dtype: str, ingredients: dict[str, Any], rank: int = 0):
-        self.site, self.rank = site, rank
+        self.site = site
         self.dtype = _DTYPES[dtype]
-        ingredients = {**ingredients, "site": site, "dtype": dtype, "format": 2}
+        ingredients = {**ingredients, "site": site, "dtype": dtype, "format": 3}
         digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = root / f"{site.replace(':', '-')}-{digest}"
-        self.width = 0
         self.spans: dict[str, tuple[int, int]] = {}  # key -> (first row in its file, number of rows)
-        self._file_of: dict[str, int] = {}  # key -> the rank that wrote it
-        self._rows: dict[int, Tensor] = {}  # of each rank's file
+        self._writer = f"{rank}-{secrets.token_hex(8)}"
+        self._places: dict[str, list[_Place]] = {}  # key -> where its features are; the first are those that are read
+        self._checked: set[str] = set()  # whose first place was compared with its digest, or written by this process
+        self._damaged: set[_Place] = set()
+        self._widths: dict[str, int] = {}  # of each writer's rows
+        self._rows: dict[str, Tensor] = {}  # of each writer's file
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             description = self.folder / "ingredients.json"
             if not description.exists():
-                description.write_text(json.dumps(ingredients, indent=1, sort_keys=True))
+                self._replace(description, json.dumps(ingredients, indent=1, sort_keys=True))
         except OSError as error:
             raise _disk_error(self.folder, error) from error
         self.reload()
 
+    @property
+    def width(self) -> int:
+        """H, or 0 while there is nothing."""
+        return next(iter(self._widths.values()), 0)
+
     def reload(self) -> None:
-        """Read the indices again, which other ranks may have written."""
+        """Read the indices that other processes have written since."""
         for file in sorted(self.folder.glob("index-*.json")):
-            index = json.loads(file.read_text())
-            rank = int(file.stem.removeprefix("index-"))
-            self.width = index["width"]
-            self.spans |= {k: (a, b) for k, (a, b) in index["spans"].items()}
-            self._file_of |= dict.fromkeys(index["spans"], rank)
-        self._rows.clear()
+            writer = file.stem.removeprefix("index-")
+            if writer == self._writer:
+                continue
+            try:
+                index = json.loads(file.read_text())
+                width = int(index["width"])
+                places = {key: _Place(writer, *place) for key, place in index["places"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError):
+                log.warning("%s: damaged, so what it names is computed again", file)
+                continue
+            self._widths[writer] = width
+            self._rows.pop(writer, None)
+            for key, place in places.items():
+                known = self._places.setdefault(key, [])
+                if place not in known and place not in self._damaged:
+                    known.append(place)
+                if known:
+                    self._choose(key)
+
+    def _choose(self, key: str) -> None:
+        place = self._places[key][0]
+        self.spans[key] = (place.first, place.count)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        return [key for key in dict.fromkeys(keys) if key not in self.spans]
+        """The keys whose features are nowhere, or damaged everywhere: what others wrote is compared with its digest."""
+        found = []
+        for key in dict.fromkeys(keys):
+            while key in self.spans and key not in self._checked:
+                if self._is_whole(self._places[key][0]):
+                    self._checked.add(key)
+                    break
+                log.warning("%s: the features of image %s are damaged, and computed again", self.folder, key[:12])
+                self._damaged.add(self._places[key].pop(0))
+                if self._places[key]:
+                    self._choose(key)
+                else:
+                    del self.spans[key]
+            if key not in self.spans:
+                found.append(key)
+        return found
+
+    def _is_whole(self, place: _Place) -> bool:
+        file, width = self._data_file(place.writer), self._widths[place.writer] * self.dtype.itemsize
+        if min(place.first, place.count) < 0 or not file.is_file():
+            return False
+        with file.open("rb") as opened:
+            opened.seek(place.first * width)
+            return hashlib.sha256(opened.read(place.count * width)).hexdigest() == place.sha256
 
     def add(self, rows: Mapping[str, Tensor]) -> None:
         """Append the features (N_i, H) of images by key, and make them durable."""
         if not rows:
             return
-        spans = {key: span for key, span in self.spans.items() if self._file_of[key] == self.rank}
-        total = sum(count for _, count in spans.values())
-        data_file, index_file = self._data_file(self.rank), self.folder / f"index-{self.rank}.json"
+        own = {key: place for key, places in self._places.items() for place in places if place.writer == self._writer}
+        total = max((place.first + place.count for place in own.values()), default=0)
+        data_file, width = self._data_file(self._writer), next(iter(rows.values())).shape[1]
         try:
             with open(data_file, "r+b" if data_file.exists() else "w+b") as file:
-                self.width = next(iter(rows.values())).shape[1]
-                file.truncate(total * self.width * self.dtype.itemsize)  # what an interrupted run left behind
+                file.truncate(total * width * self.dtype.itemsize)  # what a write that failed left behind
                 file.seek(0, os.SEEK_END)
                 for key, features in rows.items():
-                    file.write(features.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().tobytes())
-                    spans[key] = (total, len(features))
+                    data = features.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().tobytes()
+                    file.write(data)
+                    own[key] = _Place(self._writer, total, len(features), hashlib.sha256(data).hexdigest())
                     total += len(features)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary = index_file.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps({"width": self.width, "spans": spans}))
-            os.replace(temporary, index_file)
+            places = {key: list(dataclasses.astuple(place)[1:]) for key, place in own.items()}
+            self._replace(self.folder / f"index-{self._writer}.json", json.dumps({"width": width, "places": places}))
         except OSError as error:
             raise _disk_error(self.folder, error) from error
-        self.spans |= spans
-        self._file_of |= dict.fromkeys(spans, self.rank)
-        self._rows.pop(self.rank, None)
+        self._widths[self._writer] = width
+        self._rows.pop(self._writer, None)
+        for key in rows:
+            self._places[key] = [own[key], *(p for p in self._places.get(key, []) if p.writer != self._writer)]
+            self._choose(key)
+        self._checked |= set(rows)
 
-    def _data_file(self, rank: int) -> Path:
-        return self.folder / f"features-{rank}.bin"
+    def _replace(self, file: Path, text: str) -> None:
+        temporary = file.with_suffix(f".{self._writer}.tmp")
+        temporary.write_text(text)
+        os.replace(temporary, file)
+
+    def _data_file(self, writer: str) -> Path:
+        return self.folder / f"features-{writer}.bin"
 
     def features(self, key: str) -> Tensor:
         """(N, H) of one image in the cache's dtype, memory-mapped and read-only by convention."""
-        first, count = self.spans[key]
-        rank = self._file_of[key]
-        if rank not in self._rows:
-            total = sum(count for k, (_, count) in self.spans.items() if self._file_of[k] == rank)
-            shape = (total, self.width * self.dtype.itemsize)
-            raw = np.memmap(self._data_file(rank), dtype=np.uint8, mode="c", shape=shape)
-            self._rows[rank] = torch.from_numpy(raw).view(self.dtype)
-        return self._rows[rank][first : first + count]
+        place = self._places[key][0]
+        if place.writer not in self._rows:
+            raw = np.memmap(self._data_file(place.writer), dtype=np.uint8, mode="c")
+            width = self._widths[place.writer] * self.dtype.itemsize
+            self._rows[place.writer] = (
+                torch.from_numpy(raw[: len(raw) // width * width]).view(-1, width).view(self.dtype)
+            )
+        return self._rows[place.writer][place.first : place.first + place.count]
 
 
 def _disk_error(folder: Path, error: OSError) -> TrainingError:
@@ -153,8 +224,10 @@ def fill_caches(
     world_size = torch.distributed.get_world_size() if distributed else 1
     lacking = {key for cache in caches.values() for key in cache.missing(images)}
     todo = [key for key in images if key in lacking]
-    if distributed:
-        torch.distributed.barrier()  # nobody writes before all have looked
+    if distributed:  # one list for all, since another run may be adding to the cache; and nobody writes before it
+        torch.distributed.broadcast_object_list(shared := [todo], src=0)
+        todo = shared[0]
+        torch.distributed.barrier()
     for start in range(0, len(todo), batch_size * world_size):
         own = todo[start + rank * batch_size : start + (rank + 1) * batch_size]
         keys = own or todo[start : start + batch_size]

@@ -64,14 +64,56 @@ def test_what_is_written_is_read_back(tmp_path: Path, dtype: str) -> None:
             assert torch.equal(found.features(key).float(), features_of(i))
 
 
-def test_what_an_interrupted_run_left_behind_is_overwritten(tmp_path: Path) -> None:
+def data_file(made: FeatureCache) -> Path:
+    return next(made.folder.glob("features-*.bin"))
+
+
+def test_what_an_interrupted_run_left_behind_is_passed_over(tmp_path: Path) -> None:
     made = cache(tmp_path)
     fill(made, KEYS[:3])
-    with (made.folder / "features-0.bin").open("ab") as file:
+    with data_file(made).open("ab") as file:
         file.write(b"half a row")
-    again = cache(tmp_path)
-    fill(again, KEYS)
-    assert all(torch.equal(again.features(key), features_of(i)) for i, key in enumerate(KEYS))
+    for again in (made, cache(tmp_path)):
+        fill(again, KEYS)
+        assert all(torch.equal(again.features(key), features_of(i)) for i, key in enumerate(KEYS))
+
+
+def test_runs_that_share_a_folder_at_the_same_time_read_their_own(tmp_path: Path) -> None:
+    """Both open it empty, and each adds while the other does, the same image too."""
+    one, other = cache(tmp_path), cache(tmp_path)
+    one.add({"a": torch.full((2, 4), 1.0)})
+    other.add({"b": torch.full((2, 4), 2.0), "a": torch.full((2, 4), 1.0)})
+    one.add({"c": torch.full((3, 4), 3.0)})
+    assert one.features("a").unique().tolist() == [1.0] and one.features("c").shape == (3, 4)
+    third = cache(tmp_path)
+    assert third.missing(["a", "b", "c", "d"]) == ["d"]
+    assert [third.features(key).unique().tolist() for key in "abc"] == [[1.0], [2.0], [3.0]]
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGE = {
+    "flipped": lambda made: flip(data_file(made)),
+    "truncated": lambda made: data_file(made).write_bytes(data_file(made).read_bytes()[:40]),
+    "gone": lambda made: data_file(made).unlink(),
+    "index": lambda made: next(made.folder.glob("index-*.json")).write_text('{"width": 4, "pl'),
+    "index of another kind": lambda made: next(made.folder.glob("index-*.json")).write_text("[1, 2]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_features_are_computed_again(tmp_path: Path, damage: str) -> None:
+    made = cache(tmp_path)
+    fill(made, KEYS)
+    DAMAGE[damage](made)
+    for runs in (1, 0):  # what was mended stays so
+        again = cache(tmp_path)
+        assert bool(fill(again, KEYS)) == bool(runs)
+        assert all(torch.equal(again.features(key), features_of(i)) for i, key in enumerate(KEYS))
 
 
 def one_rank(rank: int, port: int, folder: str) -> None:
