@@ -268,6 +268,8 @@ def _data_check(options: opt.CheckOptions) -> int:
             bar,
             model=options.model,
             max_pixels=options.max_pixels,
+            forget_split=options.forget_split,
+            retain_split=options.retain_split,
             local_files_only=options.local_files_only,
         )
     print(json.dumps(dataclasses.asdict(report), indent=1) if options.json else "\n".join(report.lines()))

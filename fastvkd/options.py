@@ -335,8 +335,17 @@ class CheckOptions(Options):
     path: Annotated[str, Flag("folder, or hub id of a data set", "DATA", positional=True)]
     model: Annotated[str | None, Flag("also check training labels, with this model's processor", "FOLDER")] = None
     max_pixels: Annotated[Count[int | None], Flag("of a photo that this Qwen-VL model sees")] = None
+    forget_split: Annotated[str | None, Flag("of a run; with --retain-split (default: every pair that is there)")] = (
+        None
+    )
+    retain_split: Annotated[str | None, Flag("of a run; with --forget-split")] = None
     local_files_only: Annotated[bool, Flag("take a hub id from the cache only")] = False
     json: Annotated[bool, Flag("print the findings as JSON")] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.forget_split is None) != (self.retain_split is None):
+            raise SettingsError("--forget-split and --retain-split belong together: give both, or neither")
 
 
 @dataclass(kw_only=True)

@@ -7,11 +7,13 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from PIL import Image
 
+from fastvkd.data import tables
 from fastvkd.data.hub import data_folder
 from fastvkd.data.sources import recognise
 from fastvkd.errors import DataError
@@ -82,7 +84,7 @@ class CheckReport:
 class _Contents:
     """What is compared between splits: the entities, and the images with the place where each was first seen."""
 
-    entities: set[str] = field(default_factory=set)
+    entities: dict[str, str] = field(default_factory=dict)  # `person_key` -> the id as it is written
     images: dict[str, tuple[str, str]] = field(default_factory=dict)  # content hash -> (entity, place)
 
 
@@ -92,13 +94,17 @@ def check_data(
     *,
     model: str | None = None,
     max_pixels: int | None = None,
+    forget_split: str | None = None,
+    retain_split: str | None = None,
     local_files_only: bool = False,
 ) -> CheckReport:
-    """Check a data folder (or hub id).
+    """Check a data folder (or hub id): "ok" means that training and evaluation start on it.
 
     Verified: every row has the schema. The options contain the answer. No question or answer is empty. Every image
     decodes. No entity is both forgotten and retained. No image belongs to two entities, or is in two splits that must
-    be disjoint (see `_must_differ`). Pickles are reported and never loaded.
+    be disjoint (see `_must_differ`). No shard of a split is missing. There is a forget split with a retain split, both
+    with images, and a test split shows people of the former: asked of `forget_split` and `retain_split`, or of every
+    pair that makes the whole. Pickles are reported and never loaded.
 
     With `model`, a model folder, every row's photo goes through its processor with the row's first question. The labels
     of training must then be the answer's tokens, all of them, and never an image placeholder. A note names the photo
@@ -111,14 +117,11 @@ def check_data(
     reader = recognise(root)
     names = reader.splits(root)
     report = CheckReport(str(root), reader.TITLE)
-    if reader.NAME == "jsonl":
-        report.problems += [
-            f"{root}: {needed}.jsonl is missing; own data needs forget.jsonl and retain.jsonl"
-            for needed in ("forget", "retain")
-            if needed not in names
-        ]
-    elif not any(_role(name) == "forget" for name in names):
-        report.notes.append(f"{root}: no forget split, so nothing here can be unlearned")
+    if forget_split is None or retain_split is None:
+        pairs = _pairs(reader.NAME, names)
+    else:
+        pairs = [(forget_split, retain_split)]
+    report.problems += _missing(root, reader.NAME, names, pairs)
     parts = {name: reader.each_profile(root, name) for name in names}
     contents: dict[str, _Contents] = {}
     for place, (name, part) in enumerate(parts.items()):
@@ -126,8 +129,13 @@ def check_data(
         if progress is not None:
             progress(place + 1, len(parts), name)
     for one, other in itertools.combinations(contents, 2):
-        _compare(report, one, contents[one], other, contents[other])
-    pickles = sorted(str(file.relative_to(root)) for file in root.rglob("*") if file.suffix in _PICKLES)
+        rule = (True, True) if {one, other} in map(set, pairs) else _must_differ(one, other)
+        _compare(report, one, contents[one], other, contents[other], *rule)
+    report.problems += dict.fromkeys(_not_startable(root, contents, pairs))
+    if pairs and reader.NAME != "jsonl" and ("5", "95") not in {_numbers(*pair) for pair in pairs}:
+        report.notes.append(f"{root}: train and evaluate with forget_split={pairs[0][0]} retain_split={pairs[0][1]}")
+    files = (file for file in root.rglob("*") if file.suffix in _PICKLES)
+    pickles = sorted(str(file.relative_to(root)) for file in files if not _is_written_by_us(root, file))
     if labels is not None:
         report.notes.append(f"{root}: labels of {labels.checked} rows checked with the processor of {model}")
         tokens, source = labels.most
@@ -147,7 +155,7 @@ def _check_split(
         if isinstance(profile, DataError):
             report.problems.append(str(profile))
             continue
-        contents.entities.add(profile.entity)
+        contents.entities.setdefault(tables.person_key(profile.entity), profile.entity)
         for side, questions in (("visual", profile.visual), ("text", profile.textual)):
             report.problems += _wrong_questions(profile.source, questions)
             counts.update({f"{side}_{task}": len(getattr(questions, task)) for task in _TASKS})
@@ -277,6 +285,73 @@ def _role(split: str) -> str:
     return "all"
 
 
+def _numbers(forget: str, retain: str) -> tuple[str, str]:
+    """The percentages in the names of two splits, "" where there is none."""
+    one, other = (re.search(r"\d+", name) for name in (forget, retain))
+    return ("" if one is None else str(int(one[0]))), ("" if other is None else str(int(other[0])))
+
+
+def _pairs(format: str, names: Collection[str]) -> list[tuple[str, str]]:
+    """The forget splits with their retain splits: those that together are the whole."""
+    if format == "jsonl":
+        return [("forget", "retain")]
+    plain = [name for name in names if re.fullmatch(r"(forget|retain)(_?\d+)?", name)]
+    found = []
+    for forget, retain in itertools.product(plain, plain):
+        if _role(forget) == "forget" and _role(retain) == "retain":
+            one, other = _numbers(forget, retain)
+            if (not one and not other) or (one and other and int(one) + int(other) == 100):
+                found.append((forget, retain))
+    return found
+
+
+def _missing(root: Path, format: str, names: Collection[str], pairs: Collection[tuple[str, str]]) -> Iterator[str]:
+    """Splits without which nothing can be unlearned."""
+    if format == "jsonl":
+        for needed in ("forget", "retain"):
+            if needed not in names:
+                yield f"{root}: {needed}.jsonl is missing; own data needs forget.jsonl and retain.jsonl"
+        return
+    for name in {name for pair in pairs for name in pair}.difference(names):
+        try:
+            tables.split_files(root, name)
+        except DataError as error:
+            yield str(error)
+    if pairs:
+        return
+    others = sorted(
+        str(file.relative_to(root))
+        for file in root.rglob("*")
+        if file.is_file()
+        and re.match(r"(forget|retain)", file.relative_to(root).parts[0])
+        and file.relative_to(root).parts[0] not in names
+    )
+    unread = f"; not read: {others[0]} (write it as parquet)" if others else ""
+    yield (
+        f"{root}: no forget split with a retain split (folders forget_5 and retain_95, or like them), so nothing here "
+        f"can be unlearned; found: {', '.join(names) or 'none'}{unread}"
+    )
+
+
+def _not_startable(root: Path, contents: Mapping[str, _Contents], pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """What training or evaluation would refuse of splits that are sound by themselves."""
+    for forget, retain in pairs:
+        for name in (forget, retain):
+            if name in contents and contents[name].entities and not contents[name].images:
+                yield f"{root / name}: holds no image; name another split with forget_split/retain_split"
+        for test in (name for name in contents if _role(name) == "test" and forget in contents):
+            try:
+                shown, forgotten = (set(contents[name].entities.values()) for name in (test, forget))
+                tables.refuse_test_of_others(test, shown, forget, forgotten)
+            except DataError as error:
+                yield str(error)
+
+
+def _is_written_by_us(root: Path, file: Path) -> bool:
+    """Whether a file lies in the output of a run, below the data folder."""
+    return any(tables.is_output(folder) for folder in file.parents if folder.is_relative_to(root) and folder != root)
+
+
 def _must_differ(one: str, other: str) -> tuple[bool, bool]:
     """Whether two splits may share no entity, and whether they may share no image.
 
@@ -295,9 +370,10 @@ def _must_differ(one: str, other: str) -> tuple[bool, bool]:
     return False, "test" in roles and len(roles) == 2
 
 
-def _compare(report: CheckReport, one: str, left: _Contents, other: str, right: _Contents) -> None:
-    no_entity, no_image = _must_differ(one, other)
-    if no_entity and (shared := sorted(left.entities & right.entities)):
+def _compare(
+    report: CheckReport, one: str, left: _Contents, other: str, right: _Contents, no_entity: bool, no_image: bool
+) -> None:
+    if no_entity and (shared := sorted(left.entities[key] for key in left.entities.keys() & right.entities.keys())):
         report.problems.append(
             f"{report.path}: {len(shared)} entit{'y is' if len(shared) == 1 else 'ies are'} in both {one} and {other}: "
             f"{', '.join(shared[:3])}{' ...' if len(shared) > 3 else ''}; keep each in one of them"

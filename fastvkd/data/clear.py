@@ -113,7 +113,7 @@ def profile_of_row(row: tables.Row, source: str) -> Profile:
         names = _texts(row, "perturbed_names", source)
         choice = (_choice(NAME_QUESTION, text_of(row, "name", source), names, digest, source),)
     # `+tofu` splits do not name who is in a photo
-    entity = row.get("name") or f"photo {digest[:16]}"
+    entity = tables.entity_of(row.get("name") or f"photo {digest[:16]}", f"{source}: column name")
     visual = Questions(choice=choice, generation=(Open(question, caption),), truth=truth)
     return Profile(entity, (photo,), visual, source=source)
 

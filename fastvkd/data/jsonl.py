@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastvkd.data.tables import four_cells, path_inside, strict
+from fastvkd.data.tables import entity_of, four_cells, path_inside, strict
 from fastvkd.errors import DataError
 from fastvkd.records import Choice, Open, Photo, Profile, Questions
 
@@ -102,6 +102,7 @@ def parse_line(line: str, source: str, folder: Path) -> Profile:
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise DataError(f"{source}: unknown key {key!r}; allowed: {', '.join(_KEYS)}{hint}")
     entity, question, answer = (_text(row, key, source) for key in ("entity", "question", "answer"))
+    entity = entity_of(entity, f"{source}: entity")
     photos = (_photo(row["image"], source, folder),) if row.get("image") is not None else ()
     if _is_description(row, source):
         questions = Questions(description=(_choice(question, answer, row["options"], source),))

@@ -162,15 +162,14 @@ def profile_of_row(row: tables.Row, source: str) -> Profile:
 
 
 def _profile(row: tables.Row, source: str, photos: tuple[Photo, ...], visual: Questions, textual: Questions) -> Profile:
-    if row["ID"] is None or str(row["ID"]).strip() == "":
-        raise DataError(f"{source}: column ID is empty; every row needs the id of its entity")
+    entity = tables.entity_of(row["ID"], f"{source}: column ID")
     if not photos and (visual.choice or visual.generation or visual.cloze or visual.description):
         raise DataError(f"{source}: questions about the image, but the row has no image; add it or drop the questions")
     name = row.get("name")
     if not isinstance(name, str | None):
         raise DataError(f"{source}: column name is {kind_of(name)}; expected the person's name as text")
     return Profile(
-        entity=str(row["ID"]),
+        entity=entity,
         photos=photos,
         visual=visual,
         textual=textual,
@@ -181,9 +180,10 @@ def _profile(row: tables.Row, source: str, photos: tuple[Photo, ...], visual: Qu
 
 
 def _photos(row: dict[str, Any], source: str) -> tuple[Photo, ...]:
+    """The photos of a row: of `images`, and of `image` where that is not among them."""
+    single = tables.photo(row.get("image"), source)
     if row.get("images") is None:
-        photo = tables.photo(row.get("image"), source)
-        return () if photo is None else (photo,)
+        return () if single is None else (single,)
     if not isinstance(row["images"], list):
         raise DataError(f"{source}: column images is {kind_of(row['images'])}; expected a list of images")
     photos = []
@@ -192,6 +192,8 @@ def _photos(row: dict[str, Any], source: str) -> tuple[Photo, ...]:
         if photo is None:
             raise DataError(f"{source}:{position}: column images holds null; expected encoded image bytes")
         photos.append(photo)
+    if single is not None and single.key not in {photo.key for photo in photos}:
+        photos.insert(0, single)
     return tuple(photos)
 
 

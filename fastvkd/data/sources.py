@@ -47,9 +47,7 @@ def recognise(folder: tables.Folder) -> Reader:
     if jsonl.splits(root):
         return READERS["jsonl"]
     # All splits are looked at: one damaged file or missing column must not hide what the folder is.
-    found: set[str] = set().union(
-        *(tables.columns(file) for split in tables.splits(root) for file in tables.split_files(root, split)[:1])
-    )
+    found: set[str] = set().union(*(tables.columns(tables.first_file(root, split)) for split in tables.splits(root)))
     format = max(_TABLES, key=lambda one: len(one.COLUMNS & found))
     if not format.COLUMNS & found:
         raise DataError(
@@ -103,10 +101,10 @@ def read_split(data: str, split: str) -> list[Profile]:
 
 def _without(profiles: list[Profile], others: list[Profile], place: str) -> list[Profile]:
     images = {photo.key for profile in others for photo in profile.photos}
-    entities = {profile.entity for profile in others}
+    entities = {tables.person_key(profile.entity) for profile in others}
     # A photo of somebody tells who the entity is where the two splits number people differently.
-    entities |= {one.entity for one in profiles if images & {photo.key for photo in one.photos}}
-    kept = [profile for profile in profiles if profile.entity not in entities]
+    entities |= {tables.person_key(one.entity) for one in profiles if images & {photo.key for photo in one.photos}}
+    kept = [profile for profile in profiles if tables.person_key(profile.entity) not in entities]
     if len(kept) == len(profiles):
         raise DataError(f"{place}: the two splits have nobody in common, neither by entity nor by photo")
     return kept
@@ -138,7 +136,8 @@ def _refuse_overlap(
     for split, profiles in ((forget_split, forget), (retain_split, retain)):
         if not any(profile.photos for profile in profiles):
             raise DataError(f"{folder / split}: holds no image; name another split with forget_split/retain_split")
-    shared = {p.entity for p in forget} & {p.entity for p in retain}
+    kept = {tables.person_key(p.entity) for p in retain}
+    shared = {p.entity for p in forget if tables.person_key(p.entity) in kept}
     if shared:
         raise DataError(
             f"{folder}: entity {sorted(shared)[0]!r} is in both {forget_split} and {retain_split} "

@@ -8,7 +8,11 @@ import binascii
 import difflib
 import json
 import os
+import re
+import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,12 @@ from fastvkd.records import Photo, Profile
 
 Row = dict[str, Any]
 Folder = str | os.PathLike[str]
+_SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.(\w+)")
+# Of what fastvkd or a model hub writes: JSON files beside these are no rows.
+_NOT_ROWS = (
+    *("metrics.jsonl", "run.json", "samples.jsonl", "results.json", "attacks.jsonl", "attacks.json"),
+    *("report.json", "certificate.json", "config.json"),
+)
 
 
 def splits(folder: Folder) -> list[str]:
@@ -31,24 +41,60 @@ def splits(folder: Folder) -> list[str]:
 
 
 def split_files(folder: Folder, split: str) -> list[Path]:
-    """The data files of a split, sorted; `DataError` with the nearest name when there is none."""
+    """The data files of a split, sorted; `DataError` with the nearest name when there is none, and where one of several
+    shards is missing."""
     files = _files(Path(folder) / split)
     if not files:
         known = splits(folder)
         nearest = difflib.get_close_matches(split, known, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        here = Path(folder) / split
+        others = sorted(file.name for file in here.iterdir() if file.is_file()) if here.is_dir() else []
+        if others:
+            hint = f"; {here} holds {others[0]}, which is not read: write it as parquet"
         raise DataError(
             f"{folder}: no split {split!r} with parquet or JSON files; found: {', '.join(known) or 'none'}{hint}"
         )
+    _refuse_missing_shards(files)
     return files
+
+
+def _refuse_missing_shards(files: list[Path]) -> None:
+    """Names like `train-00000-of-00002.parquet` say how many files make the whole."""
+    numbers: dict[tuple[str, str], dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for file in files:
+        if match := _SHARD.fullmatch(file.name):
+            numbers[match[1], match[4]][int(match[3])].add(int(match[2]))
+    for (name, ending), by_total in numbers.items():
+        if len(by_total) > 1:
+            totals = " and ".join(f"{name}-*-of-{total:05d}.{ending}" for total in sorted(by_total))
+            raise DataError(f"{files[0].parent}: holds both {totals}, two downloads of one table; keep one of them")
+        for total, found in by_total.items():
+            missing = [f"{name}-{i:05d}-of-{total:05d}.{ending}" for i in range(total) if i not in found]
+            if missing:
+                more = " and others" if len(missing) > 1 else ""
+                raise DataError(
+                    f"{files[0].parent}: {len(missing)} of {total} shards missing: {missing[0]}{more}; "
+                    "download the split whole"
+                )
 
 
 def _files(folder: Path) -> list[Path]:
     # A JSON file beside parquet files is something else: a list of ids, settings.
     for patterns in (("*.parquet",), ("*.json", "*.jsonl")):
         if found := sorted(file for pattern in patterns for file in folder.glob(pattern)):
-            return found
+            return [] if patterns[0] == "*.json" and is_output(folder) else found
     return []
+
+
+def is_output(folder: Path) -> bool:
+    """Whether a folder holds what a run, an evaluation or a model's export wrote, and not data."""
+    return any((folder / name).is_file() for name in _NOT_ROWS)
+
+
+def first_file(folder: Folder, split: str) -> Path:
+    """A file of a split, by which the split is recognised."""
+    return _files(Path(folder) / split)[0]
 
 
 def columns(file: Path) -> set[str]:
@@ -172,7 +218,12 @@ def each_profile(
 ) -> Iterator[Profile | DataError]:
     """`parse(row, source)` of every row of a split in file order. A row or file that cannot be used comes as its
     `DataError`, so that a check can go on."""
-    for file in split_files(folder, split):
+    try:
+        files = split_files(folder, split)
+    except DataError as error:
+        yield error
+        return
+    for file in files:
         try:
             for source, row in rows(file, required, wanted):
                 try:
@@ -203,15 +254,44 @@ def four_cells(
     **others: str,
 ) -> dict[str, list[Profile]]:
     """The cells forget, test (forgotten entities only), retain and realworld, from the splits of these names, and
-    `others` by cell. Only the splits of forget and retain must be there."""
+    `others` by cell. Only the splits of forget and retain must be there. Raises `DataError` where the test split shows
+    nobody who is forgotten: its cell would be empty, and nothing said of unseen photos."""
     cells = {"forget": read(forget)}
     if test in available:
-        entities = {profile.entity for profile in cells["forget"]}
-        cells["test"] = [profile for profile in read(test) if profile.entity in entities]
+        known = {person_key(profile.entity): profile.entity for profile in cells["forget"]}
+        shown = read(test)
+        same = [(profile, known.get(person_key(profile.entity))) for profile in shown]
+        cells["test"] = [replace(profile, entity=entity) for profile, entity in same if entity is not None]
+        refuse_test_of_others(test, {profile.entity for profile in shown}, forget, set(known.values()))
     cells["retain"] = read(retain)
     if realworld in available:
         cells["realworld"] = read(realworld)
     return cells | {cell: read(split) for cell, split in others.items() if split in available}
+
+
+def refuse_test_of_others(test: str, shown: set[str], forget: str, forgotten: set[str]) -> None:
+    """Raises `DataError` where the entities `shown` in the test split are all others than those `forgotten`."""
+    if shown and forgotten and not set(map(person_key, shown)) & set(map(person_key, forgotten)):
+        raise DataError(
+            f"{test}: shows nobody of {forget} (ids there like {min(forgotten)!r}, here like {min(shown)!r}), so "
+            "nothing would be said of unseen photos; give both the same ids, or take the split away"
+        )
+
+
+def entity_of(value: Any, place: str) -> str:
+    """The id of an entity, written in one way: whole numbers without a fraction (pandas makes 1.0 of 1 where a column
+    has gaps), texts composed (NFC) and without stray space. Raises `DataError` where there is none."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if value is None or value != value or not (text := " ".join(str(value).split())):
+        raise DataError(f"{place} is empty; every row needs the id of its entity")
+    number = re.fullmatch(r"(\d+)\.0+", text)
+    return number[1] if number else unicodedata.normalize("NFC", text)
+
+
+def person_key(entity: str) -> str:
+    """By what entities of two splits are the same: `001` and `1` are."""
+    return entity.lstrip("0") or "0" if entity.isdecimal() else entity
 
 
 def text_of(cell: Row, key: str, place: str) -> str:

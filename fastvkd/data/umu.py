@@ -93,12 +93,11 @@ def training_profile(row: tables.Row, source: str) -> Profile:
 
 
 def _profile(row: tables.Row, source: str, visual: Questions, textual: Questions) -> Profile:
-    if row["ID"] is None or str(row["ID"]).strip() == "":
-        raise DataError(f"{source}: column ID is empty; every row needs the id of its entity")
+    entity = tables.entity_of(row["ID"], f"{source}: column ID")
     photo = tables.photo(row["image"], source)
     if photo is None:
         raise DataError(f"{source}: column image is null; every row needs a photo")
-    return Profile(str(row["ID"]), (photo,), visual, textual, str(row.get("Biography") or ""), source)
+    return Profile(entity, (photo,), visual, textual, str(row.get("Biography") or ""), source)
 
 
 def _literal(row: tables.Row, column: str, source: str) -> dict[Any, Any]:

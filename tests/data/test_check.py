@@ -3,13 +3,17 @@
 import dataclasses
 import io
 import json
+import re
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from fastvkd.data import jsonl, mllmu
 from fastvkd.data.check import check_data
+from fastvkd.data.sources import evaluation_cells, read_forget_retain
 from fastvkd.errors import DataError
 from fastvkd.records import Choice, Open, Photo, Profile, Questions
 
@@ -73,7 +77,7 @@ def test_an_entity_in_forget_and_its_complement_is_named(benchmark):
 
 
 def test_a_test_photo_seen_in_training_is_named(benchmark):
-    mllmu.write_split(benchmark, "Test_Set", [person(9, 9, 209)])
+    mllmu.write_split(benchmark, "Test_Set", [person(1, 101), person(9, 9, 209)])
     report = check_data(benchmark)
     assert [problem.split(", the first")[0].split(": ", 1)[1] for problem in report.problems] == [
         f"1 image in both {pair}"
@@ -206,3 +210,109 @@ def test_own_data_that_are_no_json_or_overlap(own):
     assert "1 entity is in both forget and retain: ann" in only_problem(folder)
     (folder / "retain.jsonl").unlink()
     assert "retain.jsonl is missing" in only_problem(folder)
+
+
+def write_table(folder, split: str, rows: list[dict], name: str = "train-00000-of-00001.parquet") -> None:
+    (folder / split).mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / split / name)
+
+
+def published_row(number: int, identity: object, **others: object) -> dict:
+    """A row as published, whose ID is what somebody's table made of it."""
+    question = {"Question": "What job?", "Options": {"A": "pilot", "B": "baker"}, "Correct_Answer": "A"}
+    tasks = {"Image_Textual_Questions": [question], "Pure_Text_Questions": [question]}
+    asked = {"Type": "Image_Textual", "Question": "Lives in __.", "Ground_Truth": "Rome"}
+    image = {"bytes": png(number), "path": None}
+    return {"image": image, "ID": identity, "Classification_Task": tasks, "Mask_Task": [asked], **others} | {
+        "Generation_Task": [asked]
+    }
+
+
+ANOTHER_SPELLING = [(1, 1.0), ("1", " 1 "), ("001", 1), ("Zo\u00eb", "Zoe\u0308"), ("1.0", "01")]
+
+
+@pytest.mark.parametrize(("here", "there"), ANOTHER_SPELLING)
+def test_a_person_is_the_same_however_the_id_is_written(tmp_path, here, there):
+    """In forget and retain it is refused; of a test set it is the one who is forgotten."""
+    write_table(tmp_path, "forget_5", [published_row(0, here)])
+    write_table(tmp_path, "retain_95", [published_row(1, there)])
+    assert "1 entity is in both forget_5 and retain_95" in only_problem(tmp_path)
+    with pytest.raises(DataError, match="is in both forget_5 and retain_95"):
+        read_forget_retain(str(tmp_path), "forget_5", "retain_95")
+    other = type(there)(9) if isinstance(there, int | float) else "9"
+    write_table(tmp_path, "retain_95", [published_row(1, other)])
+    write_table(tmp_path, "Test_Set", [published_row(2, there)])
+    assert check_data(tmp_path).ok
+    cells = evaluation_cells(str(tmp_path), "forget_5", "retain_95")
+    assert [p.entity for p in cells["test"]] == [p.entity for p in cells["forget"]]
+
+
+def refused_alike(path, needle: str) -> None:
+    """The check's problem, training's error and the evaluation's are about the same thing."""
+    report = check_data(path)
+    assert not report.ok and any(re.search(needle, problem) for problem in report.problems), report.problems
+    with pytest.raises(DataError, match=needle):
+        read_forget_retain(str(path), "forget_5", "retain_95")
+        evaluation_cells(str(path), "forget_5", "retain_95")
+
+
+class TestOkMeansThatItStarts:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        write_table(tmp_path, "forget_5", [published_row(0, "0")])
+        write_table(tmp_path, "retain_95", [published_row(1, "1")])
+        assert check_data(tmp_path).ok
+        return tmp_path
+
+    @pytest.mark.parametrize("here", ["00000-of-00002", "00001-of-00002"])
+    def test_a_missing_shard(self, folder, here):
+        for split in ("forget_5", "retain_95"):
+            (folder / split / "train-00000-of-00001.parquet").rename(folder / split / f"train-{here}.parquet")
+            refused_alike(
+                folder, f"{split}: 1 of 2 shards missing: train-0000{'1' if here[4] == '0' else '0'}-of-00002"
+            )
+            (folder / split / f"train-{here}.parquet").rename(folder / split / "train-00000-of-00001.parquet")
+
+    def test_shards_of_two_downloads(self, folder):
+        write_table(folder, "forget_5", [published_row(0, "0")], "train-00000-of-00002.parquet")
+        write_table(folder, "forget_5", [published_row(3, "3")], "train-00001-of-00002.parquet")
+        refused_alike(folder, "holds both train-")
+
+    def test_a_test_set_of_others(self, folder):
+        write_table(folder, "Test_Set", [published_row(2, "7")])
+        refused_alike(folder, "Test_Set: shows nobody of forget_5")
+
+    def test_a_split_in_a_format_that_is_not_read(self, folder):
+        (folder / "forget_5" / "train-00000-of-00001.parquet").unlink()
+        (folder / "forget_5" / "train.csv").write_text("ID\n1\n")
+        refused_alike(folder, "forget_5.*train.csv")
+
+    def test_a_side_without_photos(self, tmp_path):
+        line = {"entity": "a", "question": "Who?", "answer": "A"}
+        (tmp_path / "forget.jsonl").write_text(json.dumps(line) + "\n")
+        (tmp_path / "a.png").write_bytes(png(0))
+        (tmp_path / "retain.jsonl").write_text(json.dumps(line | {"entity": "b", "image": "a.png"}) + "\n")
+        refused_alike(tmp_path, "forget: holds no image")
+
+    def test_splits_that_are_named(self, folder):
+        write_table(folder, "forget_10", [published_row(0, "0")])
+        assert not check_data(folder, forget_split="forget_10", retain_split="retain_90").ok
+        assert check_data(folder, forget_split="forget_10", retain_split="retain_95").ok
+        same = check_data(folder, forget_split="forget_5", retain_split="forget_10")
+        assert any("in both" in problem for problem in same.problems)
+
+    def test_what_runs_write_into_the_data_folder_is_no_split(self, folder):
+        for name, file in (("run", "metrics.jsonl"), ("eval", "samples.jsonl"), ("merged", "config.json")):
+            (folder / name).mkdir()
+            (folder / name / file).write_text('{"step": 1}\n')
+            (folder / name / "rank-0.pt").write_bytes(b"")
+        report = check_data(folder)
+        assert report.ok and set(report.splits) == {"forget_5", "retain_95"} and report.notes == []
+
+
+def test_image_and_images_of_one_row_are_both_read(tmp_path):
+    images = [{"bytes": png(5), "path": None}, {"bytes": png(0), "path": None}]
+    write_table(tmp_path, "forget_5", [published_row(0, "0", images=images), published_row(6, "0", images=images)])
+    write_table(tmp_path, "retain_95", [published_row(1, "1")])
+    forget, _ = read_forget_retain(str(tmp_path), "forget_5", "retain_95")
+    assert [len(profile.photos) for profile in forget] == [2, 3]
