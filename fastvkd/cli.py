@@ -17,11 +17,14 @@ import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from fastvkd import __version__
 from fastvkd import options as opt
 from fastvkd.errors import FastVKDError, SettingsError, disk_is_full, gpu_memory_is_full
+
+if TYPE_CHECKING:
+    from fastvkd.settings import Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,6 +133,8 @@ def _train(options: opt.TrainOptions) -> int:
     from fastvkd.settings import load_settings
 
     settings = load_settings(options.config, options.overrides)
+    if options.dry_run:
+        return _dry_run(settings)
     from fastvkd.unlearning.loop import unlearn  # late: a wrong setting should not wait for torch
 
     quiet = int(os.environ.get("RANK", "0")) != 0
@@ -162,6 +167,24 @@ def _train(options: opt.TrainOptions) -> int:
         if result.verdict is not None:
             print(f"{result.verdict[0].upper()}{result.verdict[1:]}")
         _print_report_command(settings.output_dir)
+    return 0
+
+
+def _dry_run(settings: "Settings") -> int:
+    """Checks what a run needs and says what it would do: nothing is trained and nothing stays written."""
+    from fastvkd.devices import pick_device
+    from fastvkd.files import held
+    from fastvkd.planning.room import room_for
+    from fastvkd.unlearning.start import begin
+
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    device = pick_device(settings.device)
+    with held(Path(settings.output_dir), "output_dir"):
+        start = begin(settings)
+        lines = start.describe()
+    lines += room_for(start.settings, device, start.photos + settings.auxiliary_images)
+    print("\n".join([*lines, "dry run: nothing was trained or written; leave out --dry-run to start"]))
     return 0
 
 
@@ -250,7 +273,7 @@ def _export(options: opt.ExportOptions) -> int:
     from fastvkd.engines.exporting import export
     from fastvkd.reporting.model_card import run_card
 
-    done = export(options.run, options.to, model_card=run_card(options.run), base=options.base)
+    done = export(options.run, options.to, model_card=run_card(options.run, options.base), base=options.base)
     print(
         f"{done.folder}: {done.tensors} tensors replaced in {len(done.rewritten_shards)} shard(s), "
         f"{len(done.copied_shards)} shard(s) copied untouched" + (" (blocks shared)" if done.reflinked else "")

@@ -149,6 +149,9 @@ class TrainOptions(RunOptions):
     """Make a model forget."""
 
     example: ClassVar = "fastvkd train --config configs/llava-1.5-7b.yaml model_name_or_path=MODEL data=DATA"
+    dry_run: Annotated[bool, Flag("check all that can be without loading the model, and say what would be done")] = (
+        False
+    )
     local_rank: Annotated[int | None, Flag("of the DeepSpeed launcher", name="--local_rank", hidden=True)] = None
 
 

@@ -195,7 +195,9 @@ class Settings:
     device: str = "auto"
     save_steps: NotNegative[int] = 0  # 0: only at the end
     save_total_limit: NotNegative[int] = 2
-    resume_from_checkpoint: str | None = None  # "auto" or a checkpoint folder
+    # "auto" or a checkpoint folder, of a run on the same data with the same objective and base model
+    resume_from_checkpoint: str | None = None
+    overwrite_output_dir: bool = False  # delete an earlier run there that is not resumed; else it is put aside
     logging_steps: Positive[int] = 10  # how often figures are read back from the device
     prefetch: NotNegative[int] = 2  # batches that a thread builds ahead; 0: each is built when the step needs it
     profile: bool = False  # write a trace of updates 3 to 5 to <output_dir>/trace.json (chrome://tracing, Perfetto)
@@ -288,6 +290,14 @@ class Settings:
             )
         if self.trainable in ("lora", "all") and self.fused_frozen_ops:
             yield f"fused_frozen_ops=true with trainable={self.trainable}: they are for a frozen LLM; set it to false"
+        sites = METHODS[self.method].sites(self)
+        if self.trainable == "projector" and sites and all(site.startswith("vision") for site in sites):
+            yield f"trainable=projector with sites {', '.join(sites)}: they lie before it; set trainable=vision"
+        if self.fused_frozen_ops and sites is not None and not any(site.startswith("llm") for site in sites):
+            yield (
+                f"fused_frozen_ops=true with sites {', '.join(sites)}: no decoder layer is loaded; "
+                "set fused_frozen_ops=false, or add llm:<k> to sites"
+            )
 
     def _wrong_mask(self) -> Iterator[str]:
         """A mask that cannot be made, or settings of one that is off."""
@@ -332,6 +342,8 @@ class Settings:
             )
 
     def _wrong_run(self) -> Iterator[str]:
+        if self.num_train_epochs is None and self.warmup_steps >= self.max_steps:
+            yield f"warmup_steps={self.warmup_steps}: must be below max_steps={self.max_steps}"
         if self.profile and self.max_steps < 3:
             yield f"profile=true with max_steps={self.max_steps}: updates 3 to 5 are traced; set at least 3"
         if self.deepspeed and self.engine != "deepspeed":

@@ -22,7 +22,7 @@ from fastvkd.evaluation.inputs import PreparedPhotos
 from fastvkd.evaluation.people import likeness
 from fastvkd.evaluation.protocol import OnProgress
 from fastvkd.evaluation.run import answers_fingerprint, text_files_sha256
-from fastvkd.files import write_atomically
+from fastvkd.files import held, write_atomically
 from fastvkd.models.folder import identify_base, language_model_sha256, local_folder
 from fastvkd.models.loading import load_model, load_processor
 from fastvkd.models.placement import Loading, loading_of
@@ -50,6 +50,11 @@ def attack_run(options: AttackOptions, progress: OnProgress = lambda *_: None) -
     "loading" (their dtype, quantize and device_map), "max_pixels", "steering", "data", the splits, and "certificate".
     Raises FastVKDError.
     """
+    with held(options.out, "--out"):
+        return _attack_run(options, progress)
+
+
+def _attack_run(options: AttackOptions, progress: OnProgress) -> dict[str, Any]:
     thresholds = _thresholds(options)
     given = {"vanilla": options.before, "unlearned": options.model, "gold": options.gold}
     folders = {name: local_folder(folder) for name, folder in given.items() if folder}

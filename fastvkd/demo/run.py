@@ -257,7 +257,12 @@ def trained_model(
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     model.save_pretrained(unfinished)
     processor.save_pretrained(unfinished)
-    unfinished.rename(folder)
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if not (folder / "config.json").exists():
+            raise
+        shutil.rmtree(unfinished)  # another demo was faster
     return folder
 
 
@@ -310,6 +315,7 @@ def _settings(options: DemoOptions, data: DemoData, folder: Path, vanilla_dir: P
             "retain_split": data.retain_split,
             "output_dir": str(options.out / "run"),
             "cache_dir": str(options.out / "teacher_cache"),
+            "overwrite_output_dir": True,
             "seed": options.seed,
             **SIZES[options.size].overrides,
             **dict(map(parse_override, options.overrides)),

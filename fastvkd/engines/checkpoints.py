@@ -5,8 +5,8 @@ A checkpoint folder `checkpoint-<updates>/` holds
 - `visual.safetensors`: the trainable weights under their HF live names, in their working dtype;
 - `masters.safetensors`: their float32 masters, left out where the weights are float32 themselves;
 - `rank-<r>.pt`: optimiser moments and random-number states of one rank;
-- `checkpoint.json`: updates done, sampler position, what the run's watch had seen, settings, the base model's
-  fingerprint, and SHA-256 of the rest.
+- `checkpoint.json`: updates done, sampler position, what the run's watch had seen, settings, the run's identity, the
+  base model's fingerprint, and SHA-256 of the rest.
 
 No file holds frozen weights. In a run on the visual part these are the LLM's.
 """
@@ -14,6 +14,7 @@ No file holds frozen weights. In a run on the visual part these are the LLM's.
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -38,6 +39,9 @@ MANIFEST = "checkpoint.json"
 WEIGHTS = "visual.safetensors"
 MASTERS = "masters.safetensors"
 _UNFINISHED = ".unfinished-"
+RUN = "run.json"  # in an output folder: which run it is of
+# What a run leaves in its output folder, and another must not take for its own.
+_OF_A_RUN = ("checkpoint-*", "best", "trials", "metrics.jsonl", RUN, "trace.json", "tensorboard", "report.*")
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,14 @@ def save_checkpoint(
     base_model: BaseModel,
     keep: int,
     watch: dict[str, Any] | None = None,
+    run: dict[str, str] | None = None,
 ) -> Path:
-    """Write `output_dir/checkpoint-<updates>` and delete all but the newest `keep`; collective over ranks.
+    """Write `output_dir/checkpoint-<updates>` and of those of fewer updates keep the newest, `keep` in all (0: every
+    one); collective over ranks.
 
-    `sampler`, `settings` and `watch` must be JSON values. The folder appears under its name only when it is complete
-    and on disk. Raises TrainingError, on every rank, when any rank cannot write (no space left).
+    `sampler`, `settings` and `watch` must be JSON values; `run` is the run's identity. The folder appears under its
+    name only when it is complete and on disk. Raises TrainingError, on every rank, when any rank cannot write (no space
+    left).
     """
     final = output_dir / f"checkpoint-{engine.updates}"
     unfinished = output_dir / f"{_UNFINISHED}checkpoint-{engine.updates}"
@@ -97,9 +104,11 @@ def save_checkpoint(
             "watch": watch or {},
             "settings": settings,
             "base_model": dataclasses.asdict(base_model),
+            "run": run or {},
         }
         _publish(unfinished, final, manifest)
-        for old in _checkpoints(output_dir)[:-keep] if keep > 0 else []:
+        older = [p for p in _checkpoints(output_dir) if _updates_of(p) < engine.updates]
+        for old in older[: len(older) + 1 - keep] if keep > 0 else []:
             shutil.rmtree(old)
 
     _together(engine, prepare if engine.rank == 0 else None, final)
@@ -175,7 +184,7 @@ def go_back(output_dir: Path, now: int, then: int, kept_in: Path) -> None:
     It stays here where it is here already, and is nowhere where it was not kept. For one rank only.
     """
     for checkpoint in _checkpoints(output_dir):
-        if then < int(checkpoint.name[11:]) <= now:
+        if then < _updates_of(checkpoint) <= now:
             shutil.rmtree(checkpoint)
     name = f"checkpoint-{then}"
     if (kept_in / name).exists() and not (output_dir / name).exists():
@@ -184,7 +193,31 @@ def go_back(output_dir: Path, now: int, then: int, kept_in: Path) -> None:
 
 def _checkpoints(output_dir: Path) -> list[Path]:
     found = [p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit() and (p / MANIFEST).is_file()]
-    return sorted(found, key=lambda p: int(p.name[11:]))
+    return sorted(found, key=_updates_of)
+
+
+def _updates_of(checkpoint: Path) -> int:
+    return int(checkpoint.name[11:])
+
+
+def set_aside(output_dir: Path, *, after: int = -1, delete: bool = False) -> Path | None:
+    """Make room for a run: move what an earlier one left in `output_dir` to a new folder `earlier-<n>` in it.
+
+    With `after`, what is of more updates than that, where a run goes on from then. With `delete`, or without a
+    checkpoint in it, it is deleted. Returns the folder, or None. For one rank only.
+    """
+    found = [p for p in _checkpoints(output_dir) if _updates_of(p) > after]
+    if after < 0:
+        found = [p for pattern in _OF_A_RUN for p in sorted(output_dir.glob(pattern))]
+    if delete or not any(p.match("checkpoint-*") or any(p.glob("checkpoint-*")) for p in found):
+        for path in found:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return None
+    aside = next(p for n in itertools.count(1) if not (p := output_dir / f"earlier-{n}").exists())
+    aside.mkdir()
+    for path in found:
+        path.rename(aside / path.name)
+    return aside
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:

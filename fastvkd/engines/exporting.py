@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastvkd.engines.checkpoints import WEIGHTS, find_latest, load_weights, verify_checkpoint
 from fastvkd.errors import ModelError, TrainingError, disk_is_full
+from fastvkd.files import held
 from fastvkd.models.folder import identify_base, read_safetensors_header, shards_of
 from fastvkd.models.lora import adapted, merged, merged_weight
 from fastvkd.settings import Settings
@@ -30,12 +31,20 @@ _FICLONE = 0x40049409  # ioctl: let two files share their blocks until one of th
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Other copies of the weights in the base folder: they hold the knowledge that was removed, so they stay behind.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+# What fastvkd says of a model, which is not true of one made of it; `history_of` keeps what matters of it.
+CERTIFICATE = "certificate.json"
+_STATEMENTS = {
+    *("README.md", RECORD, CERTIFICATE, "run.json", "metrics.jsonl", "report.json", "report.html"),
+    *("results.json", "samples.jsonl", "attacks.json", "attacks.jsonl"),
+}
 _SKIPPED_FOLDERS = {".git", ".cache"}
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` did. `tensors` counts those replaced; `reflinked` says whether files share blocks with the base."""
+    """What `export` did. `tensors` counts those replaced; `left_out` are files of the base that are not copied: other
+    copies of its weights, and what fastvkd stated about it; `reflinked` says whether files share blocks with the base.
+    """
 
     folder: Path
     rewritten_shards: list[str]
@@ -50,8 +59,10 @@ def export(run_dir: Path, to: Path, *, model_card: str, base: Path | None = None
 
     `run_dir` is a run's output folder (its newest checkpoint is taken) or one checkpoint. `base` says where the base
     model lies if it was moved. `model_card` becomes README.md; unlearning.json says which settings made the model
-    (`read_record`). Weights that training did not change keep the base's exact bits, also when the run worked in a
-    coarser dtype than the base is stored in. Peak memory is two copies of the largest visual tensor in float32.
+    (`read_record`), and in its `history` which requests the base had met before (`history_of`). What fastvkd stated
+    about the base, such as its certificate, is not copied. Weights that training did not change keep the base's exact
+    bits, also when the run worked in a coarser dtype than the base is stored in. Peak memory is two copies of the
+    largest visual tensor in float32.
 
     Raises TrainingError for a damaged or missing checkpoint, a folder `to` that is not empty, and a full disk;
     ModelError when the base is not the one that the run started from, or has no tensor for a trained weight.
@@ -68,29 +79,33 @@ def export(run_dir: Path, to: Path, *, model_card: str, base: Path | None = None
     if to.resolve().is_relative_to(base.resolve()):
         raise TrainingError(f"{to}: lies inside the base model's folder; export elsewhere")
 
-    unfinished = to.with_name(f".unfinished-{to.name}")
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
-    unfinished.mkdir(parents=True)
-    try:
-        alpha = float(manifest["settings"].get("lora_alpha", 0))
-        exported = _write(checkpoint / WEIGHTS, base, unfinished, to, model_card, lora_alpha=alpha)
-        record = {key: manifest[key] for key in ("updates", "settings", "base_model")}
-        (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-        if to.exists():
-            to.rmdir()
-        unfinished.rename(to)
-    except OSError as error:
-        if disk_is_full(error):
-            raise TrainingError(f"{to}: no space left on the device; the base has {_size(base):,} bytes") from error
-        raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with held(to.with_name(f".exporting-{to.name}"), "--to"):
+        unfinished = to.with_name(f".unfinished-{to.name}")
+        if unfinished.exists():
+            shutil.rmtree(unfinished)
+        unfinished.mkdir(parents=True)
+        try:
+            alpha = float(manifest["settings"].get("lora_alpha", 0))
+            exported = _write(checkpoint / WEIGHTS, base, unfinished, to, model_card, lora_alpha=alpha)
+            record = {key: manifest[key] for key in ("updates", "settings", "base_model")} | {
+                "history": history_of(base)
+            }
+            (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+            if to.exists():
+                to.rmdir()
+            unfinished.rename(to)
+        except OSError as error:
+            if disk_is_full(error):
+                raise TrainingError(f"{to}: no space left on the device; the base has {_size(base):,} bytes") from error
+            raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return exported
 
 
 def read_record(model_folder: Path) -> dict[str, Any] | None:
-    """What `export` noted in a model folder: "updates", "settings" of the run, "base_model"; None in other folders.
+    """What `export` noted in a model folder: "updates", "settings" of the run, "base_model" and "history" (see
+    `history_of`; versions before had none); None in other folders.
 
     Raises ModelError when the file is not what `export` writes.
     """
@@ -104,6 +119,22 @@ def read_record(model_folder: Path) -> dict[str, Any] | None:
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         raise ModelError(f"{path}: no settings in it; export the run again, or delete the file")
     return record
+
+
+def history_of(base: Path) -> list[dict[str, Any]]:
+    """The records of the runs that made `base`, the first one first, and under "certificate" how each was judged where
+    its folder has a certificate; [] of a model that fastvkd did not make. Raises ModelError for a damaged record."""
+    record = read_record(base)
+    if record is None:
+        return []
+    earlier = record.pop("history", [])
+    paper = base / CERTIFICATE
+    if paper.is_file():
+        try:
+            record["certificate"] = json.loads(paper.read_text())
+        except ValueError as error:
+            raise ModelError(f"{paper}: not JSON ({error}); judge the model again, or delete the file") from error
+    return [*earlier, record]
 
 
 def settings_of(record: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -159,7 +190,11 @@ def _write(weights_file: Path, base: Path, folder: Path, to: Path, model_card: s
     left_out: list[str] = []
     shard_names = {shard.name for shard in shards}
     for source, relative in _files(base):
-        if relative in shard_names or relative in ("README.md", RECORD):
+        if relative in shard_names:
+            continue
+        if relative in _STATEMENTS:
+            if relative not in ("README.md", RECORD):  # the new model has its own
+                left_out.append(relative)
             continue
         if source.suffix in _WEIGHT_SUFFIXES or relative.endswith(".bin.index.json"):
             left_out.append(relative)

@@ -18,7 +18,7 @@ from fastvkd.evaluation.modality_pairs import joint_figures
 from fastvkd.evaluation.people import examine, likeness
 from fastvkd.evaluation.protocol import OnProgress
 from fastvkd.evaluation.truth_ratio import forget_quality, model_utility
-from fastvkd.files import write_atomically
+from fastvkd.files import held, write_atomically
 from fastvkd.models.folder import identify_base, local_folder
 from fastvkd.models.loading import load_processor
 from fastvkd.models.placement import Loading, loading_of
@@ -57,6 +57,11 @@ def evaluate(options: EvalOptions, progress: OnProgress | None = None) -> dict[s
     dtype, processor, steering and settings are not computed again. Splits that are not named are those of the run that
     the model was exported from, else the defaults of `Settings`. Raises FastVKDError.
     """
+    with held(options.out, "--out"):
+        return _evaluate(options, progress)
+
+
+def _evaluate(options: EvalOptions, progress: OnProgress | None) -> dict[str, Any]:
     folder = str(data_folder(options.data, local_files_only=options.local_files_only))
     benchmark = reader_of(folder, options.benchmark).NAME
     reference = None if options.reference_eval is None else _reference(benchmark, options.mode, options.reference_eval)

@@ -64,7 +64,13 @@ def read_safetensors_header(shard: Path) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(file.read(8), "little")
         if length > shard.stat().st_size - 8:
             raise ModelError(f"{shard}: truncated or not a safetensors file; download it again")
-        return json.loads(file.read(length)), 8 + length
+        header, data_start = json.loads(file.read(length)), 8 + length
+    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    if data_start + end > shard.stat().st_size:
+        raise ModelError(
+            f"{shard}: truncated, {shard.stat().st_size:,} of {data_start + end:,} bytes; download it again"
+        )
+    return header, data_start
 
 
 def identify_base(model_folder: str | Path) -> BaseModel:

@@ -2,13 +2,14 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from fastvkd.engines.checkpoints import find_latest, read_manifest
+from fastvkd.engines.exporting import history_of
 from fastvkd.errors import TrainingError
 from fastvkd.methods import method_of
 from fastvkd.reporting.html import TEMPLATES
@@ -52,23 +53,27 @@ def _name_of(settings: Mapping[str, Any]) -> str:
     return str(settings.get("model_name_or_path", "")).rstrip("/").rsplit("/", 1)[-1] or "model"
 
 
-def run_card(run: Path) -> str:
+def run_card(run: Path, base: Path | None = None) -> str:
     """A model card for a training run that no evaluation has judged: its settings and last figures.
 
     Args:
-        run: the run's output folder, or one checkpoint in it. Where a report.json lies beside, `model_card` of that.
+        run: the run's output folder, or one checkpoint in it. Where a report.json of this very run lies beside,
+            `model_card` of that.
+        base: the base model's folder, if it moved since; what it was made to forget before is told too.
 
     Raises:
-        TrainingError: no checkpoint there. DataError: a report.json that cannot be used.
+        TrainingError: no checkpoint there. DataError: a report.json that cannot be used. ModelError: the record of the
+        base cannot be read.
     """
     checkpoint = run if run.name.startswith("checkpoint-") else find_latest(run)
     if checkpoint is None:
         raise TrainingError(f"{run}: no checkpoint-<step> folder in it; give the output_dir of a training run")
-    for report in (checkpoint.parent / "report.json", checkpoint.parent.parent / "report.json"):
-        if report.is_file():
-            return model_card(read_report(report))
     manifest = read_manifest(checkpoint)
     settings = manifest["settings"]
+    history = history_of(base or Path(manifest["base_model"]["path"]))
+    for file in (checkpoint.parent / "report.json", checkpoint.parent.parent / "report.json"):
+        if file.is_file() and (report := read_report(file))["settings"] == settings:
+            return model_card(report, history)
     metrics = checkpoint.parent / "metrics.jsonl"
     written = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
     return _CARDS.get_template("card/run.md").render(
@@ -81,6 +86,7 @@ def run_card(run: Path) -> str:
         unjudged=Markup(_UNJUDGED),
         last=next((line for line in reversed(written) if line["step"] <= manifest["updates"]), None),
         everything=flatten(settings),
+        history=history,
     )
 
 
@@ -92,11 +98,12 @@ def with_certificate(card: str, paper: Mapping[str, Any]) -> str:
     return f"{card.rstrip()}\n\n{section}\n"
 
 
-def model_card(report: Mapping[str, Any]) -> str:
+def model_card(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]] = ()) -> str:
     """A model card in Markdown with the metadata block that model hubs read.
 
     Args:
         report: content of report.json (see `fastvkd.reporting.report.build_report`).
+        history: of the base model, see `fastvkd.engines.exporting.history_of`.
 
     Returns:
         Text ending in a newline: verdict, table of all cells, requirements, how it was made, limits, how to load it.
@@ -114,4 +121,5 @@ def model_card(report: Mapping[str, Any]) -> str:
         checks=criteria(report),
         everything=flatten(report["settings"]),
         limits=limits(report),
+        history=history,
     )

@@ -23,19 +23,20 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from fastvkd.devices import peak_memory_bytes, pick_device
-from fastvkd.engines.checkpoints import find_latest, go_back, load_checkpoint, save_checkpoint
+from fastvkd.engines.checkpoints import go_back, load_checkpoint, save_checkpoint
 from fastvkd.engines.local import LocalEngine
 from fastvkd.engines.protocol import Engine
 from fastvkd.errors import SettingsError, TrainingError
+from fastvkd.files import held
 from fastvkd.methods import METHODS
 from fastvkd.models.compiled import compiled_blocks
-from fastvkd.models.folder import BaseModel, identify_base, local_folder
 from fastvkd.settings import Settings
 from fastvkd.unlearning.ingredients import Trained
 from fastvkd.unlearning.metrics import Metrics
 from fastvkd.unlearning.phases import PhaseTimer
 from fastvkd.unlearning.prefetch import prefetched
 from fastvkd.unlearning.rates import find_rate, rate_of
+from fastvkd.unlearning.start import Start, begin
 from fastvkd.unlearning.tasks import Draft, Prepared, Task, draft
 from fastvkd.unlearning.watch import Course, Watch
 
@@ -68,14 +69,16 @@ def unlearn(settings: Settings, *, progress: Listener = lambda *_: None) -> Unle
     for settings, data or models that cannot be used; nothing is left half-written.
     """
     settings.check()
-    torch.manual_seed(settings.seed)
-    started = time.perf_counter()
     device = pick_device(settings.device)
-    output = Path(settings.output_dir)
-    wanted = settings.resume_from_checkpoint
-    resume_from = find_latest(output) if wanted == "auto" else Path(wanted) if wanted is not None else None
-    base = identify_base(local_folder(settings.model_name_or_path))
-    prepared, engine = _prepare(settings, device, base, lambda done, total: progress("teacher", done, total, {}))
+    first_of_all = settings.engine == "local" or os.environ.get("RANK", "0") == "0"
+    with held(Path(settings.output_dir), "output_dir") if first_of_all else contextlib.nullcontext():
+        torch.manual_seed(settings.seed)
+        started = time.perf_counter()
+        return _unlearn(begin(settings), device, started, progress)
+
+
+def _unlearn(start: Start, device: torch.device, started: float, progress: Listener) -> Unlearned:
+    prepared, engine = _prepare(start, device, lambda done, total: progress("teacher", done, total, {}))
     settings = prepared.settings
     seconds = {"prepare": time.perf_counter() - started}
 
@@ -83,11 +86,10 @@ def unlearn(settings: Settings, *, progress: Listener = lambda *_: None) -> Unle
         key = "forget_target" if METHODS[settings.method].features else "method"
         log.warning("%s=%s has no targets to come near: watch_steps is left out", key, getattr(settings, key))
 
-    run = _Run(prepared, engine, base, progress)
-    first = run.resume(resume_from)
-    output.mkdir(parents=True, exist_ok=True)
+    run = _Run(prepared, engine, start, progress)
+    first = run.resume()
     started = time.perf_counter()
-    with Metrics(output, settings, engine, first) as metrics, _sigterm() as stop_asked:
+    with Metrics(run.output, settings, engine, first) as metrics, _sigterm() as stop_asked:
         finished = run.train(first, metrics, stop_asked)
         metrics.flush()
         checkpoint = run.save()
@@ -111,14 +113,13 @@ def unlearn(settings: Settings, *, progress: Listener = lambda *_: None) -> Unle
     )
 
 
-def _prepare(
-    settings: Settings, device: torch.device, base: BaseModel, progress: Callable[[int, int], None]
-) -> tuple[Prepared, Engine]:
+def _prepare(start: Start, device: torch.device, progress: Callable[[int, int], None]) -> tuple[Prepared, Engine]:
     """The run and its engine; under ZeRO-3 the engine comes first, since it takes the weights over."""
+    settings = start.settings
     ds_config, partitioning = _join_deepspeed(settings, device) if settings.engine == "deepspeed" else ({}, None)
     if settings.engine == "deepspeed" and device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    begun = draft(settings, device, base, partitioned=partitioning is not None)
+    begun = draft(start.gathered, device, partitioned=partitioning is not None)
     if partitioning is None:
         with _arithmetic(settings, begun.trained):
             prepared = begun.finish(progress=progress)
@@ -134,26 +135,29 @@ class _Run:
     best: where the checkpoint of the best look is kept until the run has ended well.
     """
 
-    def __init__(self, prepared: Prepared, engine: Engine, base: BaseModel, progress: Listener):
-        self.prepared, self.engine, self.base, self.progress = prepared, engine, base, progress
+    def __init__(self, prepared: Prepared, engine: Engine, start: Start, progress: Listener):
+        self.prepared, self.engine, self.start, self.progress = prepared, engine, start, progress
+        self.base = start.gathered.sources.base
         self.settings, self.course = prepared.settings, Course()
         self.output = Path(self.settings.output_dir)
         self.best = self.output / "best"
 
-    def resume(self, checkpoint: Path | None) -> int:
-        """Take up `checkpoint`; returns the updates that were done. Raises SettingsError where it knows no rate."""
-        settings, engine = self.settings, self.engine
-        if checkpoint is None:
-            self.discard(self.best)
+    def resume(self) -> int:
+        """Take up the checkpoint to go on from, and the output folder; returns the updates that were done."""
+        checkpoint, engine = self.start.resume_from, self.engine
+        resumed = None if checkpoint is None else load_checkpoint(checkpoint, engine, base_model=self.base)
+        engine.any_rank(False)  # all have read it
+        if engine.rank == 0:
+            self.start.take_over()
+        engine.any_rank(False)
+        if resumed is None:
             return 0
-        resumed = load_checkpoint(checkpoint, engine, base_model=self.base)
         first, notice = resumed.updates, f": {resumed.notice}" if resumed.notice else ""
         log.warning("resumed from %s at step %d%s", checkpoint, first, notice)
         if self.prepared.watch is not None:
             self.course = Course(**resumed.watch)
-        if settings.learning_rate == "auto":
-            if self.course.learning_rate is None:
-                raise SettingsError(f"{checkpoint}: has no rate for learning_rate=auto to go on with: set one")
+        if self.settings.learning_rate == "auto":
+            assert self.course.learning_rate is not None, "`begin` refuses a checkpoint without it"
             engine.base_learning_rate = self.course.learning_rate
         if engine.any_rank(not (self.best / f"checkpoint-{self.course.best_step}").exists()):
             self.course.best_step = first  # what is kept, if anything, is of a look that this run may not come to
@@ -169,6 +173,7 @@ class _Run:
             base_model=self.base,
             keep=self.settings.save_total_limit if keep is None else keep,
             watch=None if self.prepared.watch is None else dataclasses.asdict(self.course),
+            run=self.start.identity,
         )
 
     def train(self, first: int, metrics: Metrics, stop_asked: threading.Event) -> bool:

@@ -82,6 +82,18 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Gathered:
+    """What is known of a run before its model is loaded.
+
+    settings: as in `Prepared`. sampler: the questions that the method asks, if it asks any.
+    """
+
+    settings: Settings
+    sources: Sources
+    sampler: AnswerSampler | None
+
+
+@dataclass(frozen=True)
 class Draft:
     """A run whose model has not been run.
 
@@ -139,19 +151,32 @@ class Draft:
 
 def prepare(settings: Settings, device: torch.device, base: BaseModel) -> Prepared:
     """A run that can start, its weights whole on `device`; raises as `draft`."""
-    return draft(settings, device, base).finish()
+    return draft(gather(settings, base), device).finish()
 
 
-def draft(settings: Settings, device: torch.device, base: BaseModel, *, partitioned: bool = False) -> Draft:
-    """Load data and model. `partitioned` says that ZeRO-3 splits the weights while they are loaded.
+def gather(settings: Settings, base: BaseModel) -> Gathered:
+    """Read data, processor and configuration, and count the updates.
 
-    Raises FastVKDError for data, a model or settings that do not fit together, and for settings that need whole weights
-    before there is an engine, where these are split.
+    Raises FastVKDError for data, a processor or settings that do not fit together.
     """
-    if partitioned:
-        _refuse_with_zero3(settings)
     method = METHODS[settings.method]
     sources = _read(settings, method, base)
+    sampler = _sampler(settings, sources)
+    if sampler is not None and method.trains:
+        settings = dataclasses.replace(settings, max_steps=sampler.updates(settings))
+    return Gathered(settings, sources, sampler)
+
+
+def draft(gathered: Gathered, device: torch.device, *, partitioned: bool = False) -> Draft:
+    """Load the model. `partitioned` says that ZeRO-3 splits the weights while they are loaded.
+
+    Raises FastVKDError for a model that does not fit the rest, and for settings that need whole weights before there is
+    an engine, where these are split.
+    """
+    settings, sources = gathered.settings, gathered.sources
+    if partitioned:
+        refuse_with_zero3(settings)
+    method = METHODS[settings.method]
     features = method.make(settings)(settings, sources, device) if method.features else None
     model: Any = load_model(
         settings.model_name_or_path,
@@ -165,9 +190,6 @@ def draft(settings: Settings, device: torch.device, base: BaseModel, *, partitio
     families.train_only(model, [p for _, p in parameters])
     if settings.gradient_checkpointing:
         checkpoint_layers(model)
-    sampler = _sampler(settings, sources)
-    if sampler is not None and method.trains:
-        settings = dataclasses.replace(settings, max_steps=sampler.updates(settings))
     # before the engine, and whatever else may hang hooks on the model
     teacher = frozen_copy(model) if method.features and settings.online_teacher else None
     return Draft(
@@ -175,7 +197,7 @@ def draft(settings: Settings, device: torch.device, base: BaseModel, *, partitio
         device,
         Trained(model, parameters, teacher, Runner(model)),
         features,
-        sampler,
+        gathered.sampler,
         [p.detach().clone() for _, p in parameters] if settings.mask is not None else [],
         partitioned,
     )
@@ -210,7 +232,7 @@ def _sampler(settings: Settings, sources: Sources) -> AnswerSampler | None:
     )
 
 
-def _refuse_with_zero3(settings: Settings) -> None:
+def refuse_with_zero3(settings: Settings) -> None:
     """What needs whole weights before DeepSpeed has taken the model over."""
     method = METHODS[settings.method]
     answers = method.on_answers(settings)

@@ -17,6 +17,8 @@ from fastvkd.engines.exporting import copy_file, export, match_keys, read_record
 from fastvkd.engines.local import LocalEngine
 from fastvkd.errors import ModelError, TrainingError
 from fastvkd.models.folder import identify_base
+from fastvkd.reporting.model_card import run_card
+from fastvkd.settings import load_settings
 
 OLD = {"model.vision_tower.": "vision_tower.vision_model.", "model.multi_modal_projector.": "multi_modal_projector."}
 OLD |= {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
@@ -224,3 +226,41 @@ def test_a_trained_weight_without_its_tensor_in_the_base_is_refused():
     assert match_keys(["model.visual.blocks.0.w"], {"visual.blocks.0.w"}) == {
         "model.visual.blocks.0.w": "visual.blocks.0.w"
     }
+
+
+def test_what_was_said_of_the_base_is_not_said_of_the_new_model(tmp_path):
+    """Its certificate and record become history, with those before; the card tells of them."""
+    base, out = tmp_path / "base", tmp_path / "run"
+    write_base(base, NEW, torch.float32)
+    before = {"updates": 3, "settings": {"data": "request-0"}, "base_model": {"path": "p", "fingerprint": "0"}}
+    record = before | {"settings": {"data": "request-1", "forget_split": "forget_5"}, "history": [before]}
+    (base / "unlearning.json").write_text(json.dumps(record))
+    statements = ["certificate.json", "report.json", "results.json", "attacks.json", "samples.jsonl", "metrics.jsonl"]
+    for name in statements:
+        (base / name).write_text('{"verdict": "passed"}')
+    model = tiny_llava()
+    engine = LocalEngine(
+        [(name, p) for name, p in model.named_parameters() if "projector" in name],
+        module=model,
+        optim="adamw_torch",
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        gradient_accumulation_steps=1,
+        warmup_steps=0,
+        max_steps=1,
+        lr_scheduler_type="constant",
+        device=torch.device("cpu"),
+    )
+    settings = load_settings(None, {"model_name_or_path": str(base), "data": "request-2"}).to_dict()
+    save_checkpoint(out, engine, sampler={}, settings=settings, base_model=identify_base(base), keep=1)
+    done = export(out, tmp_path / "new", model_card=run_card(out))
+    assert not any((tmp_path / "new" / name).exists() for name in statements)
+    assert set(statements) <= set(done.left_out)
+    found = read_record(tmp_path / "new")
+    assert found is not None and found["settings"]["data"] == "request-2"
+    assert [one["settings"]["data"] for one in found["history"]] == ["request-0", "request-1"]
+    assert [one.get("certificate") for one in found["history"]] == [None, {"verdict": "passed"}]
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "Nobody has evaluated this model yet" in card and "## Certificate" not in card
+    assert "| `request-1` | `forget_5` | vkd | 3 | passed |" in card and "| `request-0` |" in card

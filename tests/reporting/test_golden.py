@@ -184,7 +184,7 @@ def cards() -> dict[str, str]:
             checkpoint = Path(folder) / "checkpoint-7"
             checkpoint.mkdir()
             settings = report_parts()["settings"] | {"forget_split": "forget_5", "trainable": "lora"} | changes
-            manifest = {"format": FORMAT, "settings": settings, "updates": 7}
+            manifest = {"format": FORMAT, "settings": settings, "updates": 7, "base_model": {"path": folder}}
             (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
             if name != "gd":
                 rows = [json.dumps({"step": step, "loss_a|b": 0.5 / step, "loss": 1.0}) + "\n" for step in (6, 7, 8)]
