@@ -328,7 +328,8 @@ def _missing(root: Path, format: str, names: Collection[str], pairs: Collection[
     )
     unread = f"; not read: {others[0]} (write it as parquet)" if others else ""
     yield (
-        f"{root}: no forget split with a retain split (folders forget_5 and retain_95, or like them), so nothing here "
+        f"{root}: no forget split with a retain split (folders forget_5 and retain_95, or like them; others are named "
+        f"with --forget-split and --retain-split), so nothing here "
         f"can be unlearned; found: {', '.join(names) or 'none'}{unread}"
     )
 

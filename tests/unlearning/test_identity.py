@@ -159,6 +159,20 @@ def test_a_folder_belongs_to_one_process_until_that_ends(world, tmp_path: Path) 
     assert not (out / ".lock").exists()
 
 
+@pytest.mark.parametrize("verb", ["eval", "attack", "export"])
+def test_other_commands_keep_their_folder_to_themselves_too(world, first, tmp_path: Path, capsys, verb: str) -> None:
+    out = tmp_path / "out"
+    if verb == "export":
+        arguments, folder = ["--run", str(first), "--to", str(out)], tmp_path / ".exporting-out"
+    else:
+        arguments, folder = ["--model", str(world.model), "--data", str(world.data), "--out", str(out)], out
+    with held(folder, "output_dir"):
+        assert main([verb, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "another process writes here" in error and "set another --" in error and error.count("\n") == 1
+    assert not out.exists() and not folder.exists()
+
+
 def test_a_folder_made_for_a_lock_goes_with_it(tmp_path: Path) -> None:
     with contextlib.suppress(KeyError), held(tmp_path / "a" / "b", "output_dir"):
         raise KeyError

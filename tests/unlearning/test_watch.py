@@ -252,7 +252,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_the_whole(world, tmp_path: 
 
 
 def test_a_checkpoint_that_knows_no_rate_is_refused(world, tmp_path: Path) -> None:
-    plain = unlearn(world.settings(tmp_path, max_steps=3))
+    plain = unlearn(world.settings(tmp_path, max_steps=3, augment=True, auxiliary_images=4))
     with pytest.raises(SettingsError, match="no rate for learning_rate=auto"):
         unlearn(world.settings(tmp_path, **SELF_DRIVEN, resume_from_checkpoint=str(plain.checkpoint)))
 
