@@ -73,11 +73,11 @@ def test_every_command_in_the_documents_is_one(path: Path) -> None:
     ],
 )
 def test_what_zero3_refuses_is_documented(override: str, words: str) -> None:
-    from fastvkd.unlearning.tasks import _refuse_with_zero3
+    from fastvkd.unlearning.tasks import refuse_with_zero3
 
     settings = load_settings(None, ["model_name_or_path=m", "data=d", *override.split()])
     with pytest.raises(SettingsError, match="which ZeRO-3 splits"):
-        _refuse_with_zero3(settings)
+        refuse_with_zero3(settings)
     documented = (ROOT / "docs" / "distributed.md").read_text().split("**What ZeRO-3 cannot do.**")[1].split("\n\n")[0]
     assert words in documented
 
