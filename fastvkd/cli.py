@@ -190,9 +190,11 @@ def _dry_run(settings: "Settings") -> int:
 
 def _demo(options: opt.DemoOptions) -> int:
     from fastvkd.demo.run import demo
+    from fastvkd.files import held
     from fastvkd.reporting.verdict import criteria, headline_sentence
 
-    report = demo(options)
+    with held(options.out, "--out"):
+        report = demo(options)
     print(headline_sentence(report))
     for criterion in criteria(report):
         mark = "met   " if criterion.met else "MISSED"

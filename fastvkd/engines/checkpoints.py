@@ -40,8 +40,8 @@ WEIGHTS = "visual.safetensors"
 MASTERS = "masters.safetensors"
 _UNFINISHED = ".unfinished-"
 RUN = "run.json"  # in an output folder: which run it is of
-# What a run leaves in its output folder, and another must not take for its own.
-_OF_A_RUN = ("checkpoint-*", "best", "trials", "metrics.jsonl", RUN, "trace.json", "tensorboard", "report.*")
+# What a run leaves in its output folder beside checkpoints, and another must not take for its own.
+_OF_A_RUN = (RUN, "metrics.jsonl", "trace.json", "tensorboard", "report.json", "report.html")
 
 
 @dataclass(frozen=True)
@@ -203,13 +203,18 @@ def _updates_of(checkpoint: Path) -> int:
 def set_aside(output_dir: Path, *, after: int = -1, delete: bool = False) -> Path | None:
     """Make room for a run: move what an earlier one left in `output_dir` to a new folder `earlier-<n>` in it.
 
-    With `after`, what is of more updates than that, where a run goes on from then. With `delete`, or without a
-    checkpoint in it, it is deleted. Returns the folder, or None. For one rank only.
+    With `after`, the checkpoints of more updates than that, where a run goes on from then. With `delete` it is deleted;
+    so is the beginning of a run that has no checkpoint. What no run has written stays where it is. Returns the folder,
+    or None. For one rank only.
     """
-    found = [p for p in _checkpoints(output_dir) if _updates_of(p) > after]
+    found = [checkpoint for checkpoint in _checkpoints(output_dir) if _updates_of(checkpoint) > after]
     if after < 0:
-        found = [p for pattern in _OF_A_RUN for p in sorted(output_dir.glob(pattern))]
-    if delete or not any(p.match("checkpoint-*") or any(p.glob("checkpoint-*")) for p in found):
+        found += [folder for name in ("best", "trials") if _checkpoints(folder := output_dir / name)]
+        has_checkpoints = bool(found)
+        if has_checkpoints or (output_dir / RUN).is_file():
+            found += [path for name in _OF_A_RUN if (path := output_dir / name).exists()]
+        delete = delete or not has_checkpoints
+    if delete or not found:
         for path in found:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         return None

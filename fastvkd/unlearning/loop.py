@@ -278,9 +278,10 @@ class _Run:
             self.save(self.best, 1)
 
     def discard(self, folder: Path) -> None:
-        """Delete a folder of checkpoints, once no rank reads it any more."""
+        """Delete a folder of checkpoints, once no rank reads it any more; one that holds anything else stays."""
         self.engine.any_rank(False)
-        if self.engine.rank == 0:
+        ours = ("checkpoint-", ".unfinished-")
+        if self.engine.rank == 0 and folder.is_dir() and all(p.name.startswith(ours) for p in folder.iterdir()):
             shutil.rmtree(folder, ignore_errors=True)
 
 
