@@ -39,6 +39,7 @@ class Method:
     joins_features: bool = False  # it may be an `answer_loss`
     trains: bool = True  # by the loop; else the code changes the weights by itself, before
     trains_llm: bool = True  # the LLM may be trained too
+    only_llm: bool = False  # it changes nothing but the LLM
     mask_threshold: float | None = None  # of a saliency mask that is on where no setting asks for one
     retains_exactly: bool = False  # its retain term and that term's gradient are zero at the original
 
@@ -111,7 +112,13 @@ _ALL = (
     # gradient difference on the weights with F_forget / F_retain >= 1
     Method(name="mmunlearner", code=f"{_HERE}.gd:gradient_difference", mask_threshold=1.0),
     Method(name="manu", code=f"{_HERE}.manu:NeuronPruning", keys=("manu_fraction", "manu_batches"), trains=False),
-    Method(name="kvw", code=f"{_HERE}.kvw:KnowledgeVectorWeakening", keys=("kvw_gamma", "kvw_batches"), trains=False),
+    Method(
+        name="kvw",
+        code=f"{_HERE}.kvw:KnowledgeVectorWeakening",
+        keys=("kvw_gamma", "kvw_batches"),
+        trains=False,
+        only_llm=True,
+    ),
     Method(
         name="smfa",
         code=f"{_HERE}.smfa:SculptedForgetting",

@@ -270,6 +270,8 @@ class Settings:
                 f"method={self.method} with trainable={self.trainable}: {self.method.upper()} leaves the LLM as it is; "
                 "set trainable to vision+projector, projector or vision, or choose another method"
             )
+        if method.only_llm and self.trainable != "all":
+            yield f"method={self.method} with trainable={self.trainable}: it changes the LLM alone; set trainable=all"
         if method.features and self.num_train_epochs is not None:
             yield f"num_train_epochs counts questions, which method={self.method} does not ask: set max_steps"
         if not method.features and self.answer_loss != "none":

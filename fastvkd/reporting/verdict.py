@@ -84,6 +84,8 @@ def judge(figures: Mapping[str, float | None], thresholds: Certificate) -> list[
         asked = words.get(rule, f"{rule} {limit:.2f}")
         if rule in ("within", "beyond") and figure is not None and chance is not None:
             asked += f" ({chance:.2f})"
+        if rule == "beyond" and figure is not None and not met:
+            asked += "; what was never known cannot be forgotten"
         if key == "relearning_gap" and met and figures.get("relearning_evidence") == 0:
             figure = met = None
             asked += "; not carried out, as retained people were lost too"

@@ -89,7 +89,11 @@ def test_a_model_that_never_learnt_the_forget_set_shows_no_forgetting() -> None:
     )
     assert verdict(learnt=0.30, forget=0.36) == "failed"
     (check,) = [c for c in judge(PASSING | {"learnt": 0.30}, Certificate()) if c["key"] == "learnt"]
-    assert check["met"] is None and check["figure"] == 0.30 and check["asked"] == "0.10 above chance (0.25)"
+    assert (
+        check["met"] is None
+        and check["figure"] == 0.30
+        and "0.10 above chance (0.25); what was never known" in check["asked"]
+    )
     evaluated = {"vanilla": {"forget": {"vqa": {"accuracy": 0.30}}}, "unlearned": {}}
     assert figures_of(evaluated, {}, chance=0.25)["learnt"] == 0.30
     unknown = {key: value for key, value in PASSING.items() if key != "learnt"}

@@ -618,6 +618,7 @@ def test_refusals_take_the_place_of_forget_answers_only(world) -> None:
         ({"method": "mmunlearner", "trainable": "lora"}, "trainable=all"),
         ({"method": "manu", "trainable": "lora"}, "trainable=all"),
         ({"method": "smfa", "trainable": "lora"}, "trainable=all"),
+        ({"method": "kvw"}, "trainable=all"),
         ({"method": "gd", "trainable": "all", "quantize_llm": "nf4"}, "trainable=lora"),
         ({"method": "gd", "trainable": "lora", "fused_frozen_ops": True}, "fused_frozen_ops"),
         ({"method": "ga", "saliency.granularity": "weight", "saliency.fraction": 0.5}, "gd"),
