@@ -219,6 +219,14 @@ def _eval(options: opt.EvalOptions) -> int:
 def _compare(options: opt.CompareOptions) -> int:
     from fastvkd.evaluation.comparison import comparison_table, read_runs
 
+    if options.paired:
+        from fastvkd.evaluation.pairing import never_learnt, paired_table, paired_tests, read_samples
+
+        base, *others = [(str(folder), read_samples(folder)) for folder in options.runs]
+        note = never_learnt(*base)
+        tests = [test for other in others for test in paired_tests(base, other)]
+        print(paired_table(tests, options.format, [] if note is None else [note]))
+        return 0
     print(comparison_table(read_runs(options.runs), options.format))
     return 0
 

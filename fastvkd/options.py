@@ -226,6 +226,14 @@ class CompareOptions(Options):
     example: ClassVar = "fastvkd compare out/vanilla-eval out/eval --format latex"
     runs: Annotated[tuple[Path, ...], Flag("--out folder of a run", "RUN", positional=True)]
     format: Annotated[TableFormat, Flag("how the table is written")] = "text"
+    paired: Annotated[
+        bool, Flag("test every run of eval against the first one, question by question and clustered by person")
+    ] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.paired and len(self.runs) < 2:
+            raise SettingsError("--paired compares runs with the first one: give at least two")
 
 
 @dataclass(kw_only=True)

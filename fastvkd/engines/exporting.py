@@ -1,8 +1,8 @@
 """Turns a run into an ordinary model folder: the base's own files, with only the trained weights' bytes replaced.
 
 Nothing is loaded as a model. The file system copies the shards, sharing blocks copy-on-write where it can. Trained
-tensors are then overwritten in place, one at a time, under the keys of the base. Low-rank adapters are merged into the
-weights that they belong to.
+tensors are then overwritten in place, one at a time, under the keys of the base. Low-rank adapters and sines are merged
+into the weights that they belong to.
 """
 
 import errno
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from fastvkd.engines.checkpoints import WEIGHTS, find_latest, load_weights, verify_checkpoint
 from fastvkd.errors import ModelError, TrainingError, disk_is_full
 from fastvkd.files import held
+from fastvkd.models import lora, sine
 from fastvkd.models.folder import identify_base, read_safetensors_header, shards_of
-from fastvkd.models.lora import adapted, merged, merged_weight
 from fastvkd.settings import Settings
 
 RECORD = "unlearning.json"  # in an exported folder: which run made it
@@ -149,7 +149,8 @@ def load_trained(model: nn.Module, checkpoint: Path) -> None:
     """
     manifest = verify_checkpoint(checkpoint)
     own = model.state_dict()
-    weights = merged(load_weights(checkpoint), own.__getitem__, alpha=float(manifest["settings"].get("lora_alpha", 0)))
+    alpha = float(manifest["settings"].get("lora_alpha", 0))
+    weights = sine.merged(lora.merged(load_weights(checkpoint), own.__getitem__, alpha=alpha), own.__getitem__)
     missing = sorted(set(weights) - set(own))
     if missing:
         raise ModelError(f"{checkpoint}: the model has no {missing[0]}; load the base model that the run started from")
@@ -160,7 +161,7 @@ def _write(weights_file: Path, base: Path, folder: Path, to: Path, model_card: s
     shards = shards_of(base)
     headers = {shard: read_safetensors_header(shard) for shard in shards}
     with safe_open(weights_file, "pt") as weights:
-        adapters = adapted(weights.keys())
+        adapters: dict[str, tuple[str, ...]] = {**lora.adapted(weights.keys()), **sine.modulated(weights.keys())}
         parts = {part for pair in adapters.values() for part in pair}
         names = [*(name for name in weights.keys() if name not in parts), *adapters]  # noqa: SIM118 - not a dict
         disk_keys = match_keys(names, {key for header, _ in headers.values() for key in header})
@@ -179,9 +180,9 @@ def _write(weights_file: Path, base: Path, folder: Path, to: Path, model_card: s
                     for key in keys:
                         name = live_of[key]
                         if name in adapters:
-                            a, b = (weights.get_tensor(part) for part in adapters[name])
+                            own = [weights.get_tensor(part) for part in adapters[name]]
                             original = _read(file, key, header[key], data_start, shard)
-                            trained = merged_weight(original, a, b, alpha=lora_alpha)
+                            trained = _merge(original, own, lora_alpha)
                         else:
                             trained = weights.get_tensor(name)
                         _replace(file, key, header[key], data_start, trained, shard)
@@ -204,6 +205,14 @@ def _write(weights_file: Path, base: Path, folder: Path, to: Path, model_card: s
         copy_file(source, target)
     (folder / "README.md").write_text(model_card)
     return Exported(to, rewritten, copied, len(names), left_out, reflinked)
+
+
+def _merge(original: Tensor, parts: list[Tensor], lora_alpha: float) -> Tensor:
+    """A weight with what was trained beside it: the two halves of an adapter, or a sine."""
+    if len(parts) == 1:
+        return sine.modulated_weight(original, *parts)
+    a, b = parts
+    return lora.merged_weight(original, a, b, alpha=lora_alpha)
 
 
 def _read(file: Any, key: str, entry: dict[str, Any], data_start: int, shard: Path) -> Tensor:
