@@ -10,7 +10,8 @@ import zlib
 
 from PIL import Image, ImageOps
 
-from fastvkd.errors import DataError
+from fastvkd.errors import DataError, one_line
+from fastvkd.files import lfs_pointer
 
 MAX_PIXELS = 50_000_000  # a decoded RGB image of this size takes 150 MB
 # Raster formats with decoders of Pillow's own: an EPS file, for one, would start Ghostscript.
@@ -32,6 +33,8 @@ def decode_image(data: bytes, source: str) -> Image.Image:
     """
     if not data:
         raise DataError(f"{source}: the image is empty (0 bytes); replace it or drop the row")
+    if pointer := lfs_pointer(data):
+        raise DataError(f"{source}: the image {pointer}")
     with warnings.catch_warnings():
         # Pillow warns of sizes that are an error here (checked below) and of tags that are not read.
         warnings.simplefilter("ignore")
@@ -42,10 +45,10 @@ def _decode(data: bytes, source: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise DataError(f"{source}: image refused, {_one_line(error)}; resize it below 50 megapixels") from error
+        raise DataError(f"{source}: image refused, {one_line(error)}; resize it below 50 megapixels") from error
     except _DECODE_ERRORS as error:
         raise DataError(
-            f"{source}: unreadable image ({len(data)} bytes; {_one_line(error)}); allowed: {', '.join(FORMATS)}"
+            f"{source}: unreadable image ({len(data)} bytes; {one_line(error)}); allowed: {', '.join(FORMATS)}"
         ) from error
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -57,10 +60,5 @@ def _decode(data: bytes, source: str) -> Image.Image:
         return ImageOps.exif_transpose(image).convert("RGB")
     except _DECODE_ERRORS as error:
         raise DataError(
-            f"{source}: damaged {image.format} image ({len(data)} bytes; {_one_line(error)}); "
-            "replace it or drop the row"
+            f"{source}: damaged {image.format} image ({len(data)} bytes; {one_line(error)}); replace it or drop the row"
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -127,7 +127,11 @@ def check_data(
             progress(place + 1, len(parts), name)
     for one, other in itertools.combinations(contents, 2):
         _compare(report, one, contents[one], other, contents[other])
-    pickles = sorted(str(file.relative_to(root)) for file in root.rglob("*") if file.suffix in _PICKLES)
+    pickles = sorted(
+        str(file.relative_to(root))
+        for file in root.rglob("*")
+        if file.suffix in _PICKLES and not file.name.startswith(".")
+    )
     if labels is not None:
         report.notes.append(f"{root}: labels of {labels.checked} rows checked with the processor of {model}")
         tokens, source = labels.most
