@@ -57,8 +57,10 @@ def _decode(data: bytes, source: str) -> Image.Image:
             f"at most {MAX_PIXELS / 1e6:.0f} are decoded; resize it"
         )
     try:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        upright = ImageOps.exif_transpose(image).convert("RGB")
     except _DECODE_ERRORS as error:
         raise DataError(
             f"{source}: damaged {image.format} image ({len(data)} bytes; {one_line(error)}); replace it or drop the row"
         ) from error
+    upright.info = {"source": source}  # for whoever refuses it later
+    return upright
