@@ -31,7 +31,8 @@ from torch import Tensor
 
 from fastvkd.engines.protocol import Engine
 from fastvkd.errors import TrainingError, disk_is_full
-from fastvkd.models.folder import BaseModel, read_safetensors_header
+from fastvkd.models.folder import BaseModel
+from fastvkd.models.shards import read_safetensors_header
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"

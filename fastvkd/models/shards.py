@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
@@ -17,7 +18,8 @@ from fastvkd.errors import ModelError, one_line
 from fastvkd.files import lfs_pointer, parse_json, read_json_object
 
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
-_NAMES = {".safetensors": (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), ".bin": (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)}
+# The index and the single file, in the order in which they are looked for.
+WEIGHT_FILES = ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME))
 
 
 def shards_of(model_folder: Path) -> list[Path]:
@@ -25,7 +27,7 @@ def shards_of(model_folder: Path) -> list[Path]:
 
     Raises ModelError when there are none, one is missing, or the index is damaged.
     """
-    for index_name, single in _NAMES.values():
+    for index_name, single in WEIGHT_FILES:
         if (model_folder / index_name).is_file():
             names = sorted(set(weight_map_of(model_folder / index_name).values()))
         elif (model_folder / single).is_file():
@@ -120,6 +122,14 @@ def read_bin(shard: Path) -> Mapping[str, Tensor]:
     return found
 
 
+def read_tensor(shard: Path, name: str) -> Tensor:
+    """One tensor of a shard as it is stored, on the CPU."""
+    if shard.suffix == ".bin":
+        return read_bin(shard)[name]
+    with safe_open(shard, framework="pt") as file:
+        return file.get_tensor(name)
+
+
 def samples_of(shard: Path) -> list[tuple[str, bytes]]:
     """Of every tensor its name, and dtype, shape and 256 bytes at its start, middle and end."""
     if shard.suffix == ".bin":
@@ -160,6 +170,9 @@ def check_shards(model_folder: Path) -> None:
 
 
 def write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
-    """The index that says which file holds a tensor."""
+    """The index that says which file holds a tensor, of safetensors or of `.bin` files."""
     index = {"metadata": {}, "weight_map": dict(weight_map)}
-    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
+    pickled = any(name.endswith(".bin") for name in weight_map.values())
+    (folder / (WEIGHTS_INDEX_NAME if pickled else SAFE_WEIGHTS_INDEX_NAME)).write_text(
+        json.dumps(index), encoding="utf-8"
+    )
