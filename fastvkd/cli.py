@@ -1,4 +1,4 @@
-"""The command line: `fastvkd demo|train|eval|compare|attack|report|steer|plan|export|merge|data|env`.
+"""The command line: `fastvkd demo|train|eval|compare|attack|report|steer|plan|export|merge|purge|data|env`.
 
 What a user can mend is one line and exit code 2.
 
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     logging.basicConfig(level=logging.WARNING, format="fastvkd: %(message)s")
     kind: type[opt.Options] = opt.Options
+    mask = os.umask(0o077)  # whatever is written is its owner's alone
     try:
         with _ended_by_sigterm():
             given = vars(_parser().parse_args(argv))
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         tried = f" ({what[0][0].lower()}{what[0][1:]})" if what else ""
         print(f"fastvkd: error: the GPU's memory is full{tried}: {kind.when_gpu_is_full}", file=sys.stderr)
         return 2
+    finally:
+        os.umask(mask)
 
 
 @contextlib.contextmanager
@@ -108,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "plan", _plan, opt.PlanOptions)
     _add(commands, "export", _export, opt.ExportOptions)
     _add(commands, "merge", _merge, opt.MergeOptions)
+    _add(commands, "purge", _purge, opt.PurgeOptions)
     data = commands.add_parser("data", help="Look at data before training on it.")
     _add(data.add_subparsers(required=True, metavar="COMMAND"), "check", _data_check, opt.CheckOptions)
     _add(commands, "env", _env, opt.EnvOptions)
@@ -297,6 +301,15 @@ def _merge(options: opt.MergeOptions) -> int:
 
     done = merge(options.adapter, options.to, base=options.base)
     print(f"{done.folder}: {done.tensors} tensors changed by the adapter; base: {done.base}")
+    return 0
+
+
+def _purge(options: opt.PurgeOptions) -> int:
+    from fastvkd.engines.purging import described, purge
+
+    for run in options.runs:
+        found = purge(run, cache=options.cache, dry_run=options.dry_run)
+        print("\n".join(described(found, dry_run=options.dry_run)))
     return 0
 
 

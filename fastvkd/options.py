@@ -338,6 +338,16 @@ class MergeOptions(Options):
 
 
 @dataclass(kw_only=True)
+class PurgeOptions(Options):
+    """Remove what tells of the forgotten people from the output of a command: caches, samples, journals, pages."""
+
+    example: ClassVar = "fastvkd purge out/run out/eval --dry-run"
+    runs: Annotated[tuple[Path, ...], Flag("output folder of train, eval, attack or demo", "RUN", positional=True)]
+    dry_run: Annotated[bool, Flag("list what would be removed, and remove nothing")] = False
+    cache: Annotated[bool, Flag("also the run's cache_dir, which other runs may share")] = False
+
+
+@dataclass(kw_only=True)
 class CheckOptions(Options):
     """Validate every row of a data folder."""
 
