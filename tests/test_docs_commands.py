@@ -79,6 +79,7 @@ def test_commands_are_found_in_every_form() -> None:
         _parser().parse_args(["untrain"])
 
 
+@pytest.mark.slow
 def test_the_readmes_walk(world, tmp_path: Path, capsys, monkeypatch) -> None:
     """The commands of the README, in their order, on a model of a few thousand weights."""
     monkeypatch.chdir(tmp_path)
