@@ -25,7 +25,8 @@ NOT_RUN = {
 }
 # So that the walk of the README fits a model of a few thousand weights and ends in seconds.
 SMALL = "device=cpu bf16=false max_steps=2 learning_rate=1e-3 ends=max_steps watch_steps=0 warmup_steps=0 save_steps=0"
-SMALL += " per_device_train_batch_size=6 auxiliary_images=2 auxiliary_share=0.2 forget_target=noise elsewhere=0 beside=0 optim=adamw_torch"
+SMALL += " per_device_train_batch_size=6 auxiliary_images=2 auxiliary_share=0.2 forget_target=noise optim=adamw_torch"
+SMALL += " elsewhere=0 beside=0"
 MORE = {
     "train": SMALL,
     "eval": "--device cpu --max-samples 2",

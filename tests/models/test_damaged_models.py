@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
+from fastvkd.cli import main
 from fastvkd.data.texts import refuse_marks
 from fastvkd.errors import DataError, ModelError
 from fastvkd.models.answers import Query, collate_answers, processor_inputs
@@ -231,6 +232,26 @@ def test_a_photo_that_the_processor_refuses_is_named() -> None:
             DataError, match=r"forget.jsonl:7 \(thin.png\): the model's processor refuses the photo .*400"
         ):
             way()
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_training_names_a_photo_that_the_processor_refuses(tmp_path: Path, augmented: bool, capsys) -> None:
+    """Also where what is refused is noise of the photo's size, or a view of it."""
+    config, processor = tiny.qwen2_5_vl()
+    tiny.randomised(config).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    data = tmp_path / "data"
+    data.mkdir()
+    for side, size in (("forget", (4000, 10)), ("retain", (16, 16))):
+        Image.new("RGB", size, "red").save(data / f"{side}.png")
+        line = {"image": f"{side}.png", "entity": side, "question": "who ?", "answer": "A"}
+        (data / f"{side}.jsonl").write_text(json.dumps(line) + "\n")
+    told = [f"model_name_or_path={tmp_path / 'model'}", f"data={data}", f"output_dir={tmp_path / 'out'}", "device=cpu"]
+    told += ["max_steps=1", "per_device_train_batch_size=2", "sites=projector", f"augment={str(augmented).lower()}"]
+    assert main(["train", *told]) == 2
+    assert "forget.jsonl:1 (forget.png): the model's processor refuses the photo" in capsys.readouterr().err
+    assert main(["data", "check", str(data), "--model", str(tmp_path / "model")]) == 2
+    assert "problem: " + str(data / "forget.jsonl:1 (forget.png): the model's processor") in capsys.readouterr().out
 
 
 def test_inputs_that_no_photo_explains_are_a_matter_of_the_model() -> None:
