@@ -17,8 +17,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
-from fastvkd.bounds import Bound, NotNegative, Positive
+from fastvkd.bounds import Bound, NotNegative, Positive, Seed
 from fastvkd.errors import SettingsError
+from fastvkd.files import read_text
 from fastvkd.methods import METHODS, answer_losses, feature_methods
 from fastvkd.options import Optim
 
@@ -189,7 +190,7 @@ class Settings:
     compile: bool = False  # torch.compile of tower blocks and decoder layers; the first steps take a minute or so
     fused_frozen_ops: bool = False  # Triton RMSNorm and SwiGLU in frozen decoder layers, which keep less for backward
     quantize_llm: Literal["none", "nf4", "int8"] = "none"
-    seed: NotNegative[int] = 0
+    seed: Seed[int] = 0
 
     # What the result is held to.
     certificate: Certificate = field(default_factory=Certificate)
@@ -421,13 +422,25 @@ def load_settings(path: str | Path | None = None, overrides: Sequence[str] | Map
     return build(Settings, values, "").check()
 
 
+class _OneOfEachKey(yaml.SafeLoader):
+    """Refuses a mapping that says a key twice, of which YAML's readers take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            mark = node.value[len(keys) - 1 - keys[::-1].index(twice)][0].start_mark
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is set twice; keep one of them", mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; SettingsError where it cannot be read or is none."""
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.load(
+            read_text(path, SettingsError, "give the path of a YAML file"), _OneOfEachKey
+        )  # a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SettingsError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if values is None:
         return {}
@@ -442,8 +455,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not sign:
         raise SettingsError(f"{text!r} is not an override: write key=value, for example learning_rate=1e-4")
     try:
-        return key.strip(), yaml.safe_load(raw)
-    except yaml.YAMLError as error:
+        return key.strip(), yaml.load(raw, _OneOfEachKey)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SettingsError(f"{key}: {raw!r} is not a YAML value") from error
 
 

@@ -32,7 +32,9 @@ from torch import Tensor
 
 from fastvkd.engines.protocol import Engine
 from fastvkd.errors import TrainingError, disk_is_full
-from fastvkd.models.folder import BaseModel, read_safetensors_header
+from fastvkd.files import read_json_object
+from fastvkd.models.folder import BaseModel
+from fastvkd.models.shards import read_safetensors_header
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -230,10 +232,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / MANIFEST
     if not path.is_file():
         raise TrainingError(f"{checkpoint}: no {MANIFEST}, so not a checkpoint; name a folder checkpoint-<step>")
-    try:
-        manifest = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise TrainingError(f"{path}: not JSON ({error}); delete the folder and resume from an older one") from error
+    manifest = read_json_object(path, TrainingError, "delete the folder and resume from an older one")
     if manifest.get("format") != FORMAT:
         raise TrainingError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}")
     return manifest

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastvkd.devices import at_once, decoder_pass_bytes, keys_and_values_bytes, packed_pass_bytes, tower_pass_bytes
 from fastvkd.errors import ModelError
 from fastvkd.models.answers import Query, common_prefix, token_ids
+from fastvkd.models.processing import processed
 from fastvkd.photos import decode_image
 from fastvkd.records import Photo
 
@@ -49,7 +50,9 @@ class PreparedPhotos:
         """
         if photo.key not in self._prepared:
             image = decode_image(photo.data, photo.source)
-            self._prepared[photo.key] = dict(self._processor.image_processor(images=[image], return_tensors="pt"))
+            self._prepared[photo.key] = dict(
+                processed(self._processor.image_processor, images=[image], return_tensors="pt")
+            )
         return self._prepared[photo.key]
 
 

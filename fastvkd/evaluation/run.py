@@ -11,6 +11,7 @@ from torch import nn
 
 from fastvkd.data.hub import data_folder
 from fastvkd.data.sources import evaluation_cells, reader_of, reference_strangers
+from fastvkd.data.texts import refuse_marks
 from fastvkd.engines.exporting import read_record, settings_of
 from fastvkd.errors import DataError, ModelError, SettingsError
 from fastvkd.evaluation.divergence import Samples, answer_distance, asked, option_divergence, scored_choices
@@ -22,6 +23,7 @@ from fastvkd.files import held, write_atomically
 from fastvkd.models.folder import identify_base, local_folder
 from fastvkd.models.loading import load_processor
 from fastvkd.models.placement import Loading, loading_of
+from fastvkd.models.processing import special_tokens
 from fastvkd.models.steering import attach, load_steering
 from fastvkd.options import EvalOptions
 from fastvkd.records import Profile
@@ -74,6 +76,7 @@ def _evaluate(options: EvalOptions, progress: OnProgress | None) -> dict[str, An
     cells = evaluation_cells(folder, forget_split, retain_split)
     max_pixels = options.max_pixels or made_by.get("max_pixels")
     processor = load_processor(options.model, max_pixels=max_pixels)
+    refuse_marks((profile for cell in cells.values() for profile in cell), special_tokens(processor))
     loading = loading_of(options, local)
     model, fingerprint = _load(options, local, loading, max_pixels)
     samples: list[dict[str, Any]] = []

@@ -20,6 +20,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from fastvkd.errors import ModelError
 from fastvkd.models import families
 from fastvkd.models.families import Family, family_of, parse_site
+from fastvkd.models.processing import processed, tokens_and_features
 from fastvkd.models.prompts import adds_special_tokens, chat_prompt, visual_prefix
 
 
@@ -143,7 +144,8 @@ class VisualPath(nn.Module):
                 if "llm" in kinds and self.family.fixed_resolution and self.family.causal:
                     self._embed_and_decode(base, batch)
                 elif "llm" in kinds:
-                    base(**batch.inputs, use_cache=False)
+                    with tokens_and_features():
+                        base(**batch.inputs, use_cache=False)
                 else:
                     features = self._image_features(base, batch)
                     if "projector" in self.sites:
@@ -241,7 +243,8 @@ def collate_images(
     if family.fixed_resolution:
         return batch_from_pixels(processor, model_config, encode_pixels(processor, images), question=question)
     text = visual_prefix(processor)
-    encoded = processor(
+    encoded = processed(
+        processor,
         text=[text] * len(images),
         images=[[image] for image in images],
         add_special_tokens=adds_special_tokens(processor, text),
@@ -261,7 +264,7 @@ def collate_images(
 
 def encode_pixels(processor: Any, images: Sequence[Image.Image]) -> Tensor:
     """pixel_values (B, 3, S, S) float32 of RGB images, for families of fixed resolution; worth caching."""
-    return processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+    return processed(processor.image_processor, images=list(images), return_tensors="pt")["pixel_values"]
 
 
 def batch_from_pixels(processor: Any, model_config: Any, pixel_values: Tensor, *, question: str = "") -> VisualBatch:
@@ -305,8 +308,12 @@ def _text_inputs(family: Family) -> tuple[str, ...]:
 def _text_row(processor: Any, family: Family, text: str, height: int, width: int) -> dict[str, Tensor]:
     """The (1, T) text inputs of one image. All images of a size share them, so the processor counts tokens once."""
     blank = Image.new("RGB", (width, height))
-    encoded = processor(
-        text=[text], images=[[blank]], add_special_tokens=adds_special_tokens(processor, text), return_tensors="pt"
+    encoded = processed(
+        processor,
+        text=[text],
+        images=[[blank]],
+        add_special_tokens=adds_special_tokens(processor, text),
+        return_tensors="pt",
     )
     return {key: encoded[key] for key in _text_inputs(family)}
 

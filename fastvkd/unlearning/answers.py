@@ -20,6 +20,7 @@ from fastvkd.data.wording import question_answer_pairs
 from fastvkd.methods import Side
 from fastvkd.models import families
 from fastvkd.models.answers import AnswerBatch, collate_answers
+from fastvkd.models.processing import tokens_and_features
 from fastvkd.photos import decode_image
 from fastvkd.records import Photo, Profile
 from fastvkd.settings import Settings
@@ -72,7 +73,8 @@ def mean_where(values: Tensor, chosen: Tensor) -> Tensor:
 
 def read_answers(model: nn.Module, batch: AnswerBatch) -> Answers:
     """One forward pass of `model`, whole or truncated, over `batch`."""
-    hidden = families.base_model(model)(**batch.inputs, use_cache=False).last_hidden_state
+    with tokens_and_features():
+        hidden = families.base_model(model)(**batch.inputs, use_cache=False).last_hidden_state
     wanted = batch.predicts != -100
     kept = hidden.to(wanted.device)[wanted]  # a model that is spread ends on another card than it begins on
     head: Any = getattr(model, "lm_head", None)

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from fastvkd.data.sources import read_forget_retain, read_split
+from fastvkd.data.texts import refuse_marks
 from fastvkd.errors import SettingsError
 from fastvkd.methods import METHODS, Method, Side
 from fastvkd.models import families, lora, sine
 from fastvkd.models.families import family_of
-from fastvkd.models.folder import BaseModel
+from fastvkd.models.folder import BaseModel, local_folder
+from fastvkd.models.foreign import refuse_quantised
 from fastvkd.models.loading import checkpoint_layers, llm_layers_needed, load_config, load_model, load_processor
+from fastvkd.models.processing import special_tokens
 from fastvkd.records import Profile
 from fastvkd.settings import Saliency, Settings
 from fastvkd.unlearning import saliency
@@ -208,6 +211,7 @@ def draft(gathered: Gathered, device: torch.device, *, partitioned: bool = False
 
 def _read(settings: Settings, method: Method, base: BaseModel) -> Sources:
     """The profiles of the method's splits, and what is known of the model."""
+    refuse_quantised(local_folder(settings.model_name_or_path))
     config = load_config(settings.model_name_or_path)
     sites = method.llm_sites(settings, families.llm_depth(config))
     llm_layers = llm_layers_needed(sites, config) if sites is not None else None
@@ -217,6 +221,8 @@ def _read(settings: Settings, method: Method, base: BaseModel) -> Sources:
     else:
         forget, retain = read_forget_retain(settings.data, settings.forget_split, settings.retain_split)
     processor = load_processor(settings.model_name_or_path, max_pixels=settings.max_pixels)
+    if method.on_answers(settings) is not None or settings.forget_target == "stranger":  # it asks questions
+        refuse_marks([*forget, *retain], special_tokens(processor))
     return Sources(forget, retain, processor, config, base, llm_layers)
 
 

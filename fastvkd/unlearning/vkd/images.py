@@ -7,7 +7,7 @@ here. Families of a fixed resolution keep the pixels in memory; others preproces
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -43,19 +43,23 @@ class Views:
 
 @dataclass(frozen=True)
 class NoiseImage:
-    """An image of uniform RGB noise that its size (in pixels) and seeds tell apart; `key` names it in caches."""
+    """An image of uniform RGB noise that its size (in pixels) and seeds tell apart; `key` names it in caches.
+
+    `source` is the place of the photo whose size it has, for messages."""
 
     width: int
     height: int
     seed: int
     number: int
+    source: str = field(default="", compare=False)
 
     @property
     def key(self) -> str:
         return f"noise-{self.seed}-{self.number}-{self.width}x{self.height}"
 
     def draw(self) -> Image.Image:
-        return noise_image((self.width, self.height), (self.seed, 15, self.number))
+        noise = noise_image((self.width, self.height), (self.seed, 15, self.number))
+        return _from(self.source, noise)
 
 
 class ImageSet:
@@ -110,7 +114,7 @@ class ImageSet:
 
     def noise_like(self, index: int, seed: int, number: int) -> NoiseImage:
         """Noise of the size of image `index`."""
-        return NoiseImage(*self.image(index).size, seed, number)
+        return NoiseImage(*self.image(index).size, seed, number, self._photos[index].source)
 
     def collate(self, wanted: Sequence[int | NoiseImage]) -> VisualBatch:
         """Images by position and of noise as model inputs."""
@@ -199,12 +203,14 @@ def _views(pixels: Tensor, views: Views, mean: Tensor, deviation: Tensor) -> Ten
 
 def _view_of_image(image: Image.Image, seed: Sequence[int]) -> Image.Image:
     """The same kinds of view for an image whose size decides the number of tokens, so its size is kept."""
-    return _image_of(_views(_pixels_of(image), Views(tuple(seed), [0], 1), torch.zeros(3, 1, 1), torch.ones(3, 1, 1)))
+    seen = _views(_pixels_of(image), Views(tuple(seed), [0], 1), torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
+    return _from(image.info.get("source", ""), _image_of(seen))
 
 
 def _scene_of_image(scene: Scenes, image: Image.Image, other: Image.Image) -> Image.Image:
     """An image in its scene, its size kept."""
-    return _image_of(scene.apply(_pixels_of(image), _pixels_of(other.resize(image.size))))
+    seen = scene.apply(_pixels_of(image), _pixels_of(other.resize(image.size)))
+    return _from(image.info.get("source", ""), _image_of(seen))
 
 
 def _pixels_of(image: Image.Image) -> Tensor:
@@ -214,6 +220,12 @@ def _pixels_of(image: Image.Image) -> Tensor:
 
 def _image_of(pixels: Tensor) -> Image.Image:
     return Image.fromarray((pixels[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy(), "RGB")
+
+
+def _from(source: str, image: Image.Image) -> Image.Image:
+    """The image, made from a photo at `source`: whoever refuses it names that, as for the photo itself."""
+    image.info = {"source": source} if source else {}
+    return image
 
 
 def noise_image(size: tuple[int, int], seed: Sequence[int]) -> Image.Image:
