@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastvkd.devices import at_once, decoder_pass_bytes, keys_and_values_bytes, packed_pass_bytes, tower_pass_bytes
 from fastvkd.errors import ModelError
 from fastvkd.models.answers import Query, common_prefix, token_ids
+from fastvkd.models.patch_sequences import moved
 from fastvkd.photos import decode_image
 from fastvkd.records import Photo
 
@@ -133,7 +134,7 @@ class Embedder:
             here = self.part(patches, stop, self._tower_bytes)
             part, stop = missing[here], here.stop
             tensors = [self.photos.tensors(photo) for _, photo in part]
-            batch = {name: torch.cat([one[name] for one in tensors]).to(self.device) for name in tensors[0]}
+            batch = moved({name: torch.cat([one[name] for one in tensors]) for name in tensors[0]}, self.device)
             batch["pixel_values"] = batch["pixel_values"].to(self.model.dtype)
             features = self.model.get_image_features(**batch).pooler_output
             for (key, _), feature in zip(part, features, strict=True):

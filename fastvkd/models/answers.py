@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastvkd.errors import ModelError
+from fastvkd.models.patch_sequences import moved
 from fastvkd.models.prompts import adds_special_tokens, chat_prompt
 from fastvkd.photos import decode_image
 from fastvkd.records import Photo
@@ -86,7 +87,7 @@ def processor_inputs(
     # The side is given by word: some families' processors have one of their own, whatever their tokenizer's is.
     special = adds_special_tokens(processor, texts[0])
     encoded = ask(text=texts, padding=True, padding_side="left", add_special_tokens=special, return_tensors="pt")
-    inputs = dict(encoded.to(device))
+    inputs = moved(encoded, device)
     inputs.pop("labels", None)  # PaliGemma's processor makes some
     return inputs
 
@@ -106,8 +107,8 @@ class AnswerBatch:
     sample: Tensor
 
     def to(self, device: torch.device) -> "AnswerBatch":
-        moved = {key: value.to(device, non_blocking=True) for key, value in self.inputs.items()}
-        return AnswerBatch(moved, self.predicts.to(device), self.is_forget.to(device), self.sample.to(device))
+        inputs = moved(self.inputs, device, non_blocking=True)
+        return AnswerBatch(inputs, self.predicts.to(device), self.is_forget.to(device), self.sample.to(device))
 
 
 def collate_answers(

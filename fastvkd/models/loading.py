@@ -47,6 +47,7 @@ from fastvkd.devices import usable_bytes
 from fastvkd.errors import ModelError, gpu_memory_is_full
 from fastvkd.models import families
 from fastvkd.models.families import Family, check_sites, family_of, family_of_type, parse_site
+from fastvkd.models.patch_sequences import batch_pieces
 
 Quantize = Literal["nf4", "int8"]
 ModelPath = str | os.PathLike[str]
@@ -124,6 +125,7 @@ def load_model(
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)  # DeepSpeed may leave it where it was made
+    batch_pieces(model)
     model.eval()
     return model
 
