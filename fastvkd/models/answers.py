@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastvkd.errors import ModelError
 from fastvkd.models.patch_sequences import moved
+from fastvkd.models.pooled import in_threads, pooled
 from fastvkd.models.prompts import adds_special_tokens, chat_prompt
 from fastvkd.photos import decode_image
 from fastvkd.records import Photo
@@ -69,7 +70,7 @@ def processor_inputs(
     """Left-padded inputs of the whole model, made by the processor. With `answers` each prompt carries its own."""
     texts = [q.prompt if answers is None else with_answer(q.prompt, answers[i]) for i, q in enumerate(queries)]
     distinct = {id(photo.data): photo for query in queries for photo in query.photos}
-    decoded = {key: decode_image(photo.data, photo.source) for key, photo in distinct.items()}
+    decoded = dict(zip(distinct, in_threads(lambda p: decode_image(p.data, p.source), distinct.values()), strict=True))
     images = [[decoded[id(photo.data)] for photo in query.photos] for query in queries]
     tokenizer = processor.tokenizer
     if tokenizer.pad_token is None:
@@ -77,7 +78,7 @@ def processor_inputs(
             raise ModelError("the tokenizer has neither a pad nor an eos token; batches cannot be padded")
         tokenizer.pad_token = tokenizer.eos_token
     if any(images):
-        ask = partial(processor, images=images)
+        ask = partial(pooled(processor), images=images)
     elif (
         type(processor).__name__ == "PaliGemmaProcessor"
     ):  # refuses text alone, but its model needs the types of tokens
@@ -122,7 +123,7 @@ def collate_answers(
     prompts = [chat_prompt(processor, question, image=image is not None) for image, question, _ in pairs]
     texts = [with_answer(p, a) + processor.tokenizer.eos_token for p, (_, _, a) in zip(prompts, pairs, strict=True)]
     images = [[image] for image, _, _ in pairs if image is not None]
-    encoded = processor(
+    encoded = pooled(processor)(
         text=texts,
         **({"images": images} if images else {}),
         add_special_tokens=adds_special_tokens(processor, prompts[0]),

@@ -21,6 +21,7 @@ from fastvkd.errors import ModelError
 from fastvkd.models import families
 from fastvkd.models.families import Family, family_of, parse_site
 from fastvkd.models.patch_sequences import moved, rope_positions
+from fastvkd.models.pooled import pooled
 from fastvkd.models.prompts import adds_special_tokens, chat_prompt, visual_prefix
 
 
@@ -254,7 +255,7 @@ def collate_images(
     if family.fixed_resolution:
         return batch_from_pixels(processor, model_config, encode_pixels(processor, images), question=question)
     text = visual_prefix(processor)
-    encoded = processor(
+    encoded = pooled(processor)(
         text=[text] * len(images),
         images=[[image] for image in images],
         add_special_tokens=adds_special_tokens(processor, text),
