@@ -165,6 +165,21 @@ class _Reordered(torch.autograd.Function):
         return _Reordered.apply(grad, back, order), None, None
 
 
+@torch.compiler.disable  # or torch would compile it anew for every batch of other sizes
+def _attended(
+    module: Any, attend: Callable[..., Any], pieces: Pieces, query: Tensor, key: Tensor, value: Tensor, options: Any
+) -> Tensor:
+    """(N, D) attention within pieces that lie group by group; queries and the others are (N, heads, D / heads)."""
+    options = {"scaling": module.scaling, "is_causal": False, "attention_mask": None, **options}
+    options["dropout"] = module.attention_dropout if module.training else 0.0
+    found, first = [], 0
+    for count, length in pieces.groups:
+        here = slice(first, first := first + count * length)
+        batch = (t[here].unflatten(0, (count, length)).transpose(1, 2) for t in (query, key, value))
+        found.append(attend(module, *batch, **options)[0].flatten(0, 1))
+    return torch.cat(found).flatten(1)
+
+
 # One function for all layers of a class: torch.compile would compile every layer anew for a function of its own.
 @cache
 def _attention_forward(attention_class: type[nn.Module]) -> Callable[..., Tensor]:
@@ -178,7 +193,7 @@ def _attention_forward(attention_class: type[nn.Module]) -> Callable[..., Tensor
         """(N, D) -> (N, D), as `attention_class` does it."""
         if not isinstance(cu_seqlens, Pieces):
             return original(module, hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
-        pieces: Pieces = cu_seqlens.to(hidden_states.device)
+        pieces = cu_seqlens
         cos, sin = position_embeddings
         if pieces.order is not None:
             hidden_states = _Reordered.apply(hidden_states, pieces.order, pieces.back)
@@ -187,14 +202,7 @@ def _attention_forward(attention_class: type[nn.Module]) -> Callable[..., Tensor
         query, key = rotated(query, key, cos, sin)
         kwargs.pop("max_seqlen", None)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
-        attended, first = [], 0
-        for count, length in pieces.groups:
-            here = slice(first, first := first + count * length)
-            batch = (t[here].unflatten(0, (count, length)).transpose(1, 2) for t in (query, key, value))
-            dropout = module.attention_dropout if module.training else 0.0
-            options = {"scaling": module.scaling, "dropout": dropout, "is_causal": False, **kwargs}
-            attended.append(attend(module, *batch, attention_mask=None, **options)[0].flatten(0, 1))
-        output = module.proj(torch.cat(attended).flatten(1))
+        output = module.proj(_attended(module, attend, pieces, query, key, value, kwargs))
         return output if pieces.order is None else _Reordered.apply(output, pieces.back, pieces.order)
 
     return forward

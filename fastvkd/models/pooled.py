@@ -17,7 +17,8 @@ from transformers import BatchFeature
 from fastvkd.photos import decode_image
 from fastvkd.records import Photo
 
-Item, Made = TypeVar("Item"), TypeVar("Made")
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 DECODED_BYTES = 2 << 30  # of host memory, for images that are asked for again: 680 of 1024 px a side
 
