@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastvkd.models.patch_sequences import moved
+from fastvkd.models.pooled import in_threads, pooled
 from fastvkd.models.processing import processed
 from fastvkd.models.prompts import adds_special_tokens, chat_prompt
 from fastvkd.photos import decode_image
@@ -68,12 +70,12 @@ def processor_inputs(
     """Left-padded inputs of the whole model, made by the processor. With `answers` each prompt carries its own."""
     texts = [q.prompt if answers is None else with_answer(q.prompt, answers[i]) for i, q in enumerate(queries)]
     distinct = {id(photo.data): photo for query in queries for photo in query.photos}
-    decoded = {key: decode_image(photo.data, photo.source) for key, photo in distinct.items()}
+    decoded = dict(zip(distinct, in_threads(lambda p: decode_image(p.data, p.source), distinct.values()), strict=True))
     images = [[decoded[id(photo.data)] for photo in query.photos] for query in queries]
     tokenizer = processor.tokenizer
     ask, photos = processor, {}
     if any(images):
-        photos = {"images": images}
+        ask, photos = pooled(processor), {"images": images}
     elif (
         type(processor).__name__ == "PaliGemmaProcessor"
     ):  # refuses text alone, but its model needs the types of tokens
@@ -82,7 +84,7 @@ def processor_inputs(
     special = adds_special_tokens(processor, texts[0])
     padded: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     encoded = processed(ask, text=texts, add_special_tokens=special, **padded, **photos)
-    inputs = dict(encoded.to(device))
+    inputs = moved(encoded, device)
     inputs.pop("labels", None)  # PaliGemma's processor makes some
     return inputs
 
@@ -102,8 +104,8 @@ class AnswerBatch:
     sample: Tensor
 
     def to(self, device: torch.device) -> "AnswerBatch":
-        moved = {key: value.to(device, non_blocking=True) for key, value in self.inputs.items()}
-        return AnswerBatch(moved, self.predicts.to(device), self.is_forget.to(device), self.sample.to(device))
+        inputs = moved(self.inputs, device, non_blocking=True)
+        return AnswerBatch(inputs, self.predicts.to(device), self.is_forget.to(device), self.sample.to(device))
 
 
 def collate_answers(
@@ -118,7 +120,7 @@ def collate_answers(
     texts = [with_answer(p, a) + processor.tokenizer.eos_token for p, (_, _, a) in zip(prompts, pairs, strict=True)]
     images = [[image] for image, _, _ in pairs if image is not None]
     encoded = processed(
-        processor,
+        pooled(processor),
         text=texts,
         **({"images": images} if images else {}),
         add_special_tokens=adds_special_tokens(processor, prompts[0]),

@@ -48,6 +48,7 @@ from fastvkd.errors import ModelError, gpu_memory_is_full, one_line
 from fastvkd.models import families
 from fastvkd.models.families import Family, check_sites, family_of, family_of_type, parse_site
 from fastvkd.models.foreign import check_json, read_config
+from fastvkd.models.patch_sequences import batch_pieces
 from fastvkd.models.processing import complete
 from fastvkd.models.shards import WEIGHT_FILES, check_shards, header_of, weight_map_of, write_index
 
@@ -134,6 +135,7 @@ def load_model(
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)  # DeepSpeed may leave it where it was made
+    batch_pieces(model)
     model.eval()
     return model
 
