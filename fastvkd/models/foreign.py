@@ -53,7 +53,8 @@ def _without_config(folder: Path) -> str:
 
 
 def _not_read(config: dict[str, Any]) -> str | None:
-    kinds = {str(config.get("model_type")), *map(str, config.get("architectures") or ())}
+    named = config.get("architectures")
+    kinds = {str(config.get("model_type")), *map(str, named if isinstance(named, list) else ())}
     if "mm_vision_tower" in config or kinds & set(_ORIGINAL_LLAVA):
         return (
             "is in the original LLaVA format, which transformers does not read; take the same model in its format, "

@@ -61,7 +61,7 @@ _HEAD_KEY = re.compile(r"(?:^|\.)lm_head\.")
 _EMBEDDING_KEY = re.compile(r"(?:^|\.)embed_tokens\.weight$")
 # what transformers and safetensors raise for a folder, a file or a config that cannot be used
 _LOADING_ERRORS = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ImportError, RuntimeError),
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ImportError, RuntimeError, ArithmeticError),
     *(SafetensorError, StrictDataclassError),
 )
 
@@ -78,9 +78,18 @@ def load_config(path: ModelPath) -> PreTrainedConfig:
     raw = read_config(Path(path) if found is None else Path(found).parent)
     family_of_type(str(raw.get("model_type")))
     try:
-        return AutoConfig.from_pretrained(str(path))
+        config = AutoConfig.from_pretrained(str(path))
     except _LOADING_ERRORS as error:
         raise ModelError(f"{path}: its config cannot be read: {one_line(error)}") from error
+    layers = getattr(config, "vision_feature_layer", None)
+    states = families.tower_depth(config) + 1  # of the tower, its input included
+    for layer in layers if isinstance(layers, list) else [layers]:
+        if isinstance(layer, int) and not -states <= layer < states:
+            raise ModelError(
+                f"{path}: config.json: vision_feature_layer is {layer}, but the tower has {states} hidden states: "
+                f"allowed are {-states} to {states - 1}"
+            )
+    return config
 
 
 def load_model(

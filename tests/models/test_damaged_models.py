@@ -152,6 +152,25 @@ def test_a_tokenizer_without_an_end_is_refused(llava, tmp_path: Path) -> None:
         load_processor(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda c: c.update(vision_feature_layer=99), "vision_feature_layer is 99, but the tower has 4 hidden states"),
+        (lambda c: c.update(architectures=3, mm_vision_tower="a"), "original LLaVA format"),
+        (lambda c: c["text_config"].update(num_attention_heads=0), "its config cannot be read"),
+        (lambda c: c["text_config"].update(vocab_size="x"), "its config cannot be read"),
+        (lambda c: c["vision_config"].update(patch_size=0), "cannot be loaded"),
+        (lambda c: c.update(vision_config=[]), "its config cannot be read"),
+    ],
+)
+def test_a_config_with_values_that_cannot_be(
+    llava, tmp_path: Path, change: Callable[[Any], object], match: str
+) -> None:
+    folder = edited(llava.folder, tmp_path / "model", "config.json", change)
+    with pytest.raises(ModelError, match=match):
+        load_model(folder)
+
+
 STRANGE: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "another image token": ("config.json", lambda c: c.update(image_token_index=1), "disagree on the image token"),
     "fewer words than tokens": (
