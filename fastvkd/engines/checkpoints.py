@@ -68,12 +68,14 @@ def save_checkpoint(
     keep: int,
     watch: dict[str, Any] | None = None,
     run: dict[str, str] | None = None,
+    beside: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write `output_dir/checkpoint-<updates>` and of those of fewer updates keep the newest, `keep` in all (0: every
     one); collective over ranks.
 
-    `sampler`, `settings` and `watch` must be JSON values; `run` is the run's identity. The folder appears under its
-    name only when it is complete and on disk. Raises TrainingError, on every rank, when any rank cannot write (no space
+    `sampler`, `settings` and `watch` must be JSON values; `run` is the run's identity. `beside`: weights that
+    the engine does not train, to lie beside its own. The folder appears under its name only when it is complete and on
+    disk. Raises TrainingError, on every rank, when any rank cannot write (no space
     left).
     """
     final = output_dir / f"checkpoint-{engine.updates}"
@@ -90,7 +92,8 @@ def save_checkpoint(
     def write_own_part() -> None:
         _torch_save({"engine": state, "rng": _rng_state(engine.device)}, unfinished / f"rank-{engine.rank}.pt")
         if engine.rank == 0:
-            save_file({n: t.cpu().contiguous() for n, t in weights.items()}, unfinished / WEIGHTS)
+            all_weights = {**weights, **(beside or {})}
+            save_file({n: t.cpu().contiguous() for n, t in all_weights.items()}, unfinished / WEIGHTS)
             higher = {n: t.cpu().contiguous() for n, t in masters.items() if weights[n].dtype != t.dtype}
             if higher:
                 save_file(higher, unfinished / MASTERS)
@@ -105,6 +108,7 @@ def save_checkpoint(
             "settings": settings,
             "base_model": dataclasses.asdict(base_model),
             "run": run or {},
+            "beside": sorted(beside or {}),
         }
         _publish(unfinished, final, manifest)
         older = [p for p in _checkpoints(output_dir) if _updates_of(p) < engine.updates]
@@ -268,7 +272,8 @@ def load_checkpoint(checkpoint: Path, engine: Engine, *, base_model: BaseModel) 
     own = checkpoint / f"rank-{engine.rank if same_world else 0}.pt"
     part = torch.load(own, map_location="cpu", weights_only=True)
     state = part["engine"]
-    state["masters"] = load_weights(checkpoint)
+    not_its_own = set(manifest.get("beside", ()))
+    state["masters"] = {name: w for name, w in load_weights(checkpoint).items() if name not in not_its_own}
     if (checkpoint / MASTERS).is_file():
         state["masters"] |= load_file(checkpoint / MASTERS)
     moments_restored = engine.load_state_dict(state)
