@@ -26,6 +26,7 @@ from fastvkd.models import families
 from fastvkd.models.compiled import compiled_blocks
 from fastvkd.models.families import family_of, parse_site
 from fastvkd.models.loading import truncated_config
+from fastvkd.models.patch_sequences import batch_pieces, rope_positions
 from fastvkd.models.visual_path import VisualBatch, VisualPath
 from fastvkd.planning.architecture import ARCHITECTURES, Architecture
 from fastvkd.planning.cost import Cost, Recipe
@@ -136,6 +137,7 @@ def build_model(preset: Preset, device: torch.device, *, layers: int | None = No
         else:
             model = AutoModel.from_config(truncated_config(config, layers), dtype=dtype)
             families.language_model(model, family_of(model)).norm = nn.Identity()
+    batch_pieces(model)
     model.eval()
     return model
 
@@ -210,7 +212,9 @@ def make_batch(config: Any, count: int, prefix: int, suffix: int, pixels: dict[s
     ids[:, prefix : prefix + visual] = families.image_token_id(config)
     inputs = {"input_ids": ids, **pixels}
     if config.model_type != "llava":
-        inputs["mm_token_type_ids"] = (ids == families.image_token_id(config)).long()
+        inputs["mm_token_type_ids"] = types = (ids == families.image_token_id(config)).long()
+        merge = config.vision_config.spatial_merge_size
+        inputs["position_ids"] = rope_positions(types, pixels["image_grid_thw"].tolist(), merge)
     image = torch.arange(count)
     rows = image[:, None] * length + torch.arange(prefix, prefix + visual)
     token_images = image.repeat_interleave(visual)

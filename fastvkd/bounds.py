@@ -16,4 +16,6 @@ class Bound:
 
 
 Positive = Annotated[T, Bound(lambda value: value > 0, "must be above 0")]
+# torch and numpy take other widths of numbers; all take these
+Seed = Annotated[T, Bound(lambda value: 0 <= value < 2**32, "must lie between 0 and 4294967295")]
 NotNegative = Annotated[T, Bound(lambda value: value >= 0, "must not be negative")]

@@ -1,11 +1,13 @@
-"""The command line: `fastvkd demo|train|eval|compare|attack|report|steer|plan|export|data|env`. What a user can mend
-is one line and exit code 2.
+"""The command line: `fastvkd demo|train|eval|compare|attack|report|steer|plan|export|merge|purge|data|env`.
+
+What a user can mend is one line and exit code 2.
 
 What each command can be told is a dataclass of `fastvkd.options`. Heavy imports stand in the commands, so that help and
 a wrong option do not wait for torch.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import json
@@ -13,15 +15,17 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from fastvkd import __version__
 from fastvkd import options as opt
-from fastvkd.errors import FastVKDError, SettingsError, disk_is_full, gpu_memory_is_full
+from fastvkd.errors import FastVKDError, SettingsError, Terminated, disk_is_full, gpu_memory_is_full
 
 if TYPE_CHECKING:
     from fastvkd.settings import Settings
@@ -34,10 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     logging.basicConfig(level=logging.WARNING, format="fastvkd: %(message)s")
     kind: type[opt.Options] = opt.Options
+    mask = os.umask(0o077)  # whatever is written is its owner's alone
     try:
-        given = vars(_parser().parse_args(argv))
-        run, kind = given.pop("command")
-        return run(kind(**given))
+        with _ended_by_sigterm():
+            given = vars(_parser().parse_args(argv))
+            run, kind = given.pop("command")
+            return run(kind(**given))
+    except Terminated:
+        print(
+            "fastvkd: ended by SIGTERM; what was finished is kept, and the same command goes on from there",
+            file=sys.stderr,
+        )
+        return 128 + signal.SIGTERM
     except FastVKDError as error:
         print(f"fastvkd: error: {error}", file=sys.stderr)
         return 2
@@ -57,6 +69,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         tried = f" ({what[0][0].lower()}{what[0][1:]})" if what else ""
         print(f"fastvkd: error: the GPU's memory is full{tried}: {kind.when_gpu_is_full}", file=sys.stderr)
         return 2
+    finally:
+        os.umask(mask)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM closes what is open and says so; a training run has its own way, which saves first.
+
+    The ranks of a launcher's job are left alone: one that waits for another in a library would not come to notice.
+    """
+    if threading.current_thread() is not threading.main_thread() or "WORLD_SIZE" in os.environ:
+        yield
+        return
+
+    def end(*_: object) -> NoReturn:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "steer", _steer, opt.SteerOptions)
     _add(commands, "plan", _plan, opt.PlanOptions)
     _add(commands, "export", _export, opt.ExportOptions)
+    _add(commands, "merge", _merge, opt.MergeOptions)
+    _add(commands, "purge", _purge, opt.PurgeOptions)
     data = commands.add_parser("data", help="Look at data before training on it.")
     _add(data.add_subparsers(required=True, metavar="COMMAND"), "check", _data_check, opt.CheckOptions)
     _add(commands, "env", _env, opt.EnvOptions)
@@ -190,9 +226,11 @@ def _dry_run(settings: "Settings") -> int:
 
 def _demo(options: opt.DemoOptions) -> int:
     from fastvkd.demo.run import demo
+    from fastvkd.files import held
     from fastvkd.reporting.verdict import criteria, headline_sentence
 
-    report = demo(options)
+    with held(options.out, "--out"):
+        report = demo(options)
     print(headline_sentence(report))
     for criterion in criteria(report):
         mark = "met   " if criterion.met else "MISSED"
@@ -217,6 +255,14 @@ def _eval(options: opt.EvalOptions) -> int:
 def _compare(options: opt.CompareOptions) -> int:
     from fastvkd.evaluation.comparison import comparison_table, read_runs
 
+    if options.paired:
+        from fastvkd.evaluation.pairing import never_learnt, paired_table, paired_tests, read_samples
+
+        base, *others = [(str(folder), read_samples(folder)) for folder in options.runs]
+        note = never_learnt(*base)
+        tests = [test for other in others for test in paired_tests(base, other)]
+        print(paired_table(tests, options.format, [] if note is None else [note]))
+        return 0
     print(comparison_table(read_runs(options.runs), options.format))
     return 0
 
@@ -278,6 +324,25 @@ def _export(options: opt.ExportOptions) -> int:
         f"{done.folder}: {done.tensors} tensors replaced in {len(done.rewritten_shards)} shard(s), "
         f"{len(done.copied_shards)} shard(s) copied untouched" + (" (blocks shared)" if done.reflinked else "")
     )
+    if done.left_out:
+        print(f"Left out, since they hold the weights from before: {', '.join(done.left_out)}")
+    return 0
+
+
+def _merge(options: opt.MergeOptions) -> int:
+    from fastvkd.engines.merging import merge
+
+    done = merge(options.adapter, options.to, base=options.base)
+    print(f"{done.folder}: {done.tensors} tensors changed by the adapter; base: {done.base}")
+    return 0
+
+
+def _purge(options: opt.PurgeOptions) -> int:
+    from fastvkd.engines.purging import described, purge
+
+    for run in options.runs:
+        found = purge(run, cache=options.cache, dry_run=options.dry_run)
+        print("\n".join(described(found, dry_run=options.dry_run)))
     return 0
 
 

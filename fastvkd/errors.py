@@ -27,6 +27,16 @@ class TrainingError(FastVKDError):
     """Training cannot go on: a loss that is not finite, no space on disk, an empty forget set."""
 
 
+class Terminated(BaseException):
+    """SIGTERM came. No handler of errors takes it for one; what is open is closed on the way out."""
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What an error of another library says, on one line, without the addresses of objects in memory."""
+    text = re.sub(r"<?_?io\.BytesIO object at 0x[0-9a-fA-F]+>?", "these bytes", " ".join(str(error).split()))
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)[:limit] or type(error).__name__
+
+
 def gpu_memory_is_full(error: BaseException) -> bool:
     """Whether a GPU had no memory left: torch's own error, or what CUDA or cuBLAS said.
 

@@ -1,15 +1,106 @@
-"""Writing files so that a kill or a full disk never leaves half of one; keeping a folder to one process."""
+"""Files of others read with the place named where one is damaged; own files written whole or not at all, and a folder
+kept to one process."""
 
 import contextlib
 import errno
 import fcntl
+import json
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from fastvkd.errors import TrainingError, disk_is_full
+from fastvkd.errors import FastVKDError, TrainingError, disk_is_full
+
+# How a file begins that git has left in place of a large one.
+_LFS = b"version https://git-lfs.github.com/spec/"
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escape for half a character, which JSON allows and UTF-8 does not
+
+
+def lfs_pointer(content: bytes) -> str:
+    """What to say of a file's first bytes if they are a Git LFS pointer in place of its content; else empty."""
+    if not content.startswith(_LFS):
+        return ""
+    return "is a Git LFS pointer and not the file itself; run `git lfs pull` there, or download it again"
+
+
+def read_text(path: Path, kind: type[FastVKDError], mend: str) -> str:
+    """The text of a UTF-8 file, without the byte-order mark that editors on Windows write.
+
+    Raises `kind`, naming file and `mend`, where the file cannot be read, is no UTF-8 or is a Git LFS pointer.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise kind(f"{path}: cannot be read ({error.strerror or error}); {mend}") from error
+    if pointer := lfs_pointer(content):
+        raise kind(f"{path}: {pointer}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise kind(f"{path}:{line}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+
+
+def text_lines(text: str) -> Iterator[tuple[int, str]]:
+    """Every line that is not blank with its number from 1, as editors count: other separators stand within texts."""
+    for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
+        if line.strip():
+            yield number, line
+
+
+def parse_json(text: str, place: str, kind: type[FastVKDError], mend: str) -> Any:
+    """The value that `text` says in JSON. `place` (file, or file and line) opens the message.
+
+    Raises `kind` for text that is no JSON, says a key twice in one object, is nested deeper than Python follows, has a
+    number of thousands of digits, or half a character (a lone surrogate), which nothing can write out again.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_unique)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except _KeyTwice as error:
+        raise kind(f"{place}: says {error.args[0]!r} twice in one object; keep one of them") from error
+    except json.JSONDecodeError as error:
+        where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        raise kind(f"{place}: not JSON ({error.msg} at {where}); {mend}") from error
+    except RecursionError as error:
+        raise kind(f"{place}: JSON nested too deeply; {mend}") from error
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.start + 1]
+        raise kind(f"{place}: {half!a} is half a character (a lone surrogate); write the whole one") from error
+    except ValueError as error:
+        raise kind(f"{place}: not JSON that can be read ({' '.join(str(error).split())[:80]}); {mend}") from error
+    return value
+
+
+class _KeyTwice(Exception):
+    """A key stands twice in an object; readers of JSON take the last one without a word."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _KeyTwice(next(key for key in keys if keys.count(key) > 1))
+    return found
+
+
+def read_json(path: Path, kind: type[FastVKDError], mend: str) -> Any:
+    """The value in a JSON file; raises as `read_text` and `parse_json`."""
+    return parse_json(read_text(path, kind, mend), str(path), kind, mend)
+
+
+def read_json_object(path: Path, kind: type[FastVKDError], mend: str) -> dict[str, Any]:
+    """As `read_json`, of a file that must hold an object."""
+    value = read_json(path, kind, mend)
+    if not isinstance(value, dict):
+        raise kind(f"{path}: holds a {type(value).__name__} and not an object; {mend}")
+    return value
+
 
 log = logging.getLogger("fastvkd")
 _LOCK = ".lock"

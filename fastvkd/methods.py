@@ -32,12 +32,14 @@ class Method:
     features: bool = False  # it sees features at sites instead of answers
     remembers: Side | None = None  # the side of whose answers it notes what the frozen original makes of them
     refusals: str | None = None  # where the texts are that replace forget answers
+    anchors: str | None = None  # what makes its retained questions, of the forget photos and no retain set
     asks_texts: bool = False  # it asks questions without an image too
     split_key: str | None = None  # the setting that names its one split; else there is one for each side
     layer_key: str | None = None  # the setting that names the LLM layer it reads; None there: a quarter of the depth
     joins_features: bool = False  # it may be an `answer_loss`
-    trains: bool = True  # by gradient steps; else the weights are changed once
+    trains: bool = True  # by the loop; else the code changes the weights by itself, before
     trains_llm: bool = True  # the LLM may be trained too
+    only_llm: bool = False  # it changes nothing but the LLM
     mask_threshold: float | None = None  # of a saliency mask that is on where no setting asks for one
     retains_exactly: bool = False  # its retain term and that term's gradient are zero at the original
 
@@ -84,6 +86,20 @@ _ALL = (
     Method(
         name="npo", code=f"{_HERE}.npo:NegativePreference", keys=("npo_beta",), remembers="forget", joins_features=True
     ),
+    Method(
+        name="undial",
+        code=f"{_HERE}.undial:AdjustedSelfDistillation",
+        keys=("undial_strength", "kl_top_k"),
+        remembers="forget",
+        joins_features=True,
+    ),
+    Method(
+        name="pava",
+        code=f"{_HERE}.npo:NegativePreference",
+        keys=("npo_beta",),
+        remembers="forget",
+        anchors=f"{_HERE}.pava:own_answers",
+    ),
     Method(name="idk", code=f"{_HERE}.idk:refusal", refusals=f"{_HERE}.idk:REFUSALS", joins_features=True),
     Method(
         name="rmu",
@@ -96,6 +112,20 @@ _ALL = (
     # gradient difference on the weights with F_forget / F_retain >= 1
     Method(name="mmunlearner", code=f"{_HERE}.gd:gradient_difference", mask_threshold=1.0),
     Method(name="manu", code=f"{_HERE}.manu:NeuronPruning", keys=("manu_fraction", "manu_batches"), trains=False),
+    Method(
+        name="kvw",
+        code=f"{_HERE}.kvw:KnowledgeVectorWeakening",
+        keys=("kvw_gamma", "kvw_batches"),
+        trains=False,
+        only_llm=True,
+    ),
+    Method(
+        name="smfa",
+        code=f"{_HERE}.smfa:SculptedForgetting",
+        keys=("smfa_k", "learning_rate", "max_steps", "warmup_steps", "lr_scheduler_type", "max_grad_norm"),
+        refusals=f"{_HERE}.idk:REFUSALS",
+        trains=False,
+    ),
     Method(
         name="finetune",
         code=f"{_HERE}.finetune:finetune",

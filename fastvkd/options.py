@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-from fastvkd.bounds import Bound, NotNegative, Positive
+from fastvkd.bounds import Bound, NotNegative, Positive, Seed
 from fastvkd.errors import SettingsError
 
 T = TypeVar("T")
@@ -125,7 +125,7 @@ class DemoOptions(Options):
     example: ClassVar = "fastvkd demo --out out/demo --gold"
     out: Annotated[Path, Flag("folder of the report")] = Path("out/demo")
     size: Annotated[Literal["default", "tiny"], Flag("how much is drawn and trained, tiny for tests")] = "default"
-    seed: Annotated[NotNegative[int], Flag("of people, models and training")] = 0
+    seed: Annotated[Seed[int], Flag("of people, models and training")] = 0
     photos: Annotated[Literal["all", "one"], Flag("that the unlearning run has of a person")] = "all"
     gold: Annotated[bool, Flag("also train a model that never saw the forgotten people, the yardstick")] = False
     cache: Annotated[Path | None, Flag("folder of trained demo models (default: ~/.cache/fastvkd)")] = None
@@ -177,7 +177,7 @@ class ModelOptions(Options):
     data: Annotated[str, Flag("folder, or hub id of a data set", "DATA")]
     forget_split: Annotated[str | None, Flag("default: the one that an exported model forgot, or forget_5")] = None
     retain_split: Annotated[str | None, Flag("default: the one that it kept, or retain_95")] = None
-    seed: Annotated[NotNegative[int], Flag("of every draw")] = 0
+    seed: Annotated[Seed[int], Flag("of every draw")] = 0
     device: Annotated[str, Flag("auto, cpu, cuda or cuda:<n>")] = "auto"
     bf16: Annotated[bool, Flag("weights and activations in bfloat16, as is the default on a GPU")] = False
     fp32: Annotated[bool, Flag("weights and activations in float32, as is the default on a CPU")] = False
@@ -226,6 +226,14 @@ class CompareOptions(Options):
     example: ClassVar = "fastvkd compare out/vanilla-eval out/eval --format latex"
     runs: Annotated[tuple[Path, ...], Flag("--out folder of a run", "RUN", positional=True)]
     format: Annotated[TableFormat, Flag("how the table is written")] = "text"
+    paired: Annotated[
+        bool, Flag("test every run of eval against the first one, question by question and clustered by person")
+    ] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.paired and len(self.runs) < 2:
+            raise SettingsError("--paired compares runs with the first one: give at least two")
 
 
 @dataclass(kw_only=True)
@@ -328,6 +336,26 @@ class ExportOptions(Options):
     run: Annotated[Path, Flag("a run's output_dir", "FOLDER")]
     to: Annotated[Path, Flag("new folder", "FOLDER")]
     base: Annotated[Path | None, Flag("the base model's folder, if it moved since", "FOLDER")] = None
+
+
+@dataclass(kw_only=True)
+class MergeOptions(Options):
+    """Merge a LoRA adapter of PEFT into its base model, as a model folder to unlearn from."""
+
+    example: ClassVar = "fastvkd merge ADAPTER --to FOLDER"
+    adapter: Annotated[Path, Flag("folder of adapter_config.json", "ADAPTER", positional=True)]
+    to: Annotated[Path, Flag("new folder", "FOLDER")]
+    base: Annotated[Path | None, Flag("the base model's folder (default: the one that the adapter names)")] = None
+
+
+@dataclass(kw_only=True)
+class PurgeOptions(Options):
+    """Remove what tells of the forgotten people from the output of a command: caches, samples, journals, pages."""
+
+    example: ClassVar = "fastvkd purge out/run out/eval --dry-run"
+    runs: Annotated[tuple[Path, ...], Flag("output folder of train, eval, attack or demo", "RUN", positional=True)]
+    dry_run: Annotated[bool, Flag("list what would be removed, and remove nothing")] = False
+    cache: Annotated[bool, Flag("also the run's cache_dir, which other runs may share")] = False
 
 
 @dataclass(kw_only=True)

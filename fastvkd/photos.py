@@ -11,7 +11,8 @@ import zlib
 import numpy as np
 from PIL import Image, ImageOps
 
-from fastvkd.errors import DataError
+from fastvkd.errors import DataError, one_line
+from fastvkd.files import lfs_pointer
 
 MAX_PIXELS = 50_000_000  # a decoded RGB image of this size takes 150 MB
 # Raster formats with decoders of Pillow's own: an EPS file, for one, would start Ghostscript.
@@ -36,6 +37,8 @@ def decode_image(data: bytes, source: str) -> Image.Image:
     """
     if not data:
         raise DataError(f"{source}: the image is empty (0 bytes); replace it or drop the row")
+    if pointer := lfs_pointer(data):
+        raise DataError(f"{source}: the image {pointer}")
     with warnings.catch_warnings():
         # Pillow warns of sizes that are an error here (checked below) and of tags that are not read.
         warnings.simplefilter("ignore")
@@ -46,10 +49,10 @@ def _decode(data: bytes, source: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise DataError(f"{source}: image refused, {_one_line(error)}; resize it below 50 megapixels") from error
+        raise DataError(f"{source}: image refused, {one_line(error)}; resize it below 50 megapixels") from error
     except _DECODE_ERRORS as error:
         raise DataError(
-            f"{source}: unreadable image ({len(data)} bytes; {_one_line(error)}); allowed: {', '.join(FORMATS)}"
+            f"{source}: unreadable image ({len(data)} bytes; {one_line(error)}); allowed: {', '.join(FORMATS)}"
         ) from error
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -59,12 +62,13 @@ def _decode(data: bytes, source: str) -> Image.Image:
         )
     try:
         upright = ImageOps.exif_transpose(image)
-        return (_eight_bits(upright, image, source) if upright.mode[0] in "IF" else upright).convert("RGB")
+        seen = (_eight_bits(upright, image, source) if upright.mode[0] in "IF" else upright).convert("RGB")
     except _DECODE_ERRORS as error:
         raise DataError(
-            f"{source}: damaged {image.format} image ({len(data)} bytes; {_one_line(error)}); "
-            "replace it or drop the row"
+            f"{source}: damaged {image.format} image ({len(data)} bytes; {one_line(error)}); replace it or drop the row"
         ) from error
+    seen.info = {"source": source}  # for whoever refuses it later
+    return seen
 
 
 def _eight_bits(pixels: Image.Image, opened: Image.Image, source: str) -> Image.Image:
@@ -90,7 +94,3 @@ def _eight_bits(pixels: Image.Image, opened: Image.Image, source: str) -> Image.
             "save the photo with 8 bits"
         )
     return Image.fromarray(np.rint(values * (255.0 / top)).astype(np.uint8))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -17,8 +17,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
-from fastvkd.bounds import Bound, NotNegative, Positive
+from fastvkd.bounds import Bound, NotNegative, Positive, Seed
 from fastvkd.errors import SettingsError
+from fastvkd.files import read_text
 from fastvkd.methods import METHODS, answer_losses, feature_methods
 from fastvkd.options import Optim
 
@@ -39,7 +40,7 @@ AtLeastTwo = Annotated[int, Bound(lambda value: value >= 2, "at least 2, one for
 ForgetTarget = Literal["noise", "mean", "redirect", "reference", "repel", "saturate", "stranger"]
 TARGETLESS = ("repel", "saturate")  # they send forget images away from something, not to something
 Distance = Literal["mse", "cosine", "smooth_l1"]
-Trainable = Literal["vision+projector", "projector", "vision", "lora", "all"]
+Trainable = Literal["vision+projector", "projector", "vision", "sine", "lora", "all"]
 
 
 @dataclass(kw_only=True)
@@ -153,11 +154,15 @@ class Settings:
     answer_loss: Annotated[str, OneOf(answer_losses)] = "none"
     lambda_answer: NotNegative[float] = 0.1
     npo_beta: Positive[float] = 0.4
-    kl_top_k: Positive[int] = 64  # tokens of the original's distribution that kl remembers at each answer position
+    kl_top_k: Positive[int] = 64  # tokens of the original's distribution that kl and undial remember at each position
+    undial_strength: Positive[float] = 10.0  # what undial takes off the logit of the right token
     rmu_layer: Positive[int | None] = None  # k, the LLM layer whose output rmu steers; None: a quarter of the depth
     rmu_scale: Positive[float] = 6.5  # length of the vector that forget answers are steered to
     manu_fraction: Between[float] = 0.02  # share of MLP neurons that manu zeroes
     manu_batches: Positive[int] = 16  # batches of each side that estimate the neurons' importance
+    kvw_gamma: Positive[float] = 0.3  # how steeply kvw turns a neuron down that forget answers use more
+    kvw_batches: Positive[int] = 64  # forget batches by which it does so, one after another
+    smfa_k: NotNegative[float] = 5.0  # how far a conflicting entry may outweigh the retaining anchor
     finetune_split: str = "Full_Set"  # what method: finetune learns; A-B is A without the people of B; see docs/data.md
     max_pixels: Positive[int | None] = None  # of a photo that Qwen-VL sees; None: as the model's processor says
     augment: bool = False  # views (turn, zoom, shift, flip, light, grey) of every image; needs the online teacher
@@ -171,7 +176,8 @@ class Settings:
     cache_dtype: Literal["float32", "bfloat16", "float8"] = "float32"
 
     # Which weights move.
-    trainable: Trainable = "vision+projector"  # lora: adapters on the LLM's linear layers; all: everything
+    # sine: the projector's matrices, each W + sin(D); lora: adapters on the LLM's linear layers; all: everything
+    trainable: Trainable = "vision+projector"
     lora_rank: Positive[int] = 16
     lora_alpha: Positive[float] = 32.0
     saliency: Saliency = field(default_factory=Saliency)
@@ -199,7 +205,7 @@ class Settings:
     compile: bool = False  # torch.compile of tower blocks and decoder layers; the first steps take a minute or so
     fused_frozen_ops: bool = False  # Triton RMSNorm and SwiGLU in frozen decoder layers, which keep less for backward
     quantize_llm: Literal["none", "nf4", "int8"] = "none"
-    seed: NotNegative[int] = 0
+    seed: Seed[int] = 0
 
     # What the result is held to.
     certificate: Certificate = field(default_factory=Certificate)
@@ -290,6 +296,8 @@ class Settings:
                 f"method={self.method} with trainable={self.trainable}: {self.method.upper()} leaves the LLM as it is; "
                 "set trainable to vision+projector, projector or vision, or choose another method"
             )
+        if method.only_llm and self.trainable != "all":
+            yield f"method={self.method} with trainable={self.trainable}: it changes the LLM alone; set trainable=all"
         if method.features and self.num_train_epochs is not None:
             yield f"num_train_epochs counts questions, which method={self.method} does not ask: set max_steps"
         if not method.features and self.answer_loss != "none":
@@ -304,7 +312,7 @@ class Settings:
         """Weights that cannot be trained."""
         trains = METHODS[self.method].trains
         if self.trainable == "lora" and (not trains or self.mask is not None):
-            what = "a saliency mask holds" if trains else f"method={self.method} zeroes"
+            what = "a saliency mask holds" if trains else f"method={self.method} changes"
             yield f"trainable=lora: {what} weights that the model has already; set trainable=all"
         if self.trainable == "all" and self.quantize_llm != "none":
             yield (
@@ -437,13 +445,25 @@ def load_settings(path: str | Path | None = None, overrides: Sequence[str] | Map
     return build(Settings, values, "").check()
 
 
+class _OneOfEachKey(yaml.SafeLoader):
+    """Refuses a mapping that says a key twice, of which YAML's readers take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            mark = node.value[len(keys) - 1 - keys[::-1].index(twice)][0].start_mark
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is set twice; keep one of them", mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; SettingsError where it cannot be read or is none."""
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.load(
+            read_text(path, SettingsError, "give the path of a YAML file"), _OneOfEachKey
+        )  # a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SettingsError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if values is None:
         return {}
@@ -458,8 +478,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not sign:
         raise SettingsError(f"{text!r} is not an override: write key=value, for example learning_rate=1e-4")
     try:
-        return key.strip(), yaml.safe_load(raw)
-    except yaml.YAMLError as error:
+        return key.strip(), yaml.load(raw, _OneOfEachKey)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SettingsError(f"{key}: {raw!r} is not a YAML value") from error
 
 

@@ -27,9 +27,13 @@ METHODS = {  # on top of the recipe; four questions a batch, and four retained o
     "gd": [],
     "kl": [],
     "npo": [],
+    "undial": [],
+    "pava": [],
     "idk": [],
     "rmu": ["rmu_layer=7"],
     "mmunlearner": ["trainable=vision+projector"],
+    "kvw": ["trainable=all", "per_device_train_batch_size=2", "kvw_gamma=0.02", "kvw_batches=1000"],
+    "smfa": ["trainable=vision+projector"],
     "manu": ["trainable=all"],
     "vkd": [],
 }

@@ -6,8 +6,11 @@ Through the command line, for `train`, and where it matters also for `eval`, `ex
 import contextlib
 import io
 import json
+import os
+import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +25,8 @@ from fastvkd.cli import main
 from fastvkd.data import mllmu
 from fastvkd.engines.checkpoints import find_latest
 from fastvkd.records import Photo, Profile
+from fastvkd.settings import load_settings
+from fastvkd.unlearning.vkd.teacher import FeatureCache
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -295,3 +300,76 @@ class TestNoSpace:
         assert done.returncode == 2, done.stderr
         assert "no space left" in done.stderr and "Traceback" not in done.stderr
         assert done.stdout == ""
+
+
+class TestSettingsSaidTwice:
+    def test_a_key_of_the_yaml(self, world, tmp_path: Path, capsys) -> None:
+        config = tmp_path / "config.yaml"
+        for text, where in (
+            ("max_steps: 2\nseed: 1\nmax_steps: 4\n", "'max_steps' is set twice; keep one of them .* line 3"),
+            ("saliency:\n  fraction: 0.1\n  fraction: 0.2\n", "'fraction' is set twice"),
+        ):
+            config.write_text(text)
+            message = refused(capsys, *training(world, tmp_path / "out"), "--config", str(config))
+            assert re.search(f"config.yaml: not valid YAML .*{where}", message), message
+
+    def test_a_yaml_with_a_byte_order_mark_is_read(self, tmp_path: Path) -> None:
+        config = tmp_path / "config.yaml"
+        config.write_text("max_steps: 7\n", encoding="utf-8-sig")
+        assert load_settings(config, {"model_name_or_path": "m", "data": "d"}).max_steps == 7
+
+    @pytest.mark.parametrize("seed", [-1, 2**32, 10**20])
+    def test_a_seed_that_no_generator_takes(self, world, tmp_path: Path, capsys, seed: int) -> None:
+        message = refuses_to_train(world, tmp_path, capsys, seed=seed)
+        assert f"seed={seed}: must lie between 0 and 4294967295" in message
+
+
+def test_sigterm_in_the_teacher_pass_is_said(world, tmp_path: Path, capsys, monkeypatch) -> None:
+    """What the teacher saw is kept: the same command goes on, and only the rest is seen."""
+    add = FeatureCache.add
+
+    def ended(cache: FeatureCache, rows: dict) -> None:
+        add(cache, rows)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FeatureCache, "add", ended)
+        before = signal.getsignal(signal.SIGTERM)
+        assert main(training(world, tmp_path / "out")) == 128 + signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) is before
+    assert "fastvkd: ended by SIGTERM; what was finished is kept" in capsys.readouterr().err
+    assert list((tmp_path / "out" / "teacher_cache").rglob("index-0.json"))
+    assert main(training(world, tmp_path / "out")) == 0
+
+
+def test_an_export_says_what_it_left_out(world, tmp_path: Path, capsys) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(world.model, model)
+    (model / "model.gguf").write_bytes(b"the knowledge that was removed")
+    assert main(training(world, tmp_path / "run", max_steps=1, model_name_or_path=model)) == 0
+    assert main(["export", "--run", str(tmp_path / "run"), "--to", str(tmp_path / "merged")]) == 0
+    assert "Left out, since they hold the weights from before: model.gguf" in capsys.readouterr().out
+
+
+class TestWhatAModelCannotTake:
+    """Through every command: photos and texts that a check without a model lets pass."""
+
+    @pytest.mark.parametrize("key", ["question", "answer"])
+    @pytest.mark.parametrize("command", ["check", "gd", "eval"])
+    def test_a_special_token_in_a_text(self, leaves_world, tmp_path: Path, capsys, key: str, command: str) -> None:
+        data = tmp_path / "data"
+        shutil.copytree(leaves_world.data, data, ignore=shutil.ignore_patterns("model"))
+        lines = [json.loads(line) for line in (data / "forget.jsonl").read_text().splitlines()]
+        lines[1][key] += " </s>"
+        (data / "forget.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        model, out = str(leaves_world.model), tmp_path / "out"
+        if command == "check":
+            assert main(["data", "check", str(data), "--model", model]) == 2
+            message = capsys.readouterr().out
+            assert main(["data", "check", str(data)]) == 0  # no model, no tokens of its own
+        elif command == "gd":
+            message = refused(capsys, *training(leaves_world, out, data=data, method="gd"))
+        else:
+            message = refused(capsys, "eval", "--model", model, "--data", str(data), "--out", str(out))
+        assert f"forget.jsonl:2: the {key}" in message and "'</s>'" in message
+        assert not out.exists()

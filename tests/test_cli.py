@@ -157,7 +157,7 @@ def test_the_command_line_and_the_library_have_the_same_defaults() -> None:
         ("attack --model m --data d --learning-rates 1e-4 0", "learning_rates=0.0: must be above 0"),
         ("attack --model m --data d --relearn-models gold", "relearn-models=gold: unlearned must be among them"),
         ("attack --model m --data d --weights llm", "weights='llm': allowed are visual, all"),
-        ("attack --model m --data d --seed -1", "seed=-1: must not be negative"),
+        ("attack --model m --data d --seed -1", "seed=-1: must lie between 0 and 4294967295"),
         ("compare run --format csv", "format='csv': allowed are text, json, latex"),
         ("demo --size huge", "size='huge': allowed are default, tiny"),
         ("train learnin_rate=1 model_name_or_path=m data=d", "did you mean learning_rate?"),

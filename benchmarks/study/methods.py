@@ -10,7 +10,7 @@ steering on.
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -42,6 +42,10 @@ GRID: dict[str, tuple[dict[str, Any], ...]] = {
     "gd": _GENTLE_TO_FIRM,
     "kl": _GENTLE_TO_FIRM,
     "npo": _GENTLE_TO_FIRM,
+    "undial": tuple(
+        {"learning_rate": rate, "undial_strength": strength} for strength in (3.0, 10.0, 30.0) for rate in (1e-4, 3e-4)
+    ),
+    "pava": tuple({"learning_rate": rate, "lambda_retain": 3.0} for rate in (1e-4, 2e-4, 3e-4)),
     "idk": ({"learning_rate": 1e-4}, {"learning_rate": 3e-4}),
     "rmu": ({"learning_rate": 3e-4, "rmu_scale": 6.5}, {"learning_rate": 1e-3, "rmu_scale": 20.0}),
     "mmunlearner": _GENTLE_TO_FIRM,
@@ -49,6 +53,11 @@ GRID: dict[str, tuple[dict[str, Any], ...]] = {
         {"learning_rate": 3e-4, "lambda_retain": 1.0, "trainable": "lora"},
         {"learning_rate": 1e-3, "lambda_retain": 4.0, "trainable": "lora"},
     ),
+    "gd-sine": tuple({"learning_rate": rate, "trainable": "sine"} for rate in (1e-3, 3e-3)),
+    "smfa": tuple(
+        {"smfa_k": k, "learning_rate": rate, "max_steps": STEPS} for k in (2.5, 5.0, 10.0) for rate in (1e-4, 3e-4)
+    ),
+    "kvw": tuple({"kvw_gamma": gamma, "trainable": "all"} for gamma in (0.03, 0.1, 0.3, 1.0)),
     "manu": tuple({"manu_fraction": fraction} for fraction in (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)),
     "steering": ({"layers": (1,)}, {"layers": (2,)}),  # each at every one of `STRENGTHS`
     "vkd": ({},),  # configs/demo.yaml as it is
@@ -57,6 +66,12 @@ GRID: dict[str, tuple[dict[str, Any], ...]] = {
     # Noise moves retained photos so far that a run would stop of itself.
     "vkd-noise": ({"forget_target": "noise", "elsewhere": 0.0, "beside": 0.0, "max_drift": None},),
     "vkd-saturate": ({**SATURATE, "max_steps": 800},),
+}
+# What changes the weights by itself, and the batches, at most, that it looks at for that.
+AT_ONCE: dict[str, Callable[[Settings], int]] = {
+    "manu": lambda settings: settings.manu_batches,
+    "kvw": lambda settings: settings.kvw_batches,
+    "smfa": lambda settings: 2 * settings.max_steps,
 }
 STRENGTHS = (4.0, 8.0, 16.0, 32.0, 64.0)
 GRID_SAMPLES = 160  # questions a set, to choose the point
@@ -67,10 +82,15 @@ NAMES = {
     "gd": "GD (GA + retain)",
     "kl": "KL-min",
     "npo": "NPO",
+    "undial": "UNDIAL",
+    "pava": "PAVA's anchors",
     "idk": "IDK",
     "rmu": "RMU",
     "mmunlearner": "MMUnlearner",
     "gd-lora": "GD, LoRA on the LLM",
+    "gd-sine": "GD, SineProject",
+    "smfa": "SMFA",
+    "kvw": "KVW",
     "manu": "MANU",
     "steering": "steering (MLLMEraser)",
     "vkd": "**VKD**",
@@ -145,12 +165,12 @@ def candidates(world: World, method: str) -> Iterator[tuple[dict[str, Any], Any]
             yield {"seconds": sum(run.seconds.values()), "images": run.images_seen}, model
         elif method == "steering":
             yield from steered(world, setting)
-        elif method == "manu":
+        elif method in AT_ONCE:
             model, run = world.unlearn({"method": method, "per_device_train_batch_size": BATCH, **setting}, config=None)
-            looked_at = Settings().manu_batches * BATCH  # to choose neurons
+            looked_at = AT_ONCE[method](Settings(**setting)) * BATCH
             yield {**setting, "seconds": sum(run.seconds.values()), "images": looked_at}, model
         else:
-            overrides = {"method": method.removesuffix("-lora"), "per_device_train_batch_size": BATCH, **setting}
+            overrides = {"method": method.partition("-")[0], "per_device_train_batch_size": BATCH, **setting}
             for step, model, run in world.follow(overrides, steps=STEPS, every=EVERY):
                 seconds = run.seconds["prepare"] + run.seconds["unlearn"] * step / STEPS
                 yield {**setting, "step": step, "seconds": seconds, "images": step * BATCH}, model

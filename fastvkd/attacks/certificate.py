@@ -36,12 +36,12 @@ def figures_of(
     relearning (`relearned`) and the digests `before` and `after` of the language model; None where not measured.
     `people` is `{model: the figures of examine person by person}`; what it lacks is absent here too.
 
-    `chance` is that of the forget set's questions. `*_excess` are the unlearned model's accuracy above chance in the
-    worst variant of an attack; `membership` the area furthest from 0.5, mirrored to lie above; `relearning_gap` the
-    largest gap, and `relearning_evidence` 1 if every kind of weights has a curve that is evidence, else 0; the `kept_*`
-    are shares of the accuracy before, of the worst set; `telltale_gold` is gold's `telltale_auc`. `perturbation_excess`
-    (absent if not measured) is the accuracy on unseen photos under the worst perturbation, above the highest of chance,
-    gold's, and that on strangers' photos.
+    `chance` is that of the forget set's questions; `learnt` (absent without `vanilla`) the accuracy on them before.
+    `*_excess` are the unlearned model's accuracy above chance in the worst variant of an attack; `membership` the area
+    furthest from 0.5, mirrored to lie above; `relearning_gap` the largest gap, and `relearning_evidence` 1 if each kind
+    of weights has a curve that is evidence, else 0; the `kept_*` are shares of the accuracy before, of the worst set;
+    `telltale_gold` is gold's `telltale_auc`. `perturbation_excess` (absent if not measured) is the accuracy on unseen
+    photos under the worst perturbation, above the highest of chance, gold's, and that on strangers' photos.
     """
     unlearned = evaluated["unlearned"]
     rows = attacks.get("questions", [])
@@ -62,6 +62,7 @@ def figures_of(
     ]
     return {
         "chance": chance,
+        **_learnt(evaluated.get("vanilla", {})),
         "forget": accuracy("forget", "vqa"),
         "test": accuracy("test", "vqa"),
         "kept_visual": min((kept for name, kept in seen.items() if name not in _NOT_KEPT), default=None),
@@ -77,6 +78,12 @@ def figures_of(
         **_perturbed(attacks.get("perturbation", [])),
         **_of_people(people or {}),
     }
+
+
+def _learnt(vanilla: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, float]:
+    """What the model before knew of the forget set: where that was nothing, no forgetting can be shown."""
+    accuracy = vanilla.get("forget", {}).get("vqa", {}).get("accuracy")
+    return {} if accuracy is None else {"learnt": float(accuracy)}
 
 
 def _carried_out(relearning: Sequence[Mapping[str, Any]]) -> float | None:

@@ -10,6 +10,7 @@ There are two pairs of sets. Both are about the forgotten people, so that nothin
 A model that never saw them has 0.5. Below 0.5 is a trace too: answers were pushed away, as gradient ascent does.
 """
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +18,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import nn
 
 from fastvkd.attacks.asking import Asked
 from fastvkd.models import families
 from fastvkd.models.answers import AnswerBatch, collate_answers
 from fastvkd.photos import decode_image
+from fastvkd.unlearning.answers import read_answers
 
-SCORES = ("loss", "zlib", "min_k", "min_k++")
+SCORES = ("loss", "zlib", "min_k", "min_k++")  # of likelihoods
+GRADIENT = "grad_norm"
 LOWEST = 0.2  # the share of least likely tokens that Min-K % looks at
+FALSE_POSITIVES = 0.01
+_GRADIENTS = 64  # statements of a side whose gradient is taken: each costs a backward pass of its own
 
 
 @dataclass(frozen=True)
@@ -99,9 +105,9 @@ def membership_scores(answer: str, log_p: np.ndarray, normalised: np.ndarray) ->
 
 
 def auc(members: Sequence[float], others: Sequence[float], *, seed: int, resamples: int = 1000) -> dict[str, Any]:
-    """{"auc", "ci95", "n_members", "n_others"}. The AUC is the probability that a member scores above a non-member;
-    ties count half. ci95 is a percentile bootstrap over members and non-members. Raises ValueError where a side
-    is empty."""
+    """{"auc", "ci95", "tpr_at_1_fpr", "n_members", "n_others"}. The AUC is the probability that a member scores above a
+    non-member; ties count half. ci95 is a percentile bootstrap over members and non-members. The last but two is
+    `true_positives`. Raises ValueError where a side is empty."""
     if not len(members) or not len(others):
         raise ValueError("auc: both sides need at least one score")
     one, two = np.asarray(members, dtype=np.float64), np.asarray(others, dtype=np.float64)
@@ -110,7 +116,21 @@ def auc(members: Sequence[float], others: Sequence[float], *, seed: int, resampl
     rows = rng.multinomial(len(one), np.full(len(one), 1 / len(one)), resamples) / len(one)
     columns = rng.multinomial(len(two), np.full(len(two), 1 / len(two)), resamples) / len(two)
     low, high = np.quantile(((rows @ wins) * columns).sum(1), [0.025, 0.975])
-    return {"auc": float(wins.mean()), "ci95": [float(low), float(high)], "n_members": len(one), "n_others": len(two)}
+    return {
+        "auc": float(wins.mean()),
+        "ci95": [float(low), float(high)],
+        "tpr_at_1_fpr": true_positives(one, two),
+        "n_members": len(one),
+        "n_others": len(two),
+    }
+
+
+def true_positives(members: ArrayLike, others: ArrayLike, rate: float = FALSE_POSITIVES) -> float:
+    """Share of members above a threshold that at most `rate` of the non-members are above (TPR at low FPR, Carlini et
+    al., arXiv 2112.03570). With fewer than 1 / `rate` non-members none of them may be above it."""
+    sorted_others = np.sort(np.asarray(others))[::-1]
+    allowed = int(rate * len(sorted_others) + 1e-9)
+    return float(np.mean(np.asarray(members) > sorted_others[allowed]))
 
 
 @torch.inference_mode()
@@ -131,6 +151,28 @@ def score_statements(
     return found
 
 
+def gradient_norms(model: nn.Module, processor: Any, statements: Sequence[Statement]) -> list[float]:
+    """Minus the L2 norm of the gradient of each answer's mean token loss for the projector's weights.
+
+    What was trained on leaves little to learn (GradNorm, Wang et al., arXiv 2402.17012). `model` is left as it was."""
+    device = next(model.parameters()).device
+    trained = [p for _, p in families.visual_parameters(model, families.family_of(model), "projector")]
+    required = [(p, p.requires_grad) for p in model.parameters()]
+    found = []
+    families.train_only(model, trained)
+    try:
+        for one in statements:
+            image = decode_image(one.asked.photo.data, one.asked.photo.source)
+            batch = collate_answers(processor, [(image, one.asked.choice.question, one.answer)], [0], [True]).to(device)
+            loss = read_answers(model, batch).cross_entropy(forget=True)
+            squares = [gradient.double().square().sum() for gradient in torch.autograd.grad(loss, trained)]
+            found.append(-float(torch.stack(squares).sum().sqrt()))
+    finally:
+        for parameter, was in required:
+            parameter.requires_grad_(was)
+    return found
+
+
 def membership(
     model: nn.Module,
     processor: Any,
@@ -139,11 +181,20 @@ def membership(
     seed: int,
     batch_size: int = 32,
 ) -> dict[str, dict[str, Any]]:
-    """{set: {score: `auc` of it}} for sets of (members, non-members)."""
+    """{set: {score: `auc` of it}} for sets of (members, non-members).
+
+    The gradient is taken of at most 64 statements a side, spread evenly; and of none where a part of the model lies in
+    host memory."""
     found = {}
+    whole = not any(p.is_meta for p in model.parameters())
     for name, (members, others) in sets.items():
         inside, outside = (
             score_statements(model, processor, side, batch_size=batch_size) for side in (members, others)
         )
-        found[name] = {score: auc(inside[score], outside[score], seed=seed) for score in SCORES}
+        if whole:
+            inside[GRADIENT], outside[GRADIENT] = (
+                gradient_norms(model, processor, side[:: math.ceil(len(side) / _GRADIENTS)])
+                for side in (members, others)
+            )
+        found[name] = {score: auc(inside[score], outside[score], seed=seed) for score in inside}
     return found

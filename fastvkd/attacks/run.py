@@ -15,6 +15,7 @@ from fastvkd.attacks.certificate import certificate, figures_of, relearned, sour
 from fastvkd.attacks.journal import Journal
 from fastvkd.attacks.suite import Attack
 from fastvkd.data.sources import evaluation_cells, reference_strangers
+from fastvkd.data.texts import refuse_marks
 from fastvkd.engines.exporting import read_record, settings_of
 from fastvkd.environment import library_versions
 from fastvkd.errors import SettingsError
@@ -26,6 +27,7 @@ from fastvkd.files import held, write_atomically
 from fastvkd.models.folder import identify_base, language_model_sha256, local_folder
 from fastvkd.models.loading import load_model, load_processor
 from fastvkd.models.placement import Loading, loading_of
+from fastvkd.models.processing import special_tokens
 from fastvkd.models.steering import attach, load_steering
 from fastvkd.options import AttackOptions
 from fastvkd.records import Photo, Profile
@@ -67,6 +69,7 @@ def _attack_run(options: AttackOptions, progress: OnProgress) -> dict[str, Any]:
     reference = reference_strangers(options.data)
     max_pixels = options.max_pixels or made_by.get("max_pixels")
     processor = load_processor(options.model, max_pixels=max_pixels)
+    refuse_marks((profile for cell in cells.values() for profile in cell), special_tokens(processor))
     loading = loading_of(options, folders["unlearned"])
     identities = _identities(options, folders, loading, max_pixels)
     common = {

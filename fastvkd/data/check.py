@@ -16,6 +16,7 @@ from PIL import Image
 from fastvkd.data import tables
 from fastvkd.data.hub import data_folder
 from fastvkd.data.sources import recognise
+from fastvkd.data.texts import marks_in
 from fastvkd.errors import DataError
 from fastvkd.photos import decode_image
 from fastvkd.records import Photo, Profile, Questions
@@ -134,7 +135,7 @@ def check_data(
     report.problems += dict.fromkeys(_not_startable(root, contents, pairs))
     if pairs and reader.NAME != "jsonl" and ("5", "95") not in {_numbers(*pair) for pair in pairs}:
         report.notes.append(f"{root}: train and evaluate with forget_split={pairs[0][0]} retain_split={pairs[0][1]}")
-    files = (file for file in root.rglob("*") if file.suffix in _PICKLES)
+    files = (file for file in root.rglob("*") if file.suffix in _PICKLES and not file.name.startswith("."))
     pickles = sorted(str(file.relative_to(root)) for file in files if not _is_written_by_us(root, file))
     if labels is not None:
         report.notes.append(f"{root}: labels of {labels.checked} rows checked with the processor of {model}")
@@ -161,6 +162,9 @@ def _check_split(
             counts.update({f"{side}_{task}": len(getattr(questions, task)) for task in _TASKS})
         if twice := _differing_pairs(profile):
             report.notes.append(f"{profile.source}: {twice}")
+        if labels is not None and (marked := labels.texts(profile)):
+            report.problems += marked
+            continue
         for photo in profile.photos:
             readable = _check_photo(report, profile, photo, contents)
             if labels is not None and readable is not None:
@@ -212,12 +216,19 @@ class _Labels:
     def __init__(self, model: str, max_pixels: int | None) -> None:
         from fastvkd.models.families import image_token_id  # torch and transformers take seconds to import
         from fastvkd.models.loading import load_config, load_processor
+        from fastvkd.models.processing import special_tokens
 
         self._processor = load_processor(model, max_pixels=max_pixels)
         self._placeholder = image_token_id(load_config(model))
+        self._marks = special_tokens(self._processor)
         self.most = (0, "no photo")  # visual tokens, and the photo that has them
         self._pending: list[tuple[Profile, tuple[Image.Image, str, str]]] = []
         self.checked = 0
+
+    def texts(self, profile: Profile) -> list[str]:
+        """The first text of a row, about the photo or not, that the tokenizer takes for a mark of its own."""
+        message = marks_in(profile, self._marks)
+        return [message] if message else []
 
     def add(self, profile: Profile, image: Image.Image) -> list[str]:
         """Problems found so far, when a batch is full."""
@@ -229,11 +240,22 @@ class _Labels:
         return self.flush() if len(self._pending) >= self._BATCH else []
 
     def flush(self) -> list[str]:
-        if not self._pending:
-            return []
+        rows, self._pending = self._pending, []
+        try:
+            return self._checked(rows) if rows else []
+        except DataError:  # of which row, shows each by itself
+            return [problem for row in rows for problem in self._alone(row)]
+
+    def _alone(self, row: tuple[Profile, tuple[Image.Image, str, str]]) -> list[str]:
+        try:
+            return self._checked([row])
+        except DataError as error:
+            return [str(error)]
+
+    def _checked(self, rows: list[tuple[Profile, tuple[Image.Image, str, str]]]) -> list[str]:
+        """What is wrong with the labels of some rows."""
         from fastvkd.models.answers import collate_answers
 
-        rows, self._pending = self._pending, []
         pairs = [pair for _, pair in rows]
         batch = collate_answers(self._processor, pairs, range(len(rows)), [True] * len(rows))
         seen = (batch.inputs["input_ids"] == self._placeholder).sum(1).tolist()

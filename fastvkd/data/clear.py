@@ -14,6 +14,7 @@ from typing import Any
 
 from fastvkd.data import tables
 from fastvkd.data.tables import kind_of, text_of
+from fastvkd.data.texts import refuse_placeholders
 from fastvkd.errors import DataError
 from fastvkd.records import Choice, Open, Perturbed, Photo, Profile, Questions
 
@@ -156,7 +157,7 @@ def _text_questions(folder: tables.Folder, split: str) -> list[Profile]:
         return []
     # The images are not read, they have hundreds of megabytes: rows about a photo are those with a caption.
     return [
-        profile_of_row(row, source)
+        refuse_placeholders(profile_of_row(row, source))
         for file in tables.split_files(folder, name)
         for source, row in tables.rows(file, ("question", "answer"), ("caption",))
         if not row.get("caption")

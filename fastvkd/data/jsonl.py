@@ -10,14 +10,15 @@ there are.
 """
 
 import difflib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fastvkd.data.tables import entity_of, four_cells, path_inside, strict
+from fastvkd.data.texts import refuse_placeholders
 from fastvkd.errors import DataError
+from fastvkd.files import parse_json, read_text, text_lines
 from fastvkd.records import Choice, Open, Photo, Profile, Questions
 
 NAME, TITLE = "jsonl", "own data (JSONL)"
@@ -37,7 +38,7 @@ def each_profile(folder: str | os.PathLike[str], split: str) -> Iterator[Profile
     try:
         for source, line in lines(split_file(folder, split)):
             try:
-                yield parse_line(line, source, Path(folder))
+                yield refuse_placeholders(parse_line(line, source, Path(folder)))
             except DataError as error:
                 yield error
     except DataError as error:  # the file as a whole
@@ -79,21 +80,13 @@ def split_file(folder: str | os.PathLike[str], split: str) -> Path:
 
 def lines(file: Path) -> Iterator[tuple[str, str]]:
     """`('file:line', text)` of every line that is not blank, counted from 1 as editors do."""
-    try:
-        with file.open(encoding="utf-8") as opened:
-            for number, line in enumerate(opened, start=1):
-                if line.strip():
-                    yield f"{file}:{number}", line
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    for number, line in text_lines(read_text(file, DataError, "own data are JSON lines in UTF-8")):
+        yield f"{file}:{number}", line
 
 
 def parse_line(line: str, source: str, folder: Path) -> Profile:
     """One line -> a profile with one question."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{source}: not JSON ({error.msg} at column {error.colno}); one object per line") from error
+    row = parse_json(line, source, DataError, "one object per line")
     if not isinstance(row, dict):
         raise DataError(f"{source}: a {type(row).__name__}; expected an object with the keys {', '.join(_KEYS)}")
     for key in row:

@@ -4,7 +4,6 @@ One reader serves the public benchmark and the demo, which is written in exactly
 `data.check` validates; this module refuses the first row that it cannot understand.
 """
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastvkd.data import tables
-from fastvkd.data.tables import kind_of, one_line, text_of
-from fastvkd.errors import DataError
+from fastvkd.data.tables import kind_of, text_of
+from fastvkd.errors import DataError, one_line
+from fastvkd.files import parse_json
 from fastvkd.records import Choice, Open, Photo, Profile, Questions
 
 NAME, TITLE = "mllmu", "MLLMU-Bench schema"
@@ -125,10 +125,7 @@ def training_profile(row: tables.Row, source: str) -> Profile:
 
 def _metadata_questions(metadata: Any, source: str) -> tuple[Open, ...]:
     if isinstance(metadata, str):
-        try:
-            metadata = json.loads(metadata)
-        except ValueError as error:
-            raise DataError(f"{source}: column metadata is no JSON ({one_line(error)})") from error
+        metadata = parse_json(metadata, f"{source}: column metadata", DataError, "a list of questions is needed")
     asked = [(cell.get("Question"), cell.get("Answer")) for _, cell in _entries(metadata, source, "metadata")]
     for position, texts in enumerate(asked):
         if wrong := [text for text in texts if not isinstance(text, str | None)]:

@@ -50,12 +50,47 @@ def recognise(folder: tables.Folder) -> Reader:
     found: set[str] = set().union(*(tables.columns(tables.first_file(root, split)) for split in tables.splits(root)))
     format = max(_TABLES, key=lambda one: len(one.COLUMNS & found))
     if not format.COLUMNS & found:
-        raise DataError(
-            f"{root}: no known data format; expected the splits of MLLMU-Bench, CLEAR or UMU-Bench as "
-            "<split>/*.parquet, or forget.jsonl and retain.jsonl; "
-            f"columns found: {', '.join(sorted(found)) or 'none'}; see docs/data.md"
-        )
+        raise DataError(_why_no_format(root, found))
     return READERS[format.NAME]
+
+
+_SAVED = ("state.json", "dataset_dict.json")  # beside the .arrow files that `save_to_disk` writes
+_ENDINGS = (".csv", ".tsv", ".xlsx", ".zip", ".tar", ".gz", ".arrow")
+
+
+def _why_no_format(root: Path, columns: set[str]) -> str:
+    """Why a folder is none that can be read: what was found there, and what to do with it."""
+    names = [path.relative_to(root).as_posix() for path in sorted(root.glob("*")) + sorted(root.glob("*/*"))]
+    names = [name for name in names if not any(part.startswith(".") for part in Path(name).parts)]
+    files = [name for name in names if (root / name).is_file()]
+    wanted = (
+        "expected the splits of MLLMU-Bench, CLEAR or UMU-Bench as <split>/*.parquet, or forget.jsonl and retain.jsonl"
+    )
+    if columns:
+        return f"{root}: no known data format; {wanted}; columns found: {', '.join(sorted(columns))}; see docs/data.md"
+    for split in tables.splits(root):
+        for file in tables.split_files(root, split):
+            try:
+                next(tables.rows(file, (), ()), None)
+            except DataError as error:
+                return str(error)
+    if any(Path(name).suffix == ".arrow" or Path(name).name in _SAVED for name in files):
+        return (
+            f"{root}: written by save_to_disk of the library datasets ({files[0]}); write each split as parquet: "
+            "datasets.load_from_disk(FOLDER)[SPLIT].to_parquet('SPLIT/train.parquet'), or without [SPLIT] for one split"
+        )
+    flat = [name for name in files if "/" not in name and Path(name).suffix in (".parquet", ".json", ".jsonl")]
+    if flat:
+        split = Path(flat[0]).stem
+        return (
+            f"{root}: {flat[0]} lies in the folder itself; a split is a folder of its own: move it to "
+            f"{split}/{flat[0]}. Own data are named forget.jsonl and retain.jsonl"
+        )
+    foreign = [name for name in files if Path(name).suffix in _ENDINGS]
+    if foreign:
+        return f"{root}: {foreign[0]} is of a kind that is not read; write parquet or JSON lines; {wanted}"
+    listed = f"found {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" if names else "the folder is empty"
+    return f"{root}: no known data format; {wanted}; {listed}; see docs/data.md"
 
 
 def reader_of(folder: tables.Folder, benchmark: str | None = None) -> Reader:

@@ -17,7 +17,8 @@ def read_strangers(folder: str | Path) -> list[list[Photo]]:
     endings = Image.registered_extensions()
     strangers: dict[Path, list[Photo]] = {}
     for file in sorted(root.rglob("*")):
-        if file.suffix.lower() in endings and file.is_file():
+        hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+        if file.suffix.lower() in endings and not hidden and file.is_file():
             whose = file if file.parent == root else file.parent
             strangers.setdefault(whose, []).append(Photo(file.read_bytes(), str(file)))
     if not strangers:

@@ -6,7 +6,6 @@ The readers know what the columns mean. Pickles are never opened.
 import base64
 import binascii
 import difflib
-import json
 import os
 import re
 import unicodedata
@@ -19,10 +18,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastvkd.errors import DataError
+from fastvkd.data.texts import refuse_placeholders
+from fastvkd.errors import DataError, one_line
+from fastvkd.files import lfs_pointer, parse_json, read_text, text_lines
 from fastvkd.records import Photo, Profile
 
 Row = dict[str, Any]
+_ABOUT_TABLES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+# What pyarrow raises for damaged files: an ArrowInvalid is a ValueError, as is text that is no UTF-8.
+_PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError)
 Folder = str | os.PathLike[str]
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.(\w+)")
 # Of what fastvkd or a model hub writes: JSON files beside these are no rows.
@@ -37,13 +41,13 @@ def splits(folder: Folder) -> list[str]:
     root = Path(folder)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give the folder that holds Full_Set/, forget_10/ ...")
-    return sorted(child.name for child in root.iterdir() if child.is_dir() and _files(child))
+    return sorted(child.name for child in visible(root) if child.is_dir() and table_files(child))
 
 
 def split_files(folder: Folder, split: str) -> list[Path]:
     """The data files of a split, sorted; `DataError` with the nearest name when there is none, and where one of several
     shards is missing."""
-    files = _files(Path(folder) / split)
+    files = table_files(Path(folder) / split)
     if not files:
         known = splits(folder)
         nearest = difflib.get_close_matches(split, known, n=1)
@@ -79,11 +83,18 @@ def _refuse_missing_shards(files: list[Path]) -> None:
                 )
 
 
-def _files(folder: Path) -> list[Path]:
+def visible(folder: Path) -> list[Path]:
+    """What is in a folder, sorted, without names that begin with a dot: systems and editors keep their own there."""
+    return sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+
+
+def table_files(folder: Path) -> list[Path]:
+    """The parquet files of a folder, or its JSON files where there are none, without what describes the others."""
+    here = [file for file in visible(folder) if file.name not in _ABOUT_TABLES] if folder.is_dir() else []
     # A JSON file beside parquet files is something else: a list of ids, settings.
-    for patterns in (("*.parquet",), ("*.json", "*.jsonl")):
-        if found := sorted(file for pattern in patterns for file in folder.glob(pattern)):
-            return [] if patterns[0] == "*.json" and is_output(folder) else found
+    for endings in ((".parquet",), (".json", ".jsonl")):
+        if found := [file for file in here if file.suffix in endings]:
+            return [] if ".json" in endings and is_output(folder) else found
     return []
 
 
@@ -94,7 +105,7 @@ def is_output(folder: Path) -> bool:
 
 def first_file(folder: Folder, split: str) -> Path:
     """A file of a split, by which the split is recognised."""
-    return _files(Path(folder) / split)[0]
+    return table_files(Path(folder) / split)[0]
 
 
 def columns(file: Path) -> set[str]:
@@ -103,7 +114,7 @@ def columns(file: Path) -> set[str]:
         if file.suffix == ".parquet":
             return set(pq.read_schema(file).names)
         return set(next((row for _, row in _json_rows(file)), {}))
-    except (pa.ArrowInvalid, OSError, DataError):
+    except (*_PARQUET_ERRORS, DataError):
         return set()
 
 
@@ -121,8 +132,12 @@ def rows(file: Path, required: Collection[str | tuple[str, ...]], wanted: Collec
             yield source, {name: row[name] for name in read & row.keys()}
         return
     try:
+        with file.open("rb") as opened:
+            pointer = lfs_pointer(opened.read(64))
+        if pointer:
+            raise DataError(f"{file}: {pointer}")
         parquet = pq.ParquetFile(file)
-    except (pa.ArrowInvalid, OSError) as error:
+    except _PARQUET_ERRORS as error:
         raise DataError(f"{file}: not a readable parquet file ({one_line(error)}); download it again") from error
     with parquet:
         present = parquet.schema_arrow.names
@@ -133,7 +148,7 @@ def rows(file: Path, required: Collection[str | tuple[str, ...]], wanted: Collec
                 for row in batch.to_pylist():
                     yield f"{file}:{index}", row
                     index += 1
-        except (pa.ArrowInvalid, OSError) as error:
+        except _PARQUET_ERRORS as error:
             raise DataError(f"{file}:{index}: damaged parquet data ({one_line(error)}); download it again") from error
 
 
@@ -148,17 +163,15 @@ def _require(place: str, present: Collection[str], choices: Iterable[tuple[str, 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
     """Rows of a JSON array (numbered from 0, as in parquet) or of JSON lines (numbered from 1, as editors do)."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".json":
-            found = list(enumerate(json.loads(text)))
-        else:
-            found = [(number, json.loads(line)) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    except (OSError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{file}: not readable as JSON ({one_line(error)}); a .json file holds a list of rows, a .jsonl file one "
-            "row a line"
-        ) from error
+    mend = "a .json file holds a list of rows, a .jsonl file one row a line"
+    text = read_text(file, DataError, mend)
+    if file.suffix == ".json":
+        value = parse_json(text, str(file), DataError, mend)
+        if not isinstance(value, list):
+            raise DataError(f"{file}: holds {kind_of(value)}; {mend}")
+        found: Iterable[tuple[int, Any]] = enumerate(value)
+    else:
+        found = ((n, parse_json(line, f"{file}:{n}", DataError, mend)) for n, line in text_lines(text))
     for number, row in found:
         if not isinstance(row, dict):
             raise DataError(f"{file}:{number}: {kind_of(row)}; expected an object with a key for every column")
@@ -195,14 +208,23 @@ def _read_image(name: str, source: str, place: str) -> bytes:
     split = Path(source.rpartition(":")[0]).parent
     for base in (split, split.parent):
         path = path_inside(split.parent, base / name, place)
-        if path.is_file():
-            return path.read_bytes()
+        try:
+            if path.is_file():
+                return path.read_bytes()
+        except OSError as error:  # a name that is too long, a file that nobody may read
+            raise DataError(
+                f"{place}: image {name[:80]!r} cannot be read ({error.strerror}); check the path"
+            ) from error
     raise DataError(f"{place}: image {name!r} is neither in {split} nor in {split.parent}; check the path")
 
 
 def path_inside(root: Path, path: Path, place: str) -> Path:
     """`path` without its `..`, if that lies inside `root`; else `DataError`. Links are not followed: the hub's cache
     consists of links to files elsewhere."""
+    if "\0" in str(path):
+        raise DataError(
+            f"{place}: image {str(path)!r} has a null character in its name; give a path relative to {root}"
+        )
     path = Path(os.path.abspath(path))
     if not path.is_relative_to(os.path.abspath(root)):
         raise DataError(f"{place}: image {path} is outside the data folder; put it there and give a relative path")
@@ -227,7 +249,7 @@ def each_profile(
         try:
             for source, row in rows(file, required, wanted):
                 try:
-                    yield parse(row, source)
+                    yield refuse_placeholders(parse(row, source))
                 except DataError as error:
                     yield error
         except DataError as error:  # the file as a whole: unreadable, or a column missing
@@ -307,7 +329,3 @@ def kind_of(value: Any) -> str:
     if value is None:
         return "null"
     return repr(value) if value == "" else f"a {type(value).__name__}"
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

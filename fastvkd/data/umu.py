@@ -14,7 +14,7 @@ from typing import Any
 
 from fastvkd.data import tables
 from fastvkd.data.tables import kind_of, text_of
-from fastvkd.errors import DataError
+from fastvkd.errors import DataError, one_line
 from fastvkd.records import Choice, Open, Profile, Questions
 
 NAME, TITLE = "umu", "UMU-Bench"
@@ -106,7 +106,7 @@ def _literal(row: tables.Row, column: str, source: str) -> dict[Any, Any]:
         try:
             value = ast.literal_eval(value)
         except _LITERAL_ERRORS as error:
-            raise DataError(f"{source}: column {column} is no Python literal ({tables.one_line(error)})") from error
+            raise DataError(f"{source}: column {column} is no Python literal ({one_line(error)})") from error
     if not isinstance(value, dict):
         raise DataError(f"{source}: column {column} is {kind_of(value)}; expected a Python dict written as text")
     return value

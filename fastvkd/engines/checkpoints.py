@@ -13,26 +13,29 @@ No file holds frozen weights. In a run on the visual part these are the LLM's.
 
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import math
 import os
 import random
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from fastvkd.engines.hashed_files import save_object, save_tensors
 from fastvkd.engines.protocol import Engine
 from fastvkd.errors import TrainingError, disk_is_full
-from fastvkd.models.folder import BaseModel, read_safetensors_header
+from fastvkd.files import read_json_object
+from fastvkd.models.folder import BaseModel
+from fastvkd.models.shards import read_safetensors_header
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -40,8 +43,9 @@ WEIGHTS = "visual.safetensors"
 MASTERS = "masters.safetensors"
 _UNFINISHED = ".unfinished-"
 RUN = "run.json"  # in an output folder: which run it is of
-# What a run leaves in its output folder, and another must not take for its own.
-_OF_A_RUN = ("checkpoint-*", "best", "trials", "metrics.jsonl", RUN, "trace.json", "tensorboard", "report.*")
+# What a run leaves in its output folder beside checkpoints, and another must not take for its own.
+_OF_A_RUN = (RUN, "metrics.jsonl", "trace.json", "tensorboard", "report.json", "report.html")
+_HASHES = ".sha256-"  # what each rank tells the one that publishes; gone when it is published
 
 
 @dataclass(frozen=True)
@@ -73,16 +77,114 @@ def save_checkpoint(
     """Write `output_dir/checkpoint-<updates>` and of those of fewer updates keep the newest, `keep` in all (0: every
     one); collective over ranks.
 
-    `sampler`, `settings` and `watch` must be JSON values; `run` is the run's identity. `beside`: weights that
-    the engine does not train, to lie beside its own. The folder appears under its name only when it is complete and on
-    disk. Raises TrainingError, on every rank, when any rank cannot write (no space
-    left).
+    `sampler`, `settings` and `watch` must be JSON values; `run` is the run's identity. `beside`: weights that the
+    engine does not train, to lie beside its own. The folder appears under its name only when it is complete and on
+    disk. Raises TrainingError, on every rank, when any rank cannot write (no space left).
     """
-    final = output_dir / f"checkpoint-{engine.updates}"
-    unfinished = output_dir / f"{_UNFINISHED}checkpoint-{engine.updates}"
-    state = engine.state_dict()
-    weights = engine.weights()
-    masters = state.pop("masters")
+    about = {**_about(engine, sampler, settings, base_model, watch, run), "beside": sorted(beside or {})}
+    content = _Content.of(engine)
+    content.weights.update(beside or {})
+    return _write(output_dir, content, about, keep, engine.any_rank)
+
+
+class CheckpointWriter:
+    """Saves checkpoints, behind the training's back where that is asked for and safe. To be left as a context.
+
+    What a checkpoint holds is copied to host memory first, so it is of one moment. One is written at a time. A kill
+    leaves the last complete one, as it does with `save_checkpoint`.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "fastvkd-checkpoint")
+        self._pending: Future[Path] | None = None
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._thread.shutdown()
+
+    def save(self, output_dir: Path, engine: Engine, *, behind: bool, keep: int, **about: Any) -> Path:
+        """As `save_checkpoint`; with `behind`, for one rank alone, it returns as soon as all is copied.
+
+        Raises TrainingError also for the last one that was to be written behind, and then writes nothing.
+        """
+        self.wait()
+        if not behind:
+            return save_checkpoint(output_dir, engine, keep=keep, **about)
+        assert engine.world_size == 1
+        content, manifest = _Content.of(engine).copied(), _about(engine, **about)
+        self._pending = self._thread.submit(_write, output_dir, content, manifest, keep, bool)
+        return output_dir / f"checkpoint-{engine.updates}"
+
+    def wait(self) -> None:
+        """Until all that was saved is on disk. Raises TrainingError where it could not be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What one rank's part of a checkpoint holds. Its tensors are the engine's own until they are `copied`."""
+
+    rank: int
+    updates: int
+    own: dict[str, Any]
+    weights: dict[str, Tensor]
+    masters: dict[str, Tensor]
+
+    @staticmethod
+    def of(engine: Engine) -> "_Content":
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)  # paged moments lie where the host reads them without waiting
+        state, weights = engine.state_dict(), engine.weights()
+        masters = {n: t for n, t in state.pop("masters").items() if n in weights and weights[n].dtype != t.dtype}
+        own = {"engine": state, "rng": _rng_state(engine.device)}
+        return _Content(engine.rank, engine.updates, own, weights, masters)
+
+    def copied(self) -> "_Content":
+        parts = (_copied(part) for part in (self.own, self.weights, self.masters))
+        return _Content(self.rank, self.updates, *parts)
+
+
+def _copied(value: Any) -> Any:
+    """The same in host memory, with tensors of its own."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_copied, value))
+    return value
+
+
+def _about(
+    engine: Engine,
+    sampler: dict[str, Any],
+    settings: dict[str, Any],
+    base_model: BaseModel,
+    watch: dict[str, Any] | None = None,
+    run: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """The manifest, but for the hashes."""
+    return {
+        "format": FORMAT,
+        "updates": engine.updates,
+        "world_size": engine.world_size,
+        "sampler": sampler,
+        "watch": watch or {},
+        "settings": settings,
+        "base_model": dataclasses.asdict(base_model),
+        "run": run or {},
+    }
+
+
+def _write(
+    output_dir: Path, content: _Content, manifest: dict[str, Any], keep: int, any_rank: Callable[[bool], bool]
+) -> Path:
+    final = output_dir / f"checkpoint-{content.updates}"
+    unfinished = output_dir / f"{_UNFINISHED}{final.name}"
 
     def prepare() -> None:
         for leftover in output_dir.glob(f"{_UNFINISHED}*"):  # of a run that was killed while saving
@@ -90,43 +192,36 @@ def save_checkpoint(
         unfinished.mkdir(parents=True)
 
     def write_own_part() -> None:
-        _torch_save({"engine": state, "rng": _rng_state(engine.device)}, unfinished / f"rank-{engine.rank}.pt")
-        if engine.rank == 0:
-            all_weights = {**weights, **(beside or {})}
-            save_file({n: t.cpu().contiguous() for n, t in all_weights.items()}, unfinished / WEIGHTS)
-            higher = {n: t.cpu().contiguous() for n, t in masters.items() if weights[n].dtype != t.dtype}
-            if higher:
-                save_file(higher, unfinished / MASTERS)
+        name = f"rank-{content.rank}.pt"
+        hashes = {name: save_object(content.own, unfinished / name)}
+        if content.rank == 0:
+            hashes[WEIGHTS] = save_tensors(content.weights, unfinished / WEIGHTS)
+            if content.masters:
+                hashes[MASTERS] = save_tensors(content.masters, unfinished / MASTERS)
+        (unfinished / f"{_HASHES}{content.rank}").write_text(json.dumps(hashes))
 
     def publish() -> None:
-        manifest = {
-            "format": FORMAT,
-            "updates": engine.updates,
-            "world_size": engine.world_size,
-            "sampler": sampler,
-            "watch": watch or {},
-            "settings": settings,
-            "base_model": dataclasses.asdict(base_model),
-            "run": run or {},
-            "beside": sorted(beside or {}),
-        }
         _publish(unfinished, final, manifest)
-        older = [p for p in _checkpoints(output_dir) if _updates_of(p) < engine.updates]
+        older = [p for p in _checkpoints(output_dir) if _updates_of(p) < content.updates]
         for old in older[: len(older) + 1 - keep] if keep > 0 else []:
             shutil.rmtree(old)
 
-    _together(engine, prepare if engine.rank == 0 else None, final)
-    _together(engine, write_own_part, final)
-    _together(engine, publish if engine.rank == 0 else None, final)
+    first = content.rank == 0
+    _together(any_rank, prepare if first else None, final)
+    _together(any_rank, write_own_part, final)
+    _together(any_rank, publish if first else None, final)
     return final
 
 
 def _publish(unfinished: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Give a complete folder its name once all of it is on disk, the manifest with the hashes of the rest last."""
-    files = sorted(unfinished.iterdir())
-    manifest = {**manifest, "sha256": {file.name: _sha256(file) for file in files}}
+    hashes: dict[str, str] = {}
+    for told in sorted(unfinished.glob(f"{_HASHES}*")):
+        hashes |= json.loads(told.read_text())
+        told.unlink()
+    manifest = {**manifest, "sha256": dict(sorted(hashes.items()))}
     (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for file in [*files, unfinished / MANIFEST, unfinished]:
+    for file in (unfinished / MANIFEST, unfinished):
         _fsync(file)
     replaced = final.with_name(f"{_UNFINISHED}replaced-{final.name}")
     if final.exists():  # the same step saved again, say by a SIGTERM right after a regular save
@@ -137,43 +232,21 @@ def _publish(unfinished: Path, final: Path, manifest: dict[str, Any]) -> None:
         shutil.rmtree(replaced)
 
 
-def _together(engine: Engine, work: Any, final: Path) -> None:
+def _together(any_rank: Callable[[bool], bool], work: Callable[[], None] | None, final: Path) -> None:
     """Run `work` and wait for the other ranks. A disk error on one rank becomes an error on all, and no deadlock."""
     error: Exception | None = None
     if work is not None:
         try:
             work()
-        except (OSError, SafetensorError) as caught:
+        except OSError as caught:
             error = caught
-    if engine.any_rank(error is not None):
+    if any_rank(error is not None):
         shutil.rmtree(final.parent / f"{_UNFINISHED}{final.name}", ignore_errors=True)
         if error is not None and disk_is_full(error):
             reason = "no space left on the device; free some, or lower `save_total_limit`"
         else:
             reason = str(error).splitlines()[0] if error else "another rank could not write; see its message"
         raise TrainingError(f"{final}: cannot be written: {reason}") from error
-
-
-def _torch_save(content: Any, path: Path) -> None:
-    """torch.save that raises the system's own error. By itself it makes a RuntimeError of a full disk."""
-    failed: list[OSError] = []
-
-    class Writer(io.FileIO):
-        def write(self, data: Any) -> int:
-            try:
-                done = 0
-                while done < len(data):  # a raw write may take a part
-                    done += super().write(memoryview(data)[done:])
-                return done
-            except OSError as error:
-                failed.append(error)
-                raise
-
-    with Writer(path, "wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:
-            raise failed[0] if failed else error from error
 
 
 def find_latest(output_dir: Path) -> Path | None:
@@ -207,13 +280,18 @@ def _updates_of(checkpoint: Path) -> int:
 def set_aside(output_dir: Path, *, after: int = -1, delete: bool = False) -> Path | None:
     """Make room for a run: move what an earlier one left in `output_dir` to a new folder `earlier-<n>` in it.
 
-    With `after`, what is of more updates than that, where a run goes on from then. With `delete`, or without a
-    checkpoint in it, it is deleted. Returns the folder, or None. For one rank only.
+    With `after`, the checkpoints of more updates than that, where a run goes on from then. With `delete` it is deleted;
+    so is the beginning of a run that has no checkpoint. What no run has written stays where it is. Returns the folder,
+    or None. For one rank only.
     """
-    found = [p for p in _checkpoints(output_dir) if _updates_of(p) > after]
+    found = [checkpoint for checkpoint in _checkpoints(output_dir) if _updates_of(checkpoint) > after]
     if after < 0:
-        found = [p for pattern in _OF_A_RUN for p in sorted(output_dir.glob(pattern))]
-    if delete or not any(p.match("checkpoint-*") or any(p.glob("checkpoint-*")) for p in found):
+        found += [folder for name in ("best", "trials") if _checkpoints(folder := output_dir / name)]
+        has_checkpoints = bool(found)
+        if has_checkpoints or (output_dir / RUN).is_file():
+            found += [path for name in _OF_A_RUN if (path := output_dir / name).exists()]
+        delete = delete or not has_checkpoints
+    if delete or not found:
         for path in found:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         return None
@@ -229,10 +307,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / MANIFEST
     if not path.is_file():
         raise TrainingError(f"{checkpoint}: no {MANIFEST}, so not a checkpoint; name a folder checkpoint-<step>")
-    try:
-        manifest = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise TrainingError(f"{path}: not JSON ({error}); delete the folder and resume from an older one") from error
+    manifest = read_json_object(path, TrainingError, "delete the folder and resume from an older one")
     if manifest.get("format") != FORMAT:
         raise TrainingError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}")
     return manifest

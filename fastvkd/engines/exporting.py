@@ -1,8 +1,8 @@
 """Turns a run into an ordinary model folder: the base's own files, with only the trained weights' bytes replaced.
 
 Nothing is loaded as a model. The file system copies the shards, sharing blocks copy-on-write where it can. Trained
-tensors are then overwritten in place, one at a time, under the keys of the base. Low-rank adapters are merged into the
-weights that they belong to.
+tensors are then overwritten in place, one at a time, under the keys of the base. Low-rank adapters and sines are merged
+into the weights that they belong to.
 """
 
 import errno
@@ -17,13 +17,16 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastvkd.engines.checkpoints import WEIGHTS, find_latest, load_weights, verify_checkpoint
 from fastvkd.errors import ModelError, TrainingError, disk_is_full
-from fastvkd.files import held
-from fastvkd.models.folder import identify_base, read_safetensors_header, shards_of
-from fastvkd.models.lora import adapted, merged, merged_weight
+from fastvkd.files import held, read_json
+from fastvkd.models import lora, sine
+from fastvkd.models.folder import identify_base
+from fastvkd.models.foreign import refuse_quantised
+from fastvkd.models.shards import read_bin, read_safetensors_header, shards_of, write_index
 from fastvkd.settings import Settings
 
 RECORD = "unlearning.json"  # in an exported folder: which run made it
@@ -72,6 +75,7 @@ def export(run_dir: Path, to: Path, *, model_card: str, base: Path | None = None
         raise TrainingError(f"{run_dir}: no checkpoint-<step> folder in it; give the output_dir of a training run")
     manifest = verify_checkpoint(checkpoint)
     base = base or Path(manifest["base_model"]["path"])
+    refuse_quantised(base)
     if identify_base(base).fingerprint != manifest["base_model"]["fingerprint"]:
         raise ModelError(f"{base}: is not the base model that {checkpoint} was trained from; name that one with --base")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
@@ -112,10 +116,7 @@ def read_record(model_folder: Path) -> dict[str, Any] | None:
     path = model_folder / RECORD
     if not path.is_file():
         return None
-    try:
-        record = json.loads(path.read_text())
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON ({error}); export the run again, or delete the file") from error
+    record = read_json(path, ModelError, "export the run again, or delete the file")
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         raise ModelError(f"{path}: no settings in it; export the run again, or delete the file")
     return record
@@ -149,7 +150,8 @@ def load_trained(model: nn.Module, checkpoint: Path) -> None:
     """
     manifest = verify_checkpoint(checkpoint)
     own = model.state_dict()
-    weights = merged(load_weights(checkpoint), own.__getitem__, alpha=float(manifest["settings"].get("lora_alpha", 0)))
+    alpha = float(manifest["settings"].get("lora_alpha", 0))
+    weights = sine.merged(lora.merged(load_weights(checkpoint), own.__getitem__, alpha=alpha), own.__getitem__)
     missing = sorted(set(weights) - set(own))
     if missing:
         raise ModelError(f"{checkpoint}: the model has no {missing[0]}; load the base model that the run started from")
@@ -158,35 +160,61 @@ def load_trained(model: nn.Module, checkpoint: Path) -> None:
 
 def _write(weights_file: Path, base: Path, folder: Path, to: Path, model_card: str, *, lora_alpha: float) -> Exported:
     shards = shards_of(base)
-    headers = {shard: read_safetensors_header(shard) for shard in shards}
+    targets, reflinked = copy_shards(shards, folder)
+    headers = {target: read_safetensors_header(target) for target in targets}
     with safe_open(weights_file, "pt") as weights:
-        adapters = adapted(weights.keys())
+        adapters: dict[str, tuple[str, ...]] = {**lora.adapted(weights.keys()), **sine.modulated(weights.keys())}
         parts = {part for pair in adapters.values() for part in pair}
         names = [*(name for name in weights.keys() if name not in parts), *adapters]  # noqa: SIM118 - not a dict
         disk_keys = match_keys(names, {key for header, _ in headers.values() for key in header})
         live_of = {key: name for name, key in disk_keys.items()}
         rewritten: list[str] = []
         copied: list[str] = []
-        reflinked = True
-        for shard in shards:
-            header, data_start = headers[shard]
-            target = folder / shard.name
-            reflinked &= copy_file(shard, target)
+        for shard, target in zip(shards, targets, strict=True):
+            header, data_start = headers[target]
             keys = [key for key in header if key in live_of]
-            (rewritten if keys else copied).append(shard.name)
+            (rewritten if keys else copied).append(target.name)
             if keys:
                 with target.open("r+b") as file:
                     for key in keys:
                         name = live_of[key]
                         if name in adapters:
-                            a, b = (weights.get_tensor(part) for part in adapters[name])
-                            original = _read(file, key, header[key], data_start, shard)
-                            trained = merged_weight(original, a, b, alpha=lora_alpha)
+                            own = [weights.get_tensor(part) for part in adapters[name]]
+                            original = read_from(file, key, header[key], data_start, shard)
+                            trained = _merge(original, own, lora_alpha)
                         else:
                             trained = weights.get_tensor(name)
-                        _replace(file, key, header[key], data_start, trained, shard)
+                        replace_tensor(file, key, header[key], data_start, trained, shard)
                     file.flush()
                     os.fsync(file.fileno())
+    left_out = copy_others(base, folder, shards)
+    (folder / "README.md").write_text(model_card)
+    return Exported(to, rewritten, copied, len(names), left_out, reflinked)
+
+
+def copy_shards(shards: list[Path], folder: Path) -> tuple[list[Path], bool]:
+    """Copies of the weight files in `folder`, `.bin` files as safetensors with an index; and whether all share their
+    blocks with the originals."""
+    targets: list[Path] = []
+    weight_map: dict[str, str] = {}
+    reflinked = True
+    for shard in shards:
+        if shard.suffix != ".bin":
+            targets.append(folder / shard.name)
+            reflinked &= copy_file(shard, targets[-1])
+            continue
+        targets.append(folder / shard.with_suffix(".safetensors").name.replace("pytorch_model", "model"))
+        tensors = {name: tensor.contiguous().clone() for name, tensor in read_bin(shard).items()}  # none shares memory
+        save_file(tensors, targets[-1], metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, targets[-1].name)
+        reflinked = False
+    if len(set(weight_map.values())) > 1:
+        write_index(folder, weight_map)
+    return targets, reflinked
+
+
+def copy_others(base: Path, folder: Path, shards: list[Path]) -> list[str]:
+    """Copies what else a model folder holds; returns the other copies of its weights, which are left out."""
     left_out: list[str] = []
     shard_names = {shard.name for shard in shards}
     for source, relative in _files(base):
@@ -196,17 +224,26 @@ def _write(weights_file: Path, base: Path, folder: Path, to: Path, model_card: s
             if relative not in ("README.md", RECORD):  # the new model has its own
                 left_out.append(relative)
             continue
+        if relative.endswith(".bin.index.json") and any(shard.suffix == ".bin" for shard in shards):
+            continue  # there is one of safetensors now
         if source.suffix in _WEIGHT_SUFFIXES or relative.endswith(".bin.index.json"):
             left_out.append(relative)
             continue
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         copy_file(source, target)
-    (folder / "README.md").write_text(model_card)
-    return Exported(to, rewritten, copied, len(names), left_out, reflinked)
+    return left_out
 
 
-def _read(file: Any, key: str, entry: dict[str, Any], data_start: int, shard: Path) -> Tensor:
+def _merge(original: Tensor, parts: list[Tensor], lora_alpha: float) -> Tensor:
+    """A weight with what was trained beside it: the two halves of an adapter, or a sine."""
+    if len(parts) == 1:
+        return sine.modulated_weight(original, *parts)
+    a, b = parts
+    return lora.merged_weight(original, a, b, alpha=lora_alpha)
+
+
+def read_from(file: Any, key: str, entry: dict[str, Any], data_start: int, shard: Path) -> Tensor:
     """One tensor of an open shard, as it is stored."""
     dtype = _DTYPES.get(entry["dtype"])
     if dtype is None:
@@ -216,8 +253,8 @@ def _read(file: Any, key: str, entry: dict[str, Any], data_start: int, shard: Pa
     return torch.frombuffer(bytearray(file.read(end - begin)), dtype=dtype).view(entry["shape"])
 
 
-def _replace(file: Any, key: str, entry: dict[str, Any], data_start: int, trained: Tensor, shard: Path) -> None:
-    original = _read(file, key, entry, data_start, shard)
+def replace_tensor(file: Any, key: str, entry: dict[str, Any], data_start: int, trained: Tensor, shard: Path) -> None:
+    original = read_from(file, key, entry, data_start, shard)
     if trained.shape != original.shape:
         raise ModelError(f"{shard}: {key} has shape {entry['shape']}, the trained weight {list(trained.shape)}")
     stored = trained.to(original.dtype)

@@ -19,6 +19,7 @@ _FIGURES = {
     "accuracy": "acc",
     "rouge_l": "R-L",
     "cloze": "cloze",
+    "answer_prob": "p(answer)",
     "prob": "prob",
     "truth_ratio": "TR",
     "description": "seen",

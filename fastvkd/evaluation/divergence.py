@@ -1,6 +1,7 @@
-"""How far a model's choices lie from those of a reference, usually a model that never saw the forget set.
+"""How far a model's choices and answers lie from those of a reference, usually a model that never saw the forget set.
 
-The figure is the Jensen-Shannon divergence of both distributions over the options.
+Of choices the figure is the Jensen-Shannon divergence of both distributions over the options; of answers it compares
+how likely both models find the right ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from scipy.special import rel_entr, softmax
+from scipy.stats import ks_2samp
 
 from fastvkd.evaluation.statistics import with_interval
 
@@ -51,4 +53,35 @@ def option_divergence(
             pairs = zip(mine[cell, kind], reference[cell, kind], strict=True)
             values = [jensen_shannon(option_distribution(one), option_distribution(other)) for one, other in pairs]
             figures.setdefault(cell, {}).update(with_interval(f"js_{kind}", values, seed))
+    return figures
+
+
+def answer_log_probability(sample: Mapping[str, Any]) -> float:
+    """Mean log-probability per token (nats) of the right answer to a logged question of multiple choice, put openly."""
+    letter = sample["answer"]
+    return float(sample["log_likelihood"][letter] / sample["tokens"][letter])
+
+
+def answer_distance(
+    mine: Mapping[tuple[str, str], Samples], reference: Mapping[tuple[str, str], Samples]
+) -> dict[str, dict[str, float]]:
+    """`{cell: {"answer_ks_vqa", "answer_js_vqa", "answer_ks_qa", ...}}` for the cells and kinds that both have.
+
+    Both are 0 for equal answers and at most 1, and compare `answer_log_probability` of the same questions (`asked`). KS
+    is the two-sample Kolmogorov-Smirnov statistic. JS is the Jensen-Shannon distance (the root of the divergence in
+    bits) of the answers' probabilities, each model's divided by their sum, as CLEAR (arXiv 2410.18057) takes it.
+    """
+    figures: dict[str, dict[str, float]] = {}
+    for cell, kind in mine:
+        if (cell, kind) in reference:
+            one, other = (
+                np.array([answer_log_probability(sample) for sample in of[cell, kind]]) for of in (mine, reference)
+            )
+            divergence = jensen_shannon(softmax(one), softmax(other))
+            figures.setdefault(cell, {}).update(
+                {
+                    f"answer_ks_{kind}": float(ks_2samp(one, other).statistic),
+                    f"answer_js_{kind}": max(0.0, divergence) ** 0.5,
+                }
+            )
     return figures

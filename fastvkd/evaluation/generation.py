@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from fastvkd.evaluation.inputs import Embedder, Tick, Tokens, eos_ids, evaluating
 from fastvkd.models.answers import Query, processor_inputs
+from fastvkd.models.processing import tokens_and_features
 
 MAX_NEW_TOKENS = 50
 
@@ -38,14 +39,15 @@ def generate_with_processor(
             inputs = processor_inputs(
                 processor, [queries[index] for index in part], None, next(model.parameters()).device
             )
-            ids_BT = generator.generate(
-                **inputs,
-                do_sample=False,
-                num_beams=1,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=ends or None,
-                pad_token_id=processor.tokenizer.pad_token_id,
-            )
+            with tokens_and_features():
+                ids_BT = generator.generate(
+                    **inputs,
+                    do_sample=False,
+                    num_beams=1,
+                    max_new_tokens=max_new_tokens,
+                    eos_token_id=ends or None,
+                    pad_token_id=processor.tokenizer.pad_token_id,
+                )
             new = ids_BT[:, inputs["input_ids"].shape[1] :].tolist()
             for index, ids in zip(part, new, strict=True):
                 answers[index] = _decode(processor, ids, ends)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastvkd.evaluation.inputs import Embedder, Tick, Tokens, evaluating
 from fastvkd.models.answers import Query, answer_lengths, common_prefix, processor_inputs, token_ids, with_answer
+from fastvkd.models.processing import tokens_and_features
 
 # Rows of hidden states that go through the head at once: 512 x 32,000 logits in float32 are 64 MB.
 _HEAD_ROWS = 512
@@ -118,7 +119,8 @@ def score_options(
                 for place, row in enumerate(part):
                     inputs["token_type_ids"][place, -lengths[row] :] = 1
             # Left padding puts every answer at the end: only its tokens and the one before them need logits.
-            logits_BTV = model(**inputs, logits_to_keep=longest + 1, use_cache=False).logits
+            with tokens_and_features():
+                logits_BTV = model(**inputs, logits_to_keep=longest + 1, use_cache=False).logits
             for place, row in enumerate(part):
                 count = lengths[row]
                 targets_M = inputs["input_ids"][place, -count:]

@@ -7,6 +7,7 @@ docs/evaluation.md says where the modes `corrected` and `paper` differ and why.
 
 import hashlib
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from torch import nn
 from fastvkd.errors import DataError, SettingsError
 from fastvkd.evaluation.asker import Asker
 from fastvkd.evaluation.benchmarks import BENCHMARKS, MODES, Letters, Rules, chat_turn, speaks_user_assistant
+from fastvkd.evaluation.divergence import answer_log_probability
 from fastvkd.evaluation.generation import bleu, rouge
 from fastvkd.evaluation.inputs import PreparedPhotos, Tick
 from fastvkd.evaluation.multiple_choice import OptionScores
@@ -122,7 +124,8 @@ def evaluate_cells(
     results: dict[str, dict[str, dict[str, Any]]] = {cell: {} for cell in cells}
     for part, key in zip(parts, keys, strict=True):
         if key in log.finished:
-            figures, samples = log.finished[key]
+            samples = log.finished[key]
+            figures = cell_figures(samples, seed)  # which may be more than when they were logged
             count.advance(len(part), f"{part.cell} {part.kind} (kept)")
         else:
             samples = runner.ask(part, count)
@@ -375,8 +378,8 @@ def cell_figures(samples: Sequence[Mapping[str, Any]], seed: int) -> dict[str, A
 
     `accuracy`, `ci95` ([low, high], 95 % bootstrap over questions), `n`; `rouge_l` (F1), `rouge_l_ci95`, `rouge_1`,
     `rouge_2`, `rouge_l_recall`, `bleu`, `n_generation`; `cloze`, `cloze_ci95`, `n_cloze`; and only where there are such
-    questions `prob`, `prob_ci95`, `truth_ratio`, `truth_ratio_ci95`, `n_truth`; `description`, `description_ci95`,
-    `n_description`.
+    questions `answer_prob`, `answer_prob_ci95` (choices scored by likelihood); `prob`, `prob_ci95`, `truth_ratio`,
+    `truth_ratio_ci95`, `n_truth`; `description`, `description_ci95`, `n_description`.
     """
 
     def values(task: str, key: str) -> list[float]:
@@ -391,6 +394,9 @@ def cell_figures(samples: Sequence[Mapping[str, Any]], seed: int) -> dict[str, A
     for name in ("rouge_1", "rouge_2", "rouge_l_recall", "bleu"):
         figures[name] = float(np.mean(values("generation", name))) if rouge_l else None
     figures |= {"n_generation": len(rouge_l), **with_interval("cloze", cloze, seed), "n_cloze": len(cloze)}
+    scored = [sample for sample in samples if sample["task"] == "choice" and "log_likelihood" in sample]
+    if scored:
+        figures |= with_interval("answer_prob", [math.exp(answer_log_probability(sample)) for sample in scored], seed)
     if prob := values("truth", "prob"):
         score = values("truth", "truth_score")
         figures |= {
@@ -409,7 +415,7 @@ class _Log:
 
     def __init__(self, path: Path | None, keep: set[str]) -> None:
         self.path = path
-        self.finished: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}  # key -> figures, samples
+        self.finished: dict[str, list[dict[str, Any]]] = {}  # key -> samples
         if path is None:
             return
         partial = path.with_name(path.name + ".partial")
@@ -435,7 +441,7 @@ class _Log:
                 lines.append(line)
                 if "finished" in content:
                     if content["finished"] in keep:
-                        self.finished[content["finished"]] = content["figures"], samples
+                        self.finished[content["finished"]] = samples
                         kept.writelines(lines)
                     lines, samples = [], []
                 else:

@@ -11,9 +11,10 @@ from torch import nn
 
 from fastvkd.data.hub import data_folder
 from fastvkd.data.sources import evaluation_cells, reader_of, reference_strangers
+from fastvkd.data.texts import refuse_marks
 from fastvkd.engines.exporting import read_record, settings_of
 from fastvkd.errors import DataError, ModelError, SettingsError
-from fastvkd.evaluation.divergence import Samples, asked, option_divergence, scored_choices
+from fastvkd.evaluation.divergence import Samples, answer_distance, asked, option_divergence, scored_choices
 from fastvkd.evaluation.modality_pairs import joint_figures
 from fastvkd.evaluation.people import examine, likeness
 from fastvkd.evaluation.protocol import OnProgress
@@ -22,6 +23,7 @@ from fastvkd.files import held, write_atomically
 from fastvkd.models.folder import identify_base, local_folder
 from fastvkd.models.loading import load_processor
 from fastvkd.models.placement import Loading, loading_of
+from fastvkd.models.processing import special_tokens
 from fastvkd.models.steering import attach, load_steering
 from fastvkd.options import EvalOptions
 from fastvkd.records import Profile
@@ -51,7 +53,8 @@ def evaluate(options: EvalOptions, progress: OnProgress | None = None) -> dict[s
       default the one that `made_by` names, and of a model that nothing made it is the model itself;
     - `summary`: of CLEAR `model_utility`; of UMU-Bench the joint figures of every cell; and with `reference_eval` (the
       folder of the same evaluation of a model that never saw the forget set) CLEAR's `forget_quality` and, where both
-      are in corrected mode, of every cell the divergence of the choices, `js_vqa` and `js_qa`.
+      are in corrected mode, of every cell the divergence of the choices, `js_vqa` and `js_qa`, and the distance of the
+      right answers' likelihoods, `answer_ks_vqa`, `answer_js_vqa` and the same of `qa`.
 
     The result is written to `out` as results.json, beside samples.jsonl. Finished cells found there for the same model,
     dtype, processor, steering and settings are not computed again. Splits that are not named are those of the run that
@@ -73,6 +76,7 @@ def _evaluate(options: EvalOptions, progress: OnProgress | None) -> dict[str, An
     cells = evaluation_cells(folder, forget_split, retain_split)
     max_pixels = options.max_pixels or made_by.get("max_pixels")
     processor = load_processor(options.model, max_pixels=max_pixels)
+    refuse_marks((profile for cell in cells.values() for profile in cell), special_tokens(processor))
     loading = loading_of(options, local)
     model, fingerprint = _load(options, local, loading, max_pixels)
     samples: list[dict[str, Any]] = []
@@ -167,6 +171,8 @@ def _summary(
         _refuse_other_samples(asked(choices[part]), asked(theirs[part]), options.reference_eval)
     for cell, divergences in option_divergence(choices, theirs, options.seed).items():
         summary[cell] = summary.get(cell, {}) | divergences
+    for cell, distances in answer_distance(choices, theirs).items():
+        summary[cell] |= distances
     return summary
 
 

@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastvkd.errors import ModelError
+from fastvkd.models.patch_sequences import moved
+from fastvkd.models.pooled import in_threads, pooled
+from fastvkd.models.processing import processed
 from fastvkd.models.prompts import adds_special_tokens, chat_prompt
 from fastvkd.photos import decode_image
 from fastvkd.records import Photo
@@ -68,25 +70,21 @@ def processor_inputs(
     """Left-padded inputs of the whole model, made by the processor. With `answers` each prompt carries its own."""
     texts = [q.prompt if answers is None else with_answer(q.prompt, answers[i]) for i, q in enumerate(queries)]
     distinct = {id(photo.data): photo for query in queries for photo in query.photos}
-    decoded = {key: decode_image(photo.data, photo.source) for key, photo in distinct.items()}
+    decoded = dict(zip(distinct, in_threads(lambda p: decode_image(p.data, p.source), distinct.values()), strict=True))
     images = [[decoded[id(photo.data)] for photo in query.photos] for query in queries]
     tokenizer = processor.tokenizer
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ModelError("the tokenizer has neither a pad nor an eos token; batches cannot be padded")
-        tokenizer.pad_token = tokenizer.eos_token
+    ask, photos = processor, {}
     if any(images):
-        ask = partial(processor, images=images)
+        ask, photos = pooled(processor), {"images": images}
     elif (
         type(processor).__name__ == "PaliGemmaProcessor"
     ):  # refuses text alone, but its model needs the types of tokens
         ask = partial(tokenizer, return_token_type_ids=True)
-    else:
-        ask = processor
     # The side is given by word: some families' processors have one of their own, whatever their tokenizer's is.
     special = adds_special_tokens(processor, texts[0])
-    encoded = ask(text=texts, padding=True, padding_side="left", add_special_tokens=special, return_tensors="pt")
-    inputs = dict(encoded.to(device))
+    padded: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    encoded = processed(ask, text=texts, add_special_tokens=special, **padded, **photos)
+    inputs = moved(encoded, device)
     inputs.pop("labels", None)  # PaliGemma's processor makes some
     return inputs
 
@@ -106,8 +104,8 @@ class AnswerBatch:
     sample: Tensor
 
     def to(self, device: torch.device) -> "AnswerBatch":
-        moved = {key: value.to(device, non_blocking=True) for key, value in self.inputs.items()}
-        return AnswerBatch(moved, self.predicts.to(device), self.is_forget.to(device), self.sample.to(device))
+        inputs = moved(self.inputs, device, non_blocking=True)
+        return AnswerBatch(inputs, self.predicts.to(device), self.is_forget.to(device), self.sample.to(device))
 
 
 def collate_answers(
@@ -121,7 +119,8 @@ def collate_answers(
     prompts = [chat_prompt(processor, question, image=image is not None) for image, question, _ in pairs]
     texts = [with_answer(p, a) + processor.tokenizer.eos_token for p, (_, _, a) in zip(prompts, pairs, strict=True)]
     images = [[image] for image, _, _ in pairs if image is not None]
-    encoded = processor(
+    encoded = processed(
+        pooled(processor),
         text=texts,
         **({"images": images} if images else {}),
         add_special_tokens=adds_special_tokens(processor, prompts[0]),

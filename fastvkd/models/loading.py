@@ -6,7 +6,6 @@ the final norm and lm_head are neither read from disk nor allocated.
 """
 
 import copy
-import json
 import os
 import re
 import sys
@@ -18,7 +17,8 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -44,9 +44,13 @@ from transformers.utils import (
 )
 
 from fastvkd.devices import usable_bytes
-from fastvkd.errors import ModelError, gpu_memory_is_full
+from fastvkd.errors import ModelError, gpu_memory_is_full, one_line
 from fastvkd.models import families
 from fastvkd.models.families import Family, check_sites, family_of, family_of_type, parse_site
+from fastvkd.models.foreign import check_json, read_config
+from fastvkd.models.patch_sequences import batch_pieces
+from fastvkd.models.processing import complete
+from fastvkd.models.shards import WEIGHT_FILES, check_shards, header_of, weight_map_of, write_index
 
 Quantize = Literal["nf4", "int8"]
 ModelPath = str | os.PathLike[str]
@@ -56,7 +60,10 @@ _FINAL_NORM_KEY = re.compile(r"(?:^|\.)norm\.(?:weight|bias)$")
 _HEAD_KEY = re.compile(r"(?:^|\.)lm_head\.")
 _EMBEDDING_KEY = re.compile(r"(?:^|\.)embed_tokens\.weight$")
 # what transformers and safetensors raise for a folder, a file or a config that cannot be used
-_LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError)
+_LOADING_ERRORS = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ImportError, RuntimeError),
+    *(SafetensorError, StrictDataclassError),
+)
 
 
 def load_config(path: ModelPath) -> PreTrainedConfig:
@@ -65,13 +72,15 @@ def load_config(path: ModelPath) -> PreTrainedConfig:
     Raises:
         ModelError: no such folder, no config.json in it, or a family that is unknown or refused.
     """
-    _require_folder(path, "config.json", "a model folder as save_pretrained writes it")
+    if not Path(path).is_dir():
+        _require_folder(path, "config.json", "a model folder as save_pretrained writes it")
+    found = _resolve(path, "config.json")
+    raw = read_config(Path(path) if found is None else Path(found).parent)
+    family_of_type(str(raw.get("model_type")))
     try:
-        raw, _ = PreTrainedConfig.get_config_dict(str(path))
-        family_of_type(str(raw.get("model_type")))
         return AutoConfig.from_pretrained(str(path))
     except _LOADING_ERRORS as error:
-        raise ModelError(f"{path}: its config cannot be read: {_one_line(error)}") from error
+        raise ModelError(f"{path}: its config cannot be read: {one_line(error)}") from error
 
 
 def load_model(
@@ -101,6 +110,8 @@ def load_model(
         ModelError: the folder, family, number of layers or an option cannot be used, or tensors are missing.
     """
     config = load_config(path)
+    if llm_layers is None and Path(path).is_dir():
+        check_shards(Path(path))
     family = family_of(config)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantize_llm is not None:
@@ -124,6 +135,7 @@ def load_model(
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)  # DeepSpeed may leave it where it was made
+    batch_pieces(model)
     model.eval()
     return model
 
@@ -141,6 +153,8 @@ def load_processor(path: ModelPath, *, max_pixels: int | None = None) -> Any:
             to it.
     """
     config = load_config(path)
+    if Path(path).is_dir():
+        check_json(Path(path))
     try:
         processor_class: Any = PROCESSOR_MAPPING[type(config)]
         if "video_processor" in processor_class.get_attributes():
@@ -151,10 +165,14 @@ def load_processor(path: ModelPath, *, max_pixels: int | None = None) -> Any:
             processor.image_processor = AutoImageProcessor.from_pretrained(str(path), backend="pil")
     except _LOADING_ERRORS as error:
         raise ModelError(
-            f"{path}: its processor cannot be read ({_one_line(error)}); copy the processor and tokenizer files of the "
+            f"{path}: its processor cannot be read ({one_line(error)}); copy the processor and tokenizer files of the "
             "original model there"
         ) from error
-
+    except Exception as error:
+        if type(error) is not Exception:  # which is what the library tokenizers raises for a damaged tokenizer.json
+            raise
+        raise ModelError(f"{path}: its tokenizer.json cannot be read ({one_line(error, 120)}); copy it anew") from error
+    complete(processor, config, path)
     if max_pixels is not None:
         _limit_pixels(processor.image_processor, max_pixels, path)
     return processor
@@ -265,32 +283,29 @@ def _with_full_names(base: PreTrainedModel, config: PreTrainedConfig) -> PreTrai
 
 def _link_needed_shards(path: ModelPath, folder: Path, llm_layers: int) -> None:
     """Fills `folder` with an index of the tensors that are needed and links to the files that hold them."""
-    index_file = _resolve(path, SAFE_WEIGHTS_INDEX_NAME)
-    if index_file is not None:
-        weight_map: dict[str, str] = json.loads(Path(index_file).read_text(encoding="utf-8"))["weight_map"]
-    else:
-        single = _resolve(path, SAFE_WEIGHTS_NAME)
-        if single is None:
-            raise ModelError(
-                f"{path}: has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}, which llm_layers needs; "
-                "write the model once with save_pretrained"
-            )
-        try:
-            with safe_open(single, framework="pt") as tensors:
-                weight_map = dict.fromkeys(tensors.keys(), SAFE_WEIGHTS_NAME)
-        except SafetensorError as error:
-            raise ModelError(
-                f"{single}: is not a readable safetensors file: {_one_line(error)}; copy it anew"
-            ) from error
+    weight_map = _weight_map(path)
     has_embedding = any(_EMBEDDING_KEY.search(key) for key in weight_map)
     needed = {key: file for key, file in weight_map.items() if _is_needed(key, llm_layers, has_embedding)}
     for file in sorted(set(needed.values())):
         source = _resolve(path, file)
         if source is None:
-            raise ModelError(f"{path}: shard {file}, named by {SAFE_WEIGHTS_INDEX_NAME}, is missing; copy it there")
+            raise ModelError(f"{path}: shard {file}, which its index names, is missing; copy it there")
+        header_of(Path(source))  # names it if it is damaged
         (folder / file).symlink_to(Path(source).resolve())
-    index = {"metadata": {}, "weight_map": needed}
-    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
+    write_index(folder, needed)
+
+
+def _weight_map(path: ModelPath) -> dict[str, str]:
+    """Tensor name -> file of a model folder or hub id."""
+    for index_name, single in WEIGHT_FILES:
+        if (index := _resolve(path, index_name)) is not None:
+            return weight_map_of(Path(index))
+        if (whole := _resolve(path, single)) is not None:
+            return dict.fromkeys(header_of(Path(whole)), single)
+    raise ModelError(
+        f"{path}: has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}, which llm_layers needs; download the "
+        "folder whole, or write the model once with save_pretrained"
+    )
 
 
 def _is_needed(key: str, llm_layers: int, has_embedding: bool) -> bool:
@@ -321,7 +336,7 @@ def _read(
     except _LOADING_ERRORS as error:
         if gpu_memory_is_full(error):
             raise
-        raise ModelError(f"{path}: the model cannot be loaded: {_one_line(error)}") from error
+        raise ModelError(f"{path}: the model cannot be loaded: {one_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
         if bar:
@@ -374,7 +389,3 @@ def _resolve(path: ModelPath, file: str) -> str | None:
         return cached_file(str(path), file, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError):
         return None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

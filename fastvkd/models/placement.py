@@ -4,7 +4,6 @@ Training says all of this in its settings. The commands that only ask a model ta
 say so on one line.
 """
 
-import json
 import logging
 import math
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from transformers import PreTrainedModel
 
 from fastvkd.devices import QUANTIZED_BYTES, WORKING_BYTES, pick_device, usable_bytes
 from fastvkd.errors import SettingsError
-from fastvkd.models.folder import read_safetensors_header, shards_of
+from fastvkd.models.foreign import read_config
 from fastvkd.models.loading import VISUAL_KEY, ModelPath, Quantize, load_model
+from fastvkd.models.shards import header_of, shards_of
 from fastvkd.options import ModelOptions, Quantized
 
 log = logging.getLogger("fastvkd")
@@ -140,14 +140,10 @@ def weight_bytes(folder: Path, itemsize: int, quantize: Quantize | None = None) 
     Of the LLM the matrices of the layers are quantised, not embeddings and head. A folder that holds quantised weights
     already is as large as its files.
     """
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    stored = config.get("quantization_config") is not None
+    stored = bool(read_config(folder).get("quantization_config"))
     total = 0.0
     for shard in shards_of(folder):
-        header, _ = read_safetensors_header(shard)
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
+        for name, entry in header_of(shard).items():
             begin, end = entry["data_offsets"]
             visual_or_end = VISUAL_KEY.search(name) or any(part in name for part in _NOT_ROUNDED)
             if stored:

@@ -5,9 +5,10 @@ Both come from one function, so training and evaluation have the same prefix.
 
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PaliGemmaProcessor
 
-from fastvkd.errors import ModelError
+from fastvkd.errors import ModelError, one_line
 
 
 def chat_prompt(processor: Any, question: str, *, image: bool) -> str:
@@ -23,13 +24,33 @@ def chat_prompt(processor: Any, question: str, *, image: bool) -> str:
         content: list[dict[str, str]] = [{"type": "image"}] if image else []
         content.append({"type": "text", "text": question})
         # the tokenizer renders what the processor would; SmolVLM's own method wants a video processor for it
-        return processor.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], chat_template=template, add_generation_prompt=True, tokenize=False
-        )
+        return _rendered(processor.tokenizer, template, content)
     if isinstance(processor, PaliGemmaProcessor):
         return f"{image_placeholder(processor) if image else ''}answer en {question}"
     placeholder = f"{image_placeholder(processor)}\n" if image else ""
     return f"USER: {placeholder}{question} ASSISTANT:"
+
+
+def _rendered(tokenizer: Any, template: str, content: list[dict[str, str]]) -> str:
+    """The user's turn as a chat template writes it. Raises ModelError where the template raises, or writes nothing."""
+    mend = "use the chat_template.jinja that belongs to this model"
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], chat_template=template, add_generation_prompt=True, tokenize=False
+        )
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        raise ModelError(f"the model's chat template cannot be rendered ({one_line(error, 160)}); {mend}") from error
+    if not text.strip():
+        raise ModelError(f"the model's chat template writes nothing for a user's turn; {mend}")
+    return text
 
 
 def visual_prefix(processor: Any) -> str:

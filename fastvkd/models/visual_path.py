@@ -20,6 +20,9 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from fastvkd.errors import ModelError
 from fastvkd.models import families
 from fastvkd.models.families import Family, family_of, parse_site
+from fastvkd.models.patch_sequences import moved, rope_positions
+from fastvkd.models.pooled import pooled
+from fastvkd.models.processing import processed, tokens_and_features
 from fastvkd.models.prompts import adds_special_tokens, chat_prompt, visual_prefix
 
 
@@ -29,7 +32,7 @@ class VisualBatch:
 
     inputs: input_ids (B, T) int64, cut after the last image token and padded on the right; pixel_values; and what else
         the family's base model takes. There is no attention mask. Under causal attention nothing sees the padding on
-        its right, and without a mask SDPA keeps its fast path.
+        its right, and without a mask SDPA keeps its fast path. Sizes of images stay on the host.
     token_rows: (N,) int64, rows of (B, T) flattened that are visual tokens, in the order of the images.
     token_images: (N,) int64, the image of each of them.
     tower_images: (C,) int64, the image of each entry of the tower's first dimension (crops, or patches).
@@ -47,7 +50,7 @@ class VisualBatch:
         """The same batch on `device`."""
         rows = (self.token_rows, self.token_images, self.tower_images)
         return VisualBatch(
-            {key: value.to(device, non_blocking=non_blocking) for key, value in self.inputs.items()},
+            moved(self.inputs, device, non_blocking=non_blocking),
             self.n_images,
             *(value.to(device, non_blocking=non_blocking) for value in rows),
         )
@@ -66,12 +69,17 @@ class VisualBatch:
         length = self.inputs["input_ids"].shape[1]
         tokens, entries = self.token_images >= first, self.tower_images >= first
         return VisualBatch(
-            {k: v[first:] if len(v) == self.n_images else v[entries] for k, v in self.inputs.items()},
+            {key: self._tail_of(key, value, first, entries) for key, value in self.inputs.items()},
             self.n_images - first,
             self.token_rows[tokens] - first * length,
             self.token_images[tokens] - first,
             self.tower_images[entries] - first,
         )
+
+    def _tail_of(self, key: str, value: Tensor, first: int, entries: Tensor) -> Tensor:
+        if key == "position_ids":  # (3, B, T)
+            return value[:, first:]
+        return value[first:] if len(value) == self.n_images else value[entries]
 
 
 @dataclass
@@ -140,10 +148,11 @@ class VisualPath(nn.Module):
                 hooks.callback(setattr, base, "rope_deltas", base.rope_deltas)
             hooks.enter_context(_no_packed_sequences())
             try:
-                if "llm" in kinds and self.family.fixed_resolution and self.family.causal:
+                if "llm" in kinds and self._counted_ahead(batch):
                     self._embed_and_decode(base, batch)
                 elif "llm" in kinds:
-                    base(**batch.inputs, use_cache=False)
+                    with tokens_and_features():
+                        base(**batch.inputs, use_cache=False)
                 else:
                     features = self._image_features(base, batch)
                     if "projector" in self.sites:
@@ -155,12 +164,19 @@ class VisualPath(nn.Module):
             for site, (kind, _) in zip(self.sites, self._parsed, strict=True)
         }
 
+    def _counted_ahead(self, batch: VisualBatch) -> bool:
+        """Whether the batch says where everything stands, so that the model need not count."""
+        if not self.family.causal or self.family.deepstack is not None:
+            return False
+        return self.family.fixed_resolution or "position_ids" in batch.inputs
+
     def _embed_and_decode(self, base: Any, batch: VisualBatch) -> None:
         """What the model's own forward pass does, without its count of image tokens, which waits for the device."""
         embedded = base.get_input_embeddings()(batch.inputs["input_ids"])
         features = self._image_features(base, batch).to(embedded.dtype)
         embedded = embedded.flatten(0, 1).index_copy(0, batch.token_rows, features).view_as(embedded)
-        families.language_model(self.model, self.family)(inputs_embeds=embedded, use_cache=False)
+        positions = {key: batch.inputs[key] for key in ("position_ids",) if key in batch.inputs}
+        families.language_model(self.model, self.family)(inputs_embeds=embedded, use_cache=False, **positions)
 
     def _image_features(self, base: nn.Module, batch: VisualBatch) -> Tensor:
         """(N, H): tower and projector only."""
@@ -241,7 +257,8 @@ def collate_images(
     if family.fixed_resolution:
         return batch_from_pixels(processor, model_config, encode_pixels(processor, images), question=question)
     text = visual_prefix(processor)
-    encoded = processor(
+    encoded = processed(
+        pooled(processor),
         text=[text] * len(images),
         images=[[image] for image in images],
         add_special_tokens=adds_special_tokens(processor, text),
@@ -253,6 +270,9 @@ def collate_images(
     is_image, end = _image_tokens(encoded["input_ids"], model_config, text)
     for key in _text_inputs(family):
         inputs[key] = encoded[key][:, :end].contiguous()
+    if "image_grid_thw" in inputs:
+        merge = model_config.vision_config.spatial_merge_size
+        inputs["position_ids"] = rope_positions(is_image[:, :end].int(), inputs["image_grid_thw"].tolist(), merge)
     image, column = is_image[:, :end].nonzero(as_tuple=True)
     entries = _tower_entries(inputs, is_image.sum(1), model_config)
     tower_images = torch.arange(len(images)).repeat_interleave(entries)
@@ -261,7 +281,7 @@ def collate_images(
 
 def encode_pixels(processor: Any, images: Sequence[Image.Image]) -> Tensor:
     """pixel_values (B, 3, S, S) float32 of RGB images, for families of fixed resolution; worth caching."""
-    return processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+    return processed(processor.image_processor, images=list(images), return_tensors="pt")["pixel_values"]
 
 
 def batch_from_pixels(processor: Any, model_config: Any, pixel_values: Tensor, *, question: str = "") -> VisualBatch:
@@ -305,8 +325,12 @@ def _text_inputs(family: Family) -> tuple[str, ...]:
 def _text_row(processor: Any, family: Family, text: str, height: int, width: int) -> dict[str, Tensor]:
     """The (1, T) text inputs of one image. All images of a size share them, so the processor counts tokens once."""
     blank = Image.new("RGB", (width, height))
-    encoded = processor(
-        text=[text], images=[[blank]], add_special_tokens=adds_special_tokens(processor, text), return_tensors="pt"
+    encoded = processed(
+        processor,
+        text=[text],
+        images=[[blank]],
+        add_special_tokens=adds_special_tokens(processor, text),
+        return_tensors="pt",
     )
     return {key: encoded[key] for key in _text_inputs(family)}
 

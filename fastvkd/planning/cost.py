@@ -72,7 +72,7 @@ class Cost:
         self._run_blocks = tower.blocks if self._to_projector else deepest
         used = max(tower.used_blocks, deepest) if self._to_projector else deepest
         self._trained_blocks = used if "vision" in recipe.trainable else 0
-        self._train_projector = self._to_projector and "projector" in recipe.trainable
+        self._train_projector = self._to_projector and ("projector" in recipe.trainable or recipe.trainable == "sine")
         if not self._trained_blocks and not self._train_projector:
             raise ModelError(f"trainable={recipe.trainable!r} reaches nothing at the sites {', '.join(recipe.sites)}")
 

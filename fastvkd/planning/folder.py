@@ -1,9 +1,11 @@
 """What stands in the way of a model folder, seen from the names of its files: said before anything is downloaded into
 memory."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from fastvkd.errors import ModelError
+from fastvkd.files import read_json_object
 
 _INDEX, _ONE = "model.safetensors.index.json", "model.safetensors"
 
@@ -20,7 +22,7 @@ def notes_on(model_name_or_path: str) -> list[str]:
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         base = _json(adapter).get("base_model_name_or_path", "its base model")
-        notes.append(f"{folder}: an adapter of {base}; merge it (merge_and_unload) and save the whole model")
+        notes.append(f"{folder}: an adapter of {base}; merge it: fastvkd merge {folder} --to NEW_FOLDER")
     quantised = _json(folder / "config.json").get("quantization_config")
     if quantised:
         kind = quantised.get("quant_method") or "bitsandbytes"
@@ -30,12 +32,14 @@ def notes_on(model_name_or_path: str) -> list[str]:
         )
     pickles = [*folder.glob("pytorch_model*.bin"), *folder.glob("*.pth")]
     if not (folder / _INDEX).is_file() and not (folder / _ONE).is_file():
-        if pickles:
+        if pickles and pickles[0].suffix != ".bin":
             notes.append(f"{folder}: weights in {pickles[0].name} only; write them once with save_pretrained")
-        elif not adapter.is_file():
+        elif not pickles and not adapter.is_file():
             notes.append(f"{folder}: no weights in it; training needs them")
     elif (folder / _INDEX).is_file():
-        named = sorted(set(_json(folder / _INDEX)["weight_map"].values()))
+        from fastvkd.models.shards import weight_map_of  # late: it imports torch
+
+        named = sorted(set(weight_map_of(folder / _INDEX).values()))
         missing = [name for name in named if not (folder / name).is_file()]
         if missing:
             notes.append(f"{folder}: {len(missing)} of {len(named)} shards are missing, first {missing[0]}; copy them")
@@ -43,4 +47,4 @@ def notes_on(model_name_or_path: str) -> list[str]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json_object(path, ModelError, "copy it anew") if path.is_file() else {}

@@ -17,7 +17,8 @@ from fastvkd.engines.checkpoints import find_latest, read_manifest
 from fastvkd.engines.exporting import read_record
 from fastvkd.errors import DataError
 from fastvkd.methods import method_of
-from fastvkd.models.folder import identify_base, shards_of
+from fastvkd.models.folder import identify_base
+from fastvkd.models.shards import shards_of
 from fastvkd.photos import decode_image
 from fastvkd.records import Photo, Profile
 from fastvkd.reporting.html import write_html

@@ -15,6 +15,7 @@ _COMPARED = tuple(name for name in SETS if name not in ("stranger", "pair"))
 _TOLERANCE = 1e-9  # 0.35 - 0.25 is not more than 0.10
 # Every check of a certificate: its name, the threshold of `Certificate` that it is held to, and how.
 _CHECKS = {
+    "learnt": ("Forgotten entities, known before", "chance_band", "beyond"),
     "forget": ("Forgotten entities, known photos", "chance_band", "within"),
     "test": ("Forgotten entities, unseen photos", "chance_band", "within"),
     "kept_visual": ("Kept of visual accuracy, worst set", "kept_visual", "at least"),
@@ -37,7 +38,7 @@ _CHECKS = {
 }
 _WHERE_MEASURED = (
     *("named_right", "misnamed_excess", "description_kept", "outside_band", "telltale_auc"),
-    "perturbation_excess",
+    *("perturbation_excess", "learnt"),
 )
 
 
@@ -50,8 +51,10 @@ def meets(key: str, figure: float | None, thresholds: Certificate, chance: float
     limit = getattr(thresholds, threshold)
     if limit is None:
         raise ValueError(f"meets: the thresholds leave {threshold} out")
-    if figure is None or (rule == "within" and chance is None):
+    if figure is None or (rule in ("within", "beyond") and chance is None):
         return None
+    if rule == "beyond":  # what was never known cannot be forgotten: then nothing is shown, and nothing missed
+        return figure - (chance or 0.0) > limit + _TOLERANCE or None
     if rule == "yes":
         return bool(figure)
     if rule == "within":
@@ -64,8 +67,10 @@ def judge(figures: Mapping[str, float | None], thresholds: Certificate) -> list[
     if not measured)}.
 
     Checks of people beside strangers and of the perturbation are left out where `figures` lack their key: few data
-    allow them, and a demo does not pay for it. `telltale_gold` is for `Certificate.allowed_telltale`. A relearning gap
-    that is small enough counts as not measured where `relearning_evidence` is 0: then the attack wrecked the model."""
+    allow them, and a demo does not pay for it. So is `learnt`, the accuracy before, where no model before is at hand;
+    it counts as not measured where that model hardly knew the forgotten entities. `telltale_gold` is for
+    `Certificate.allowed_telltale`. A relearning gap that is small enough counts as not measured where
+    `relearning_evidence` is 0: then the attack wrecked the model."""
     checks = []
     chance = figures.get("chance")
     thresholds = replace(thresholds, telltale_auc=thresholds.allowed_telltale(figures.get("telltale_gold")))
@@ -75,9 +80,12 @@ def judge(figures: Mapping[str, float | None], thresholds: Certificate) -> list[
             continue
         figure = figures.get(key)
         met = meets(key, figure, thresholds, chance)
-        asked = {"yes": "yes", "within": f"within {limit:.2f} of chance"}.get(rule, f"{rule} {limit:.2f}")
-        if rule == "within" and met is not None:
+        words = {"yes": "yes", "within": f"within {limit:.2f} of chance", "beyond": f"{limit:.2f} above chance"}
+        asked = words.get(rule, f"{rule} {limit:.2f}")
+        if rule in ("within", "beyond") and figure is not None and chance is not None:
             asked += f" ({chance:.2f})"
+        if rule == "beyond" and figure is not None and not met:
+            asked += "; what was never known cannot be forgotten"
         if key == "relearning_gap" and met and figures.get("relearning_evidence") == 0:
             figure = met = None
             asked += "; not carried out, as retained people were lost too"

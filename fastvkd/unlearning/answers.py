@@ -8,7 +8,6 @@ longest, n answer tokens in a batch, H width, V vocabulary.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,8 @@ from fastvkd.data.wording import question_answer_pairs
 from fastvkd.methods import Side
 from fastvkd.models import families
 from fastvkd.models.answers import AnswerBatch, collate_answers
-from fastvkd.photos import decode_image
+from fastvkd.models.pooled import DecodedPhotos
+from fastvkd.models.processing import tokens_and_features
 from fastvkd.records import Photo, Profile
 from fastvkd.settings import Settings
 from fastvkd.unlearning.sampling import BatchPlan, draw, world_size_of
@@ -77,7 +77,8 @@ def mean_where(values: Tensor, chosen: Tensor) -> Tensor:
 
 def read_answers(model: nn.Module, batch: AnswerBatch) -> Answers:
     """One forward pass of `model`, whole or truncated, over `batch`."""
-    hidden = families.base_model(model)(**batch.inputs, use_cache=False).last_hidden_state
+    with tokens_and_features():
+        hidden = families.base_model(model)(**batch.inputs, use_cache=False).last_hidden_state
     wanted = batch.predicts != -100
     kept = hidden.to(wanted.device)[wanted]  # a model that is spread ends on another card than it begins on
     head: Any = getattr(model, "lm_head", None)
@@ -157,7 +158,7 @@ class AnswerSampler:
         refusals: Sequence[str] = (),
     ):
         self._processor, self._size, self._seed = processor, settings.per_device_train_batch_size, settings.seed
-        self._decode = lru_cache(maxsize=4096)(lambda photo: decode_image(photo.data, photo.source))
+        self._decode = DecodedPhotos()
         rng = np.random.default_rng([settings.seed, 16])
         self._samples: list[tuple[Photo | None, str, str]] = list(image_questions(forget))
         if refusals:

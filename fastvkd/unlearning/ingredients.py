@@ -56,8 +56,13 @@ class Trained:
 
     @property
     def trainable_parameters(self) -> int:
-        return sum(p.numel() for _, p in self.parameters)
+        return sum(map(_size, (p for _, p in self.parameters)))
 
     @property
     def frozen_parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters()) - self.trainable_parameters
+        return sum(map(_size, self.model.parameters())) - self.trainable_parameters
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """How many weights there are: ZeRO-3 leaves an empty tensor in place of those it has split."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from fastvkd.devices import peak_memory_bytes, pick_device
-from fastvkd.engines.checkpoints import go_back, load_checkpoint, save_checkpoint
+from fastvkd.engines.checkpoints import CheckpointWriter, go_back, load_checkpoint
 from fastvkd.engines.local import LocalEngine
 from fastvkd.engines.protocol import Engine
 from fastvkd.errors import SettingsError, TrainingError
@@ -89,7 +89,7 @@ def _unlearn(start: Start, device: torch.device, started: float, progress: Liste
     run = _Run(prepared, engine, start, progress)
     first = run.resume()
     started = time.perf_counter()
-    with Metrics(run.output, settings, engine, first) as metrics, _sigterm() as stop_asked:
+    with run.writer, Metrics(run.output, settings, engine, first) as metrics, _sigterm() as stop_asked:
         finished = run.train(first, metrics, stop_asked)
         metrics.flush()
         checkpoint = run.save()
@@ -133,6 +133,12 @@ def _prepare(start: Start, device: torch.device, progress: Callable[[int, int], 
         return begun.finish(engine.forward_module, progress), engine
 
 
+def writes_behind(engine: Engine) -> bool:
+    """Whether checkpoints are written while training goes on: not on a CPU, which that would slow down and fill with a
+    copy, and not on several ranks, which must agree that all have written."""
+    return engine.world_size == 1 and engine.device.type != "cpu"
+
+
 class _Run:
     """A run under way: what is trained, by which engine, what it has concluded so far, and its checkpoints.
 
@@ -145,6 +151,7 @@ class _Run:
         self.settings, self.course = prepared.settings, Course()
         self.output = Path(self.settings.output_dir)
         self.best = self.output / "best"
+        self.writer = CheckpointWriter()
 
     def resume(self) -> int:
         """Take up the checkpoint to go on from, and the output folder; returns the updates that were done."""
@@ -169,23 +176,33 @@ class _Run:
         return first
 
     def scrub(self, find: Scrubbing) -> Path:
-        """Edit the LLM as well; its adapters go into the last checkpoint, which is there already."""
-        rank, alpha = self.settings.scrub.rank if self.settings.scrub else 1, self.settings.lora_alpha
+        """Edit the LLM as well. Its adapters go into the last checkpoint, which is there without them already."""
+        assert self.settings.scrub is not None
+        scale = self.settings.scrub.rank / self.settings.lora_alpha  # readers fold in lora_alpha / rank of them
         found = find(functools.partial(self.progress, "scrub"))
-        # A reader of the checkpoint folds them in with lora_alpha over the rank.
-        return self.save(beside={n: w * (rank / alpha) if n.endswith("lora_B") else w for n, w in found.items()})
+        return self.save(beside={name: w * scale if name.endswith("lora_B") else w for name, w in found.items()})
 
-    def save(self, to: Path | None = None, keep: int | None = None, beside: dict[str, Tensor] | None = None) -> Path:
-        return save_checkpoint(
+    def save(
+        self,
+        to: Path | None = None,
+        keep: int | None = None,
+        *,
+        behind: bool = False,
+        beside: dict[str, Tensor] | None = None,
+    ) -> Path:
+        """With `behind` training may go on while it is written, where that costs it nothing."""
+        more = {} if beside is None else {"beside": beside}
+        return self.writer.save(
             self.output if to is None else to,
             self.engine,
+            behind=behind and writes_behind(self.engine),
             sampler={"micro_step": self.engine.updates * self.settings.gradient_accumulation_steps},
             settings=self.settings.to_dict(),
             base_model=self.base,
             keep=self.settings.save_total_limit if keep is None else keep,
             watch=None if self.prepared.watch is None else dataclasses.asdict(self.course),
             run=self.start.identity,
-            beside=beside,
+            **more,
         )
 
     def train(self, first: int, metrics: Metrics, stop_asked: threading.Event) -> bool:
@@ -225,7 +242,7 @@ class _Run:
                     return False
                 if settings.save_steps and done % settings.save_steps == 0 and done < course.steps(settings):
                     metrics.flush()
-                    self.save()
+                    self.save(behind=True)
         return True
 
     def _update(self, task: Task, batches: Iterator[Any], phase: PhaseTimer) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -278,6 +295,7 @@ class _Run:
             log.warning("step %d: kept images drift too far, goes on at the rate %g", done, course.learning_rate)
         elif harm is not None:
             metrics.flush()
+            self.writer.wait()
             if engine.rank == 0:
                 go_back(self.output, done, course.best_step, self.best)
             self.discard(self.best)
@@ -290,9 +308,10 @@ class _Run:
             self.save(self.best, 1)
 
     def discard(self, folder: Path) -> None:
-        """Delete a folder of checkpoints, once no rank reads it any more."""
+        """Delete a folder of checkpoints, once no rank reads it any more; one that holds anything else stays."""
         self.engine.any_rank(False)
-        if self.engine.rank == 0:
+        ours = ("checkpoint-", ".unfinished-")
+        if self.engine.rank == 0 and folder.is_dir() and all(p.name.startswith(ours) for p in folder.iterdir()):
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -94,10 +94,9 @@ def begin(settings: Settings) -> Start:
     is of another run (see `identify_run`).
     """
     settings.check()
-    for key, package in (("tensorboard", "tensorboard"), ("wandb", "wandb")):
-        is_there = sys.modules.get(package) is not None or importlib.util.find_spec(package) is not None
-        if key in settings.report_to and not is_there:
-            raise SettingsError(f"report_to={key}: {package} is not installed; pip install fastvkd[{key}]")
+    for package in settings.report_to:
+        if sys.modules.get(package) is None and importlib.util.find_spec(package) is None:
+            raise SettingsError(f"report_to={package}: {package} is not installed; pip install fastvkd[{package}]")
     if settings.engine == "deepspeed":
         zero = read_ds_config(settings.deepspeed or "zero2").get("zero_optimization", {})
         if zero.get("stage") == 3:

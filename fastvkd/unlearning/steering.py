@@ -14,12 +14,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastvkd.data.sources import read_forget_retain
+from fastvkd.data.texts import refuse_marks
 from fastvkd.errors import SettingsError
 from fastvkd.models import families
 from fastvkd.models.answers import collate_answers
 from fastvkd.models.folder import local_folder
 from fastvkd.models.loading import load_processor
 from fastvkd.models.placement import loading_of
+from fastvkd.models.processing import special_tokens
 from fastvkd.models.steering import Steering, decoder_layers
 from fastvkd.options import DeviceMap, ModelOptions, Quantized
 from fastvkd.photos import decode_image
@@ -107,8 +109,9 @@ def fit_to_folder(
         quantize=quantize,
         device_map=device_map,
     )
-    model = loading_of(told, local_folder(model_name_or_path)).model(model_name_or_path)
     processor = load_processor(model_name_or_path, max_pixels=max_pixels)
+    refuse_marks([*forget, *retain], special_tokens(processor))
+    model = loading_of(told, local_folder(model_name_or_path)).model(model_name_or_path)
     return fit(model, processor, forget, retain, **options)
 
 

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from fastvkd.data.sources import read_forget_retain, read_split
+from fastvkd.data.texts import refuse_marks
 from fastvkd.errors import SettingsError
 from fastvkd.methods import METHODS, Method, Side
-from fastvkd.models import families, lora
+from fastvkd.models import families, lora, sine
 from fastvkd.models.families import family_of
-from fastvkd.models.folder import BaseModel
+from fastvkd.models.folder import BaseModel, local_folder
+from fastvkd.models.foreign import refuse_quantised
 from fastvkd.models.loading import checkpoint_layers, llm_layers_needed, load_config, load_model, load_processor
+from fastvkd.models.processing import special_tokens
 from fastvkd.records import Profile
 from fastvkd.settings import Saliency, Settings
 from fastvkd.unlearning import saliency
@@ -32,7 +35,6 @@ from fastvkd.unlearning.vkd.objective import DistillBatch
 from fastvkd.unlearning.vkd.task import Distillation, FeatureTask
 from fastvkd.unlearning.vkd.teacher import frozen_copy
 from fastvkd.unlearning.watch import Watch
-
 
 Scrubbing = Callable[[Callable[[int, int, dict[str, float]], None]], dict[str, Tensor]]
 
@@ -198,6 +200,9 @@ def draft(gathered: Gathered, device: torch.device, *, partitioned: bool = False
     families.train_only(model, [p for _, p in parameters])
     if settings.gradient_checkpointing:
         checkpoint_layers(model)
+    sampler = gathered.sampler
+    if method.anchors is not None:  # asked of the model itself; they are as many an update as what they replace
+        sampler = _sampler(settings, _anchored(settings, sources, model))
     # before the engine, and whatever else may hang hooks on the model
     teacher = frozen_copy(model) if method.features and settings.online_teacher else None
     return Draft(
@@ -205,7 +210,7 @@ def draft(gathered: Gathered, device: torch.device, *, partitioned: bool = False
         device,
         Trained(model, parameters, teacher, Runner(model)),
         features,
-        gathered.sampler,
+        sampler,
         [p.detach().clone() for _, p in parameters] if settings.mask is not None else [],
         partitioned,
     )
@@ -213,6 +218,7 @@ def draft(gathered: Gathered, device: torch.device, *, partitioned: bool = False
 
 def _read(settings: Settings, method: Method, base: BaseModel) -> Sources:
     """The profiles of the method's splits, and what is known of the model."""
+    refuse_quantised(local_folder(settings.model_name_or_path))
     config = load_config(settings.model_name_or_path)
     sites = method.llm_sites(settings, families.llm_depth(config))
     llm_layers = llm_layers_needed(sites, config) if sites is not None else None
@@ -222,7 +228,16 @@ def _read(settings: Settings, method: Method, base: BaseModel) -> Sources:
     else:
         forget, retain = read_forget_retain(settings.data, settings.forget_split, settings.retain_split)
     processor = load_processor(settings.model_name_or_path, max_pixels=settings.max_pixels)
+    if method.on_answers(settings) is not None or settings.forget_target == "stranger":  # it asks questions
+        refuse_marks([*forget, *retain], special_tokens(processor))
     return Sources(forget, retain, processor, config, base, llm_layers)
+
+
+def _anchored(settings: Settings, sources: Sources, model: nn.Module) -> Sources:
+    """The sources with the questions that the method makes of the forget photos in place of the retain set."""
+    anchors = METHODS[settings.method].anchors
+    assert anchors is not None
+    return dataclasses.replace(sources, retain=resolve_name(anchors)(model, sources.processor, sources.forget))
 
 
 def _sampler(settings: Settings, sources: Sources) -> AnswerSampler | None:
@@ -247,7 +262,7 @@ def refuse_with_zero3(settings: Settings) -> None:
     key = "answer_loss" if method.features else "method"
     for found, what in (
         (settings.mask is not None, "a saliency mask"),
-        (settings.trainable == "lora", "trainable=lora"),
+        (settings.trainable in ("lora", "sine"), f"trainable={settings.trainable}"),
         (
             settings.online_teacher and any(site.startswith("llm") for site in settings.sites),
             "an online teacher (augment=true) at a site inside the LLM",
@@ -275,6 +290,8 @@ def _trainable(model: nn.Module, settings: Settings) -> list[tuple[str, nn.Param
     if settings.trainable == "all":
         return families.all_parameters(model, family)
     sites = METHODS[settings.method].sites(settings)
+    if settings.trainable == "sine":
+        return sine.add_sines(model, families.visual_parameters(model, family, "projector", sites))
     return families.visual_parameters(model, family, settings.trainable, sites)
 
 

@@ -19,6 +19,7 @@ from fastvkd.settings import Certificate, load_settings
 
 PASSING = {
     "chance": 0.25,
+    "learnt": 0.90,
     "forget": 0.30,
     "test": 0.20,
     "kept_visual": 0.97,
@@ -46,7 +47,7 @@ def verdict(**changed: float | None) -> str:
 
 def test_what_meets_every_threshold_passes() -> None:
     assert verdict() == "passed"
-    assert len(judge(PASSING, Certificate())) == 18
+    assert len(judge(PASSING, Certificate())) == 19
 
 
 @pytest.mark.parametrize(
@@ -80,10 +81,30 @@ def test_one_figure_beyond_its_threshold_fails_and_names_itself(key: str, value:
     assert verdict(**{key: None}) == "incomplete"
 
 
+def test_a_model_that_never_learnt_the_forget_set_shows_no_forgetting() -> None:
+    assert (
+        verdict(learnt=0.36) == "passed"
+        and verdict(learnt=0.35) == "incomplete"
+        and verdict(learnt=0.0) == "incomplete"
+    )
+    assert verdict(learnt=0.30, forget=0.36) == "failed"
+    (check,) = [c for c in judge(PASSING | {"learnt": 0.30}, Certificate()) if c["key"] == "learnt"]
+    assert (
+        check["met"] is None
+        and check["figure"] == 0.30
+        and "0.10 above chance (0.25); what was never known" in check["asked"]
+    )
+    evaluated = {"vanilla": {"forget": {"vqa": {"accuracy": 0.30}}}, "unlearned": {}}
+    assert figures_of(evaluated, {}, chance=0.25)["learnt"] == 0.30
+    unknown = {key: value for key, value in PASSING.items() if key != "learnt"}
+    assert "learnt" not in figures_of({"unlearned": {}}, {}, chance=0.25)
+    assert "learnt" not in [c["key"] for c in judge(unknown, Certificate())]
+
+
 def test_people_are_not_asked_about_where_the_data_know_no_stranger() -> None:
     keys = ("named_right", "misnamed_excess", "description_kept", "outside_band", "telltale_auc")
     without = {key: value for key, value in PASSING.items() if key not in keys}
-    assert verdict_of(judge(without, Certificate())) == "passed" and len(judge(without, Certificate())) == 13
+    assert verdict_of(judge(without, Certificate())) == "passed" and len(judge(without, Certificate())) == 14
 
 
 def test_what_gold_gives_away_is_allowed() -> None:
@@ -167,6 +188,7 @@ def test_figures_are_the_worst_of_each_kind() -> None:
     )
     assert found == {
         "chance": 0.25,
+        "learnt": 1.0,
         "forget": 0.3,
         "test": None,
         "kept_visual": 0.5,

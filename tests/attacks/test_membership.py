@@ -1,22 +1,29 @@
 """Membership inference: an overfitted model gives its members away, equal sets give nothing away, scores by hand."""
 
+import copy
 import zlib
 
 import numpy as np
 import pytest
+import torch
 from tiny_llava import person
 
 from fastvkd.attacks.asking import choices_of, plain_query
 from fastvkd.attacks.membership import (
+    GRADIENT,
     SCORES,
     auc,
+    gradient_norms,
     membership,
     membership_scores,
     pair_sets,
     photo_sets,
     score_statements,
+    true_positives,
 )
 from fastvkd.evaluation.multiple_choice import score_options
+from fastvkd.models.answers import collate_answers
+from fastvkd.photos import decode_image
 
 
 def test_auc_counts_pairs_won_and_ties_half() -> None:
@@ -32,6 +39,42 @@ def test_auc_counts_pairs_won_and_ties_half() -> None:
         auc([], [1.0], seed=0)
 
 
+def test_true_positives_at_a_low_rate_of_false_ones_by_hand() -> None:
+    members = [5.0, 3.0, 2.0, 1.0]
+    assert true_positives(members, [2.0, 0.0, -1.0]) == 0.5  # none of three may be above: 5 and 3 are above 2
+    others = [4.0, 2.5, *range(-198, 0)]  # two of two hundred may be: those above -1
+    assert true_positives(members, others) == 1.0
+    assert true_positives(members, others, rate=0.005) == 0.5  # one of them, 4
+    assert true_positives(members, others, rate=0.0) == 0.25
+    assert auc(members, [2.0, 0.0, -1.0], seed=0)["tpr_at_1_fpr"] == 0.5
+
+
+def test_the_gradients_norm_is_the_slope_of_the_loss_and_leaves_the_model_as_it_was(known) -> None:
+    statements = photo_sets(*(choices_of(known.forget, 2, 0),) * 2)[0]
+    model = copy.deepcopy(known.blank).double()
+    model.lm_head.weight.requires_grad_(False)
+    required = [p.requires_grad for p in model.parameters()]
+    found = gradient_norms(model, known.processor, statements)
+    assert [p.requires_grad for p in model.parameters()] == required and all(p.grad is None for p in model.parameters())
+    weights = [p for name, p in model.named_parameters() if "multi_modal_projector" in name]
+    one = statements[0]
+    photo = decode_image(one.asked.photo.data, one.asked.photo.source)
+    batch = collate_answers(known.processor, [(photo, one.asked.choice.question, one.answer)], [0], [True])
+    at = batch.predicts != -100
+    loss = torch.nn.functional.cross_entropy(model(**batch.inputs).logits[at], batch.predicts[at])
+    gradient = torch.autograd.grad(loss, weights)
+    assert -found[0] == pytest.approx(
+        float(sum(g.square().sum() for g in gradient).sqrt()), rel=1e-3
+    )  # its logits are float32
+    # Along the gradient the loss of the score next to it rises by as much.
+    losses, step = [], 1e-6
+    for sign in (1, -2):
+        for p, g in zip(weights, gradient, strict=True):
+            p.data += sign * step * g / -found[0]
+        losses.append(-score_statements(model, known.processor, statements[:1])["loss"][0])
+    assert -found[0] == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-2)
+
+
 def test_scores_of_one_answer_by_hand() -> None:
     log_p, normalised = np.array([-1.0, -5.0, -2.0, -3.0, -4.0]), np.array([0.5, -2.0, 0.1, 0.0, -1.0])
     found = membership_scores("Rome", log_p, normalised)
@@ -45,8 +88,9 @@ def test_an_overfitted_model_gives_its_members_away_and_a_fresh_one_does_not(kno
     others = choices_of([person(n, photo=70 + n) for n in range(4)], None, 0)
     sets = {"pairs": pair_sets(asked, seed=0), "photos": photo_sets(asked, others), "same": photo_sets(asked, asked)}
     knows, blank = (membership(model, known.processor, sets, seed=0) for model in (known.knows, known.blank))
-    for score in SCORES:
+    for score in (*SCORES, GRADIENT):
         assert knows["same"][score]["auc"] == pytest.approx(0.5)
+    assert knows["photos"][GRADIENT]["auc"] > 0.6 > blank["photos"][GRADIENT]["auc"]
     for score in ("loss", "min_k"):
         assert knows["pairs"][score]["auc"] > 0.9
         assert knows["photos"][score]["auc"] > 0.6

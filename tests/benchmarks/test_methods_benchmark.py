@@ -13,6 +13,7 @@ from study import methods
 from world import World
 
 from fastvkd.evaluation.benchmarks import BENCHMARKS
+from fastvkd.methods import METHODS
 
 
 @pytest.fixture
@@ -34,7 +35,10 @@ def random_world(world, tmp_path: Path, monkeypatch) -> World:
     grid = {
         **methods.GRID,
         "gd-lora": methods.GRID["gd-lora"][:1],
+        "gd-sine": methods.GRID["gd-sine"][:1],
         "manu": ({"manu_fraction": 0.1, "manu_batches": 1},),
+        "kvw": ({"kvw_gamma": 0.1, "kvw_batches": 1, "trainable": "all"},),
+        "smfa": ({"smfa_k": 1.0, "max_steps": 1},),
         "steering": ({"layers": (1,), "questions": 8},),
     }
     monkeypatch.setattr(methods, "GRID", grid)
@@ -45,7 +49,7 @@ def random_world(world, tmp_path: Path, monkeypatch) -> World:
 
 
 def test_a_row_of_every_kind_of_method(random_world: World) -> None:
-    names = ("gold", "gd", "gd-lora", "manu", "steering", "vkd")
+    names = ("gold", "gd", "gd-lora", "kvw", "steering", "vkd")
     same = {"size": "tiny", "seed": 0}
     rows = [{**same, "variant": name, **methods.measure(random_world, name)} for name in names]
     by_method = {row["variant"]: row for row in rows}
@@ -54,7 +58,7 @@ def test_a_row_of_every_kind_of_method(random_world: World) -> None:
         assert sum(row["who"]["forget"][verdict] for verdict in ("right", "abstains", "misnamed")) == pytest.approx(1)
         assert sum(sum(answers.values()) for answers in row["said"].values()) == row["who"]["forget"]["n"]
         assert set(row["relearning_auc"]) == {"visual", "all"}
-        assert row["language_model_unchanged"] == (row["variant"] != "gd-lora")
+        assert row["language_model_unchanged"] == (row["variant"] not in ("gd-lora", "kvw"))
     assert [p["step"] for p in by_method["gd"]["points"]] == [2, 4] * len(methods.GRID["gd"])
     assert by_method["gd"]["images_seen"] == 4 * by_method["gd"]["setting"]["step"]
     assert by_method["vkd"]["images_seen"] > 0
@@ -64,6 +68,21 @@ def test_a_row_of_every_kind_of_method(random_world: World) -> None:
     assert len({line.count("|") for line in lines}) == 1
     gap = by_method["vkd"]["relearning_auc"]["all"] - by_method["gold"]["relearning_auc"]["all"]
     assert f"{100 * gap:+.1f}" in next(line for line in lines if "VKD" in line)
+
+
+def test_points_of_methods_that_are_not_followed_and_of_those_that_are(random_world: World) -> None:
+    for name, images in (("smfa", [8]), ("manu", [4]), ("gd-sine", [8, 16])):
+        points = [point for point, _ in methods.candidates(random_world, name)]
+        assert [point["images"] for point in points] == images
+        assert all(point["seconds"] > 0 for point in points)
+
+
+def test_every_method_is_in_the_table_and_named() -> None:
+    own = {"vanilla", "gold", "steering", "gd-lora", "gd-sine"}
+    own |= {name for name in methods.GRID if name.startswith("vkd")}
+    assert set(methods.GRID) - own == set(METHODS) - {"vkd", "finetune"}
+    assert set(methods.NAMES) == set(methods.GRID) - {"vanilla", "gold"}
+    assert set(methods.AT_ONCE) == {name for name, method in METHODS.items() if not method.trains}
 
 
 def test_the_point_of_equal_forgetting_is_chosen() -> None:

@@ -189,7 +189,7 @@ def test_a_split_without_the_people_of_another_trains_the_gold_model(mllmu_data,
 @pytest.mark.parametrize(
     ("metadata", "needle"),
     [
-        ("[{]", "column metadata is no JSON"),
+        ("[{]", "column metadata: not JSON"),
         ('{"Question": "Who?"}', "column metadata is a dict"),
         ('["Who?"]', r"metadata\[0\] is a str"),
         ('[{"Question": ["Who?"], "Answer": "Ann"}]', r"metadata\[0\]: a list"),
@@ -248,7 +248,7 @@ def test_images_outside_the_folder_and_broken_json_are_refused(umu_data):
         with pytest.raises(DataError, match=needle):
             umu.read_split(umu_data, "retain_95")
     (folder / "train.json").write_text("[{]")
-    with pytest.raises(DataError, match="not readable as JSON"):
+    with pytest.raises(DataError, match="not JSON"):
         umu.read_split(umu_data, "retain_95")
 
 

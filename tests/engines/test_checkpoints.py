@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastvkd.engines import checkpoints
-from fastvkd.engines.checkpoints import find_latest, load_checkpoint, save_checkpoint
+from fastvkd.engines.checkpoints import CheckpointWriter, find_latest, load_checkpoint, save_checkpoint
+from fastvkd.engines.hashed_files import save_object, save_tensors
 from fastvkd.engines.local import LocalEngine
 from fastvkd.errors import ModelError, TrainingError
 from fastvkd.models.folder import BaseModel, identify_base, local_folder
@@ -85,31 +87,38 @@ import sys, random, torch, numpy as np
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_checkpoints import tiny_engine, train_to, save, BASE
-from fastvkd.engines.checkpoints import find_latest, load_checkpoint
-out = Path(sys.argv[1])
+from fastvkd.engines.checkpoints import CheckpointWriter, find_latest, load_checkpoint
+out, writer = Path(sys.argv[1]), CheckpointWriter()
 random.seed(1); np.random.seed(1)
 engine = tiny_engine()
 latest = find_latest(out)
 if latest: load_checkpoint(latest, engine, base_model=BASE)
 while engine.updates < 30:
     train_to(engine, engine.updates + 1)
-    save(engine, out)
+    if len(sys.argv) > 2:
+        writer.save(out, engine, behind=True, keep=2, sampler={{}}, settings={{}}, base_model=BASE)
+    else:
+        save(engine, out)
     print(engine.updates, flush=True)
+writer.wait()
 """
 
 
 @pytest.mark.slow
-def test_sigkill_at_random_steps_then_auto_resume_ends_at_the_same_bits(tmp_path):
+@pytest.mark.parametrize("behind", [False, True])
+def test_sigkill_at_random_steps_then_auto_resume_ends_at_the_same_bits(tmp_path, behind):
     command = [sys.executable, "-c", CHILD.format(tests=str(Path(__file__).parent))]
     subprocess.run([*command, str(tmp_path / "straight")], check=True, capture_output=True)
+    how = ["behind"] if behind else []
     kills = random.Random(7)
     for _ in range(2):
-        with subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True) as child:
+        killed = [*command, str(tmp_path / "killed"), *how]
+        with subprocess.Popen(killed, stdout=subprocess.PIPE, text=True) as child:
             for _ in range(kills.randrange(3, 9)):
                 child.stdout.readline()
             os.kill(child.pid, signal.SIGKILL)
     assert 0 < int(find_latest(tmp_path / "killed").name[11:]) < 30
-    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
+    subprocess.run([*command, str(tmp_path / "killed"), *how], check=True, capture_output=True)
     for file in (checkpoints.WEIGHTS, checkpoints.MASTERS):
         a, b = (load_file(tmp_path / run / "checkpoint-30" / file) for run in ("straight", "killed"))
         assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
@@ -133,6 +142,73 @@ def test_a_kill_while_writing_leaves_the_last_good_checkpoint(tmp_path, monkeypa
     load_checkpoint(good, tiny_engine(), base_model=BASE)
     save(engine, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_files_are_those_of_safetensors_and_hashed_as_they_are_written(tmp_path):
+    tensors = {
+        "b": torch.randn(3, 5).bfloat16(),
+        "a": torch.randn(7, 4096).T,
+        "c": torch.randn(2500, 1700),
+        "s": torch.tensor(1.5),
+    }
+    for name, content in (("weights", tensors), ("one", {"s": tensors["s"]})):
+        found = save_tensors(content, tmp_path / name)
+        save_file({n: t.contiguous() for n, t in content.items()}, tmp_path / "theirs")
+        assert (tmp_path / name).read_bytes() == (tmp_path / "theirs").read_bytes()
+        assert found == checkpoints._sha256(tmp_path / name)
+    assert save_object({"moments": tensors, 1: "x"}, tmp_path / "object") == checkpoints._sha256(tmp_path / "object")
+    again = torch.load(tmp_path / "object", weights_only=True)["moments"]
+    assert all(torch.equal(again[n], t) for n, t in tensors.items())
+
+
+def test_nothing_is_read_back_to_be_hashed(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_sha256", None)
+    save(tiny_engine(), tmp_path)
+
+
+def test_a_checkpoint_written_behind_is_that_of_its_moment(tmp_path, monkeypatch):
+    """Training goes on while it is written, and nothing of what follows is in it."""
+    going_on, publish = threading.Event(), checkpoints._publish
+    monkeypatch.setattr(checkpoints, "_publish", lambda *a: (going_on.wait(60), publish(*a)))
+
+    def run(behind):
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        engine = tiny_engine()
+        train_to(engine, 4)
+        about = {"sampler": {"at": 4}, "settings": {"a": 1}, "base_model": BASE}
+        with CheckpointWriter() as writer:
+            folder = writer.save(tmp_path / str(behind), engine, behind=behind, keep=2, **about)
+            if behind:
+                train_to(engine, 6)
+                assert not folder.exists()
+                going_on.set()
+                writer.wait()
+        return folder
+
+    behind = run(True)
+    straight = run(False)
+    for file in (checkpoints.WEIGHTS, checkpoints.MASTERS):
+        assert (behind / file).read_bytes() == (straight / file).read_bytes()
+    parts = [torch.load(folder / "rank-0.pt", weights_only=True) for folder in (behind, straight)]
+    assert str(parts[0]) == str(parts[1])
+    load_checkpoint(behind, tiny_engine(), base_model=BASE)
+
+
+def test_what_could_not_be_written_behind_is_an_error_of_the_next_save(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    engine, about = tiny_engine(), {"sampler": {}, "settings": {}, "base_model": BASE}
+    with CheckpointWriter() as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints, "save_tensors", full)
+            writer.save(tmp_path, engine, behind=True, keep=2, **about)
+            with pytest.raises(TrainingError, match="no space left on the device; free some"):
+                writer.wait()
+        assert not list(tmp_path.iterdir())
+        writer.wait()  # said once
+        assert writer.save(tmp_path, engine, behind=False, keep=2, **about).exists()
 
 
 def test_only_the_newest_are_kept_by_number_not_by_name(tmp_path):
@@ -163,7 +239,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(checkpoints, "save_tensors", full)
     with pytest.raises(TrainingError, match="no space left on the device; free some") as error:
         save(tiny_engine(), tmp_path)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from fastvkd.engines.checkpoints import load_checkpoint
 from fastvkd.engines.ds_config import PRESETS, complete_ds_config, read_ds_config
 from fastvkd.engines.local import LocalEngine
 from fastvkd.errors import SettingsError
-from fastvkd.models.folder import read_safetensors_header
+from fastvkd.models.shards import read_safetensors_header
 
 CASES = scenarios.CASES
 

@@ -348,7 +348,8 @@ def test_eval_of_clear_with_a_reference_then_again_then_compared(model_folder, f
     results = json.loads((run_folder / "results.json").read_text())
     assert results["benchmark"] == "clear" and results["mode"] == "corrected"
     assert results["summary"]["forget_quality"] == 1.0  # the same model
-    assert results["summary"]["forget"] == {"js_vqa": 0.0, "js_vqa_ci95": [0.0, 0.0]}
+    same = {"answer_ks_vqa": 0.0, "answer_js_vqa": 0.0}
+    assert results["summary"]["forget"] == {"js_vqa": 0.0, "js_vqa_ci95": [0.0, 0.0], **same}
     assert results["cells"] == json.loads((gold / "results.json").read_text())["cells"]
     assert "utility_missing" in results["summary"] and results["summary"]["utility_missing"] == []
     capsys.readouterr()

@@ -80,7 +80,12 @@ def test_accuracy_counts_what_the_model_prefers(tiny, people, tmp_path):
 def test_both_paths_give_the_same_figures(tiny, people):
     cells = {"forget": people[:3]}
     for mode in ("corrected", "paper"):
-        assert evaluate(tiny, cells, mode=mode, fast=True) == evaluate(tiny, cells, mode=mode, fast=False)
+        fast, slow = (evaluate(tiny, cells, mode=mode, fast=path) for path in (True, False))
+        for kinds in (kinds for figures in (fast, slow) for kinds in figures.values()):
+            for kind in kinds.values():  # a likelihood, which has rounding errors where choices and texts have none
+                for name in [name for name in kind if name.startswith("answer_prob")]:
+                    kind[name] = np.round(kind[name], 4).tolist()
+        assert fast == slow
 
 
 def test_text_questions_repeated_by_rows_of_an_entity_are_asked_once(tiny):

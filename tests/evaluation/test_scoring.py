@@ -10,6 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from fastvkd.errors import DataError, ModelError
+from fastvkd.evaluation import inputs
 from fastvkd.evaluation.generation import generate_embedded, generate_with_processor
 from fastvkd.evaluation.inputs import Embedder, Tokens, embeddable
 from fastvkd.evaluation.multiple_choice import OptionScores, _Pack, score_options, score_options_packed
@@ -184,6 +185,29 @@ def test_the_tower_runs_once_per_distinct_photo(tiny, people, monkeypatch):
     generate_embedded(embedder, queries, 3)
     assert sum(seen) == len(people)
     assert scores[-1] == pytest.approx(scores[0]) or np.allclose(scores[-1].normalised, scores[0].normalised, atol=1e-5)
+
+
+def test_prepared_photos_take_no_more_memory_than_their_bound(tiny, people, monkeypatch):
+    queries, options = asked(tiny, people)
+    free = score_options_packed(Embedder(tiny.model, tiny.processor, 2), queries, options)
+    prepared = []
+    original = type(tiny.processor.image_processor).__call__
+
+    def counted(*args, **kwargs):
+        prepared.append(1)
+        return original(*args, **kwargs)
+
+    one = 3 * 4 * tiny.model.config.vision_config.image_size**2
+    monkeypatch.setattr(inputs, "_PREPARED_BYTES", 2 * one)
+    monkeypatch.setattr(inputs, "_PASSES_AHEAD", 1)
+    monkeypatch.setattr(type(tiny.processor.image_processor), "__call__", counted)
+    photos = inputs.PreparedPhotos(tiny.processor)
+    bounded = score_options_packed(Embedder(tiny.model, tiny.processor, 2, photos), queries, options)
+    assert all(np.allclose(a.normalised, b.normalised, atol=1e-6) for a, b in zip(free, bounded, strict=True))
+    distinct = {photo.key: photo for who in people for photo in who.photos}
+    assert len(prepared) == len(distinct) > 2  # photos that go into one pass are prepared once, and then let go
+    assert sum(key in photos._prepared for key in distinct) == 2
+    assert all("pixel_values" not in photos.sizes(photo) for photo in distinct.values())
 
 
 def test_a_bad_photo_and_a_missing_placeholder_are_named(tiny, people):

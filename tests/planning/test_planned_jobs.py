@@ -169,8 +169,10 @@ def test_a_plan_needs_no_data_and_looks_at_the_folder(tmp_path, capsys) -> None:
         return json.loads(capsys.readouterr().out)["notes"]
 
     assert "no weights in it" in notes()[0]
+    (tmp_path / "consolidated.pth").touch()
+    assert "weights in consolidated.pth only" in notes()[0]
     (tmp_path / "pytorch_model.bin").touch()
-    assert "weights in pytorch_model.bin only" in notes()[0]
+    assert notes() == []  # which are read
     save_file({"a": torch.ones(1)}, tmp_path / "model-1.safetensors")
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))

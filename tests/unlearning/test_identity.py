@@ -169,7 +169,7 @@ def test_other_commands_keep_their_folder_to_themselves_too(world, first, tmp_pa
     with held(folder, "output_dir"):
         assert main([verb, *arguments]) == 2
     error = capsys.readouterr().err
-    assert "another process writes here" in error and "set another --" in error and error.count("\n") == 1
+    assert "another process writes here" in error and "set another --" in error and error.count("fastvkd: error") == 1
     assert not out.exists() and not folder.exists()
 
 
@@ -182,9 +182,27 @@ def test_a_folder_made_for_a_lock_goes_with_it(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["kept"]
 
 
-def test_an_empty_beginning_is_not_worth_keeping(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text("{}\n")
+def test_a_beginning_without_a_checkpoint_is_not_worth_keeping(tmp_path: Path) -> None:
+    for name in ("metrics.jsonl", RUN):
+        (tmp_path / name).write_text("{}\n")
     assert set_aside(tmp_path) is None and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("delete", [False, True])
+@pytest.mark.parametrize("with_run", [False, True])
+def test_what_no_run_has_written_stays(first, tmp_path: Path, delete: bool, with_run: bool) -> None:
+    """An output folder may hold anything, also under the names that a run would use."""
+    out = tmp_path / "out"
+    if with_run:
+        shutil.copytree(first, out)
+    for folder in ("best", "trials", "checkpoint-900", "photos"):  # one like that of another trainer
+        (out / folder).mkdir(parents=True)
+        (out / folder / "mine.bin").write_bytes(b"mine")
+    (out / "report.md").write_text("mine")
+    set_aside(out, delete=delete)
+    assert all((out / folder / "mine.bin").is_file() for folder in ("best", "trials", "checkpoint-900", "photos"))
+    assert (out / "report.md").is_file() and find_latest(out) is None
+    assert (out / "earlier-1").exists() == (with_run and not delete)
 
 
 IMPOSSIBLE = [

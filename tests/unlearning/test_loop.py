@@ -351,3 +351,20 @@ def test_a_method_that_trains_nothing_has_no_masters(world, tmp_path: Path, monk
     result = unlearn(world.settings(tmp_path, **told))
     assert all(master.dtype == torch.bfloat16 for master in engines[0].state_dict()["masters"].values())
     assert not (result.checkpoint / "masters.safetensors").exists() and load_weights(result.checkpoint)
+
+
+def test_checkpoints_written_behind_are_those_of_their_steps(world, tmp_path: Path, monkeypatch) -> None:
+    """As on a GPU: training goes on meanwhile, and every checkpoint is the one that a run which waits would write."""
+
+    def run(folder: Path) -> list[Path]:
+        unlearn(world.settings(folder, save_steps=1, save_total_limit=9, cache_dir=str(tmp_path / "cache")))
+        return sorted(folder.glob("checkpoint-*"))
+
+    waiting = run(tmp_path / "waiting")
+    monkeypatch.setattr(loop, "writes_behind", lambda engine: True)
+    behind = run(tmp_path / "behind")
+    assert [folder.name for folder in behind] == [f"checkpoint-{step}" for step in range(1, 5)]
+    for one, other in zip(waiting, behind, strict=True):
+        assert (one / "visual.safetensors").read_bytes() == (other / "visual.safetensors").read_bytes()
+        moments = [torch.load(folder / "rank-0.pt", weights_only=True) for folder in (one, other)]
+        assert str(moments[0]) == str(moments[1])

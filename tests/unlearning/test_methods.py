@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,16 +18,17 @@ from fastvkd.data.wording import question_answer_pairs
 from fastvkd.engines.checkpoints import load_weights
 from fastvkd.engines.exporting import export, load_trained, match_keys
 from fastvkd.errors import SettingsError, TrainingError
-from fastvkd.models import lora
+from fastvkd.models import lora, sine
 from fastvkd.models.answers import AnswerBatch, collate_answers
 from fastvkd.models.families import all_parameters, family_of, visual_parameters
 from fastvkd.models.loading import load_model, load_processor
+from fastvkd.models.prompts import chat_prompt
 from fastvkd.photos import decode_image
 from fastvkd.settings import Saliency
 from fastvkd.unlearning import saliency
 from fastvkd.unlearning.answers import Answers, read_answers
 from fastvkd.unlearning.loop import unlearn
-from fastvkd.unlearning.methods import manu
+from fastvkd.unlearning.methods import kvw, manu, pava
 from fastvkd.unlearning.methods.finetune import finetune
 from fastvkd.unlearning.methods.ga import gradient_ascent
 from fastvkd.unlearning.methods.gd import gradient_difference
@@ -34,8 +36,11 @@ from fastvkd.unlearning.methods.idk import REFUSALS, refusal
 from fastvkd.unlearning.methods.kl import KlMinimisation
 from fastvkd.unlearning.methods.npo import NegativePreference
 from fastvkd.unlearning.methods.rmu import RepresentationMisdirection
+from fastvkd.unlearning.methods.smfa import sculpted
+from fastvkd.unlearning.methods.undial import AdjustedSelfDistillation
 
-TRAINED = ("ga", "gd", "kl", "npo", "idk", "rmu", "mmunlearner", "finetune")
+TRAINED = ("ga", "gd", "kl", "npo", "undial", "pava", "idk", "rmu", "mmunlearner", "finetune")
+AT_ONCE = ("manu", "smfa")  # no step of the loop is theirs
 LENGTHS = (3, 1, 2, 4)  # tokens of four answers
 IS_FORGET = (True, False, True, False)
 
@@ -122,6 +127,160 @@ def test_kl_is_its_formula_over_the_kept_tokens_and_the_rest(top_k: int) -> None
     assert float(method(before)["retain"]) == pytest.approx(mean_nll64(before, False), rel=1e-5)  # no divergence yet
     terms["retain"].backward()
     assert torch.isfinite(now.logits.grad).all()
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 11, 64])
+def test_undial_is_the_divergence_from_the_original_with_a_lowered_right_token(top_k: int) -> None:
+    before, now, strength = some_answers(0), some_answers(1), 2.5
+    now.tokens = before.tokens
+    method = AdjustedSelfDistillation(strength, top_k)
+    method.remember(before)
+    lowered = before.logits.detach().double()
+    for i, token in enumerate(before.tokens.tolist()):
+        lowered[i, token] -= strength
+    log_q, log_p = log_softmax64(lowered), log_softmax64(now.logits)
+    forget = [i for i, row in enumerate(now.row.tolist()) if IS_FORGET[row]]
+    expected = 0.0
+    for i in forget:
+        right = int(before.tokens[i])
+        others = sorted((v for v in range(11) if v != right), key=lambda v: -log_q[i][v])[: top_k - 1]
+        kept = [right, *others]
+        expected += sum(math.exp(log_q[i][v]) * (log_q[i][v] - log_p[i][v]) for v in kept)
+        rest = [v for v in range(11) if v not in kept]
+        if rest:
+            q, p = (math.fsum(math.exp(row[v]) for v in rest) for row in (log_q[i], log_p[i]))
+            expected += q * math.log(q / p)
+    terms = method(now)
+    assert float(terms["forget"]) == pytest.approx(expected / len(forget), rel=1e-5)
+    assert float(terms["retain"]) == pytest.approx(mean_nll64(now, False), rel=1e-6)
+    terms["forget"].backward()
+    # Where the right token is likelier than it should be, its logit is to fall.
+    for i in forget:
+        right = int(before.tokens[i])
+        if log_p[i][right] > log_q[i][right]:
+            assert float(now.logits.grad[i, right]) > 0
+
+
+def test_undial_without_strength_begins_at_zero_and_bears_great_strength() -> None:
+    before = some_answers(0)
+    for strength, expected in ((0.0, 0.0), (80.0, None)):
+        method = AdjustedSelfDistillation(strength, 11)
+        method.remember(before)
+        found = float(method(before)["forget"])
+        assert math.isfinite(found)
+        if expected is not None:
+            assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_sculpting_takes_out_what_conflicts_and_outweighs_the_anchor() -> None:
+    forget = torch.tensor([[3.0, -4.0], [0.0, 12.0]])  # norm 13
+    anchor = torch.tensor([[-1.0, 2.0], [2.0, 4.0]])  # norm 5, so rho is 2.6
+    # In conflict are 3 against -1, with 2.6 k to outweigh, and -4 against 2, with 5.2 k.
+    assert torch.equal(sculpted(forget, anchor, 0.0), torch.tensor([[0.0, 0.0], [0.0, 12.0]]))
+    assert torch.equal(sculpted(forget, anchor, 1.0), torch.tensor([[0.0, -4.0], [0.0, 12.0]]))
+    assert torch.equal(sculpted(forget, anchor, 2.0), forget)
+    assert torch.equal(sculpted(forget, torch.zeros(2, 2), 0.0), forget)
+
+
+def test_smfa_without_a_mask_is_refusing_and_with_one_keeps_entries_of_it(world, tmp_path: Path) -> None:
+    common = {"trainable": "projector", "max_steps": 3, "learning_rate": 1e-2}
+    before = load_model(world.model).state_dict()
+    refusing = load_weights(unlearn(world.settings(tmp_path / "idk", method="idk", **common)).checkpoint)
+    whole = load_weights(unlearn(world.settings(tmp_path / "1", method="smfa", smfa_k=1e9, **common)).checkpoint)
+    cut = load_weights(unlearn(world.settings(tmp_path / "2", method="smfa", smfa_k=0.0, **common)).checkpoint)
+    taken = 0
+    for name, value in refusing.items():
+        torch.testing.assert_close(whole[name], value, rtol=1e-5, atol=1e-7)
+        back = cut[name] == before[name]
+        assert torch.equal(cut[name][~back], whole[name][~back])
+        taken += int((back & (value != before[name])).sum())
+    assert taken > 0
+
+
+def test_weakening_gates_columns_by_the_excess_of_their_coefficients() -> None:
+    layer = nn.Linear(3, 2, bias=False)
+    before = layer.weight.detach().clone()
+    kvw.weaken([("w", layer)], [torch.tensor([4.0, 1.0, 2.0])], [torch.tensor([1.0, 4.0, 2.0])], gamma=0.5)
+    gates = torch.tensor([0.5, 1.0, 1.0])  # (1/4) ** 0.5; no more than retained answers use it; equally
+    torch.testing.assert_close(layer.weight, before * gates, rtol=1e-6, atol=0)
+
+
+def test_knowledge_coefficients_are_mean_absolute_activations_where_answers_are_predicted(world) -> None:
+    model = load_model(world.model)
+    processor, asked = load_processor(world.model), questions(world)
+    batch = collate_answers(processor, asked, range(4), [False] * 4)
+    trained = SimpleNamespace(model=model, parameters=list(model.named_parameters()))
+    readers = kvw.find_readers(trained)
+    assert len(readers) == 3 and all("language_model.layers" in name for name, _ in readers)
+    seen: list[torch.Tensor] = []
+    handle = readers[1][1].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().double()))
+    read_answers(model, batch)
+    handle.remove()
+    (activations,) = seen
+    expected = torch.stack([activations[row, at] for row, at in (batch.predicts != -100).nonzero().tolist()])
+    found = kvw.coefficients(model, readers, [batch, batch])[1]
+    torch.testing.assert_close(found.double(), expected.abs().mean(0), rtol=1e-4, atol=1e-7)
+    with pytest.raises(TrainingError, match="trainable=all"):
+        kvw.find_readers(SimpleNamespace(model=model, parameters=[]))
+
+
+def test_pava_keeps_the_originals_own_answers_about_forget_photos_and_no_retained_person(
+    world, tmp_path: Path, monkeypatch
+) -> None:
+    forget = mllmu.read_split(world.data, world.forget_split)
+    model, processor = load_model(world.model), load_processor(world.model)
+    anchors = pava.own_answers(model, processor, forget)
+    keys = {photo.key for profile in forget for photo in profile.photos}
+    assert {photo.key for one in anchors for photo in one.photos} == keys and len(anchors) == len(keys)
+    question = anchors[0].visual.generation[0]
+    image = decode_image(anchors[0].photos[0].data, anchors[0].photos[0].source)
+    inputs = processor(text=chat_prompt(processor, question.question, image=True), images=[image], return_tensors="pt")
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]
+    assert processor.tokenizer.decode(output, skip_special_tokens=True).strip() == question.answer
+    described = {c.question for profile in forget for c in profile.visual.description}
+    assert described and {o.question for one in anchors for o in one.visual.generation} <= described
+
+    seen: list = []
+    whole = pava.own_answers
+    monkeypatch.setattr(pava, "own_answers", lambda *args: seen.append(args[2]) or whole(*args))
+    result = unlearn(world.settings(tmp_path, method="pava", learning_rate=1e-2, max_steps=12))
+    assert [[p.entity for p in profiles] for profiles in seen] == [[p.entity for p in forget]]
+    lines = [json.loads(line) for line in result.metrics.read_text().splitlines()]
+    assert lines[-1]["loss_answer_forget"] < lines[0]["loss_answer_forget"]
+
+
+def test_a_sine_adds_the_sine_of_what_is_trained_and_no_entry_moves_by_more_than_one(world, tmp_path: Path) -> None:
+    model = load_model(world.model)
+    batch = collate_answers(load_processor(world.model), questions(world), range(4), [False] * 4)
+    original = {name: value.clone() for name, value in model.state_dict().items()}
+    before = read_answers(model, batch).logits
+    projector = [(n, p) for n, p in model.named_parameters() if "multi_modal_projector" in n]
+    added = sine.add_sines(model, projector)
+    assert [name.rsplit(".", 1)[-1] for name, _ in added] == ["sine", "sine"]
+    assert torch.equal(read_answers(model, batch).logits, before)
+    with torch.no_grad():
+        for _, parameter in added:
+            parameter.copy_(2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    trained = {name: p.detach() for name, p in added}
+    with_sines = read_answers(model, batch).logits
+    plain = load_model(world.model)
+    plain.load_state_dict(sine.merged(trained, original.__getitem__), strict=False)
+    torch.testing.assert_close(read_answers(plain, batch).logits, with_sines, rtol=1e-4, atol=1e-4)
+    layer = "model.multi_modal_projector.linear_1.weight"
+    moved = plain.state_dict()[layer] - original[layer]
+    assert 0.9 < moved.abs().max() <= 1 + 1e-6
+    value = trained["model.multi_modal_projector.linear_1.sine"][0, 0]
+    assert float(moved[0, 0]) == pytest.approx(math.sin(float(value)), abs=1e-6)
+
+    run = unlearn(world.settings(tmp_path / "run", method="gd", trainable="sine", learning_rate=1e-2))
+    exported = export(tmp_path / "run", tmp_path / "out", model_card="")
+    found = load_model(exported.folder).state_dict()
+    changed = {name for name, value in found.items() if not torch.equal(value, original[name])}
+    assert changed == {f"model.multi_modal_projector.linear_{i}.weight" for i in (1, 2)}
+    again = load_model(world.model)
+    load_trained(again, run.checkpoint)
+    for name in changed:
+        torch.testing.assert_close(again.state_dict()[name], found[name], rtol=0, atol=0)
 
 
 def test_rmu_is_its_formula() -> None:
@@ -251,7 +410,7 @@ def test_logits_exist_at_answer_positions_only(world) -> None:
     torch.testing.assert_close(answers.logits, whole[batch.predicts != -100], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", [*TRAINED, "manu"])
+@pytest.mark.parametrize("method", [*TRAINED, *AT_ONCE])
 def test_every_method_changes_the_visual_part_and_no_more(world, tmp_path: Path, method: str) -> None:
     result = unlearn(
         world.settings(
@@ -262,10 +421,12 @@ def test_every_method_changes_the_visual_part_and_no_more(world, tmp_path: Path,
     assert all("vision_tower" in name or "multi_modal_projector" in name for name in after)
     assert any(not torch.equal(value, before[name]) for name, value in after.items())
     lines = [json.loads(line) for line in result.metrics.read_text().splitlines()]
-    assert [line["step"] for line in lines] == ([] if method == "manu" else [1, 2, 3, 4])
+    assert [line["step"] for line in lines] == ([] if method in AT_ONCE else [1, 2, 3, 4])
 
 
-@pytest.mark.parametrize(("method", "trainable"), [("gd", "lora"), ("rmu", "lora"), ("npo", "all"), ("manu", "all")])
+@pytest.mark.parametrize(
+    ("method", "trainable"), [("gd", "lora"), ("rmu", "lora"), ("npo", "all"), ("manu", "all"), ("kvw", "all")]
+)
 def test_a_trained_llm_is_exported(world, tmp_path: Path, method: str, trainable: str) -> None:
     result = unlearn(
         world.settings(
@@ -352,7 +513,7 @@ def test_manu_importance_is_the_root_mean_square_over_tokens(world) -> None:
         torch.testing.assert_close(own.double(), values.square().mean(0).sqrt(), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["npo", "kl", "rmu"])
+@pytest.mark.parametrize("method", ["npo", "kl", "undial", "rmu"])
 def test_a_short_run_remembers_what_its_saliency_mask_asks(world, tmp_path: Path, method: str) -> None:
     mask = {"saliency.granularity": "weight", "saliency.fraction": 0.5, "saliency.batches": 6}
     assert unlearn(world.settings(tmp_path, method=method, max_steps=1, **mask)).steps == 1
@@ -423,7 +584,7 @@ def test_epochs_count_questions(world, tmp_path: Path, method: str) -> None:
     assert result.steps == math.ceil(count / 2 / each)
 
 
-@pytest.mark.parametrize("method", ["npo", "kl", "rmu"])
+@pytest.mark.parametrize("method", ["npo", "kl", "undial", "pava", "rmu"])
 def test_the_original_is_remembered_across_a_resume(world, tmp_path: Path, method: str) -> None:
     whole = unlearn(world.settings(tmp_path / "whole", method=method))
     settings = world.settings(tmp_path / "cut", method=method, save_steps=2, save_total_limit=5)
@@ -456,6 +617,8 @@ def test_refusals_take_the_place_of_forget_answers_only(world) -> None:
         ({"trainable": "all"}, "method=vkd"),
         ({"method": "mmunlearner", "trainable": "lora"}, "trainable=all"),
         ({"method": "manu", "trainable": "lora"}, "trainable=all"),
+        ({"method": "smfa", "trainable": "lora"}, "trainable=all"),
+        ({"method": "kvw"}, "trainable=all"),
         ({"method": "gd", "trainable": "all", "quantize_llm": "nf4"}, "trainable=lora"),
         ({"method": "gd", "trainable": "lora", "fused_frozen_ops": True}, "fused_frozen_ops"),
         ({"method": "ga", "saliency.granularity": "weight", "saliency.fraction": 0.5}, "gd"),

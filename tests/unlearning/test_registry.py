@@ -78,7 +78,9 @@ def test_a_new_method_joins_features_and_takes_a_mask(world, tmp_path: Path, shr
     monkeypatch.setitem(METHODS, one_sided.name, one_sided)
     with pytest.raises(SettingsError, match="method=one-sided: a mask weighs forget against retain"):
         world.settings(tmp_path, method="one-sided", **mask)
-    with pytest.raises(SettingsError, match="answer_loss='one-sided': allowed are none, ga, gd, kl, npo, idk, shrink"):
+    with pytest.raises(
+        SettingsError, match="answer_loss='one-sided': allowed are none, ga, gd, kl, npo, undial, idk, shrink"
+    ):
         world.settings(tmp_path, answer_loss="one-sided")
 
 

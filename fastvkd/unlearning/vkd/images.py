@@ -4,11 +4,8 @@ Benchmarks ask some fifteen questions about one image. Feature losses need each 
 here. Families of a fixed resolution keep the pixels in memory; others preprocess an image when it is used.
 """
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastvkd.models.families import family_of
+from fastvkd.models.pooled import DecodedPhotos, in_threads
 from fastvkd.models.visual_path import VisualBatch, batch_from_pixels, collate_images, encode_pixels
 from fastvkd.photos import decode_image
 from fastvkd.records import Photo
@@ -43,19 +41,23 @@ class Views:
 
 @dataclass(frozen=True)
 class NoiseImage:
-    """An image of uniform RGB noise that its size (in pixels) and seeds tell apart; `key` names it in caches."""
+    """An image of uniform RGB noise that its size (in pixels) and seeds tell apart; `key` names it in caches.
+
+    `source` is the place of the photo whose size it has, for messages."""
 
     width: int
     height: int
     seed: int
     number: int
+    source: str = field(default="", compare=False)
 
     @property
     def key(self) -> str:
         return f"noise-{self.seed}-{self.number}-{self.width}x{self.height}"
 
     def draw(self) -> Image.Image:
-        return noise_image((self.width, self.height), (self.seed, 15, self.number))
+        noise = noise_image((self.width, self.height), (self.seed, 15, self.number))
+        return _from(self.source, noise)
 
 
 class ImageSet:
@@ -76,7 +78,7 @@ class ImageSet:
         self._pixels: Tensor | None = None  # (prepared images, 3, S, S)
         self._row_of = np.full(len(self._photos), -1)  # of an image in `_pixels`; -1: not prepared yet
         self._normalisation = _normalisation(processor.image_processor)
-        self._decode = lru_cache(maxsize=2048)(self._decode_uncached)
+        self._decoded = DecodedPhotos()
 
     def __len__(self) -> int:
         return len(self._photos)
@@ -94,8 +96,7 @@ class ImageSet:
             return encode_pixels(self._processor, [self._decode_uncached(i) for i in chunk]).to(self._dtype)
 
         chunks = [lacking[start : start + 32] for start in range(0, len(lacking), 32)]
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:  # Pillow works without the GIL
-            encoded = list(threads.map(encode, chunks))
+        encoded = in_threads(encode, chunks)
         known = [] if self._pixels is None else [self._pixels]
         self._row_of[lacking] = np.arange(len(lacking)) + sum(len(pixels) for pixels in known)
         self._pixels = torch.cat([*known, *encoded])
@@ -106,11 +107,11 @@ class ImageSet:
         return self._photos[index]
 
     def image(self, index: int) -> Image.Image:
-        return self._decode(index)
+        return self._decoded(self._photos[int(index)])
 
     def noise_like(self, index: int, seed: int, number: int) -> NoiseImage:
         """Noise of the size of image `index`."""
-        return NoiseImage(*self.image(index).size, seed, number)
+        return NoiseImage(*self.image(index).size, seed, number, self._photos[index].source)
 
     def collate(self, wanted: Sequence[int | NoiseImage]) -> VisualBatch:
         """Images by position and of noise as model inputs."""
@@ -134,12 +135,13 @@ class ImageSet:
         self, indices: Sequence[int], views: Views | None = None, scenes: Scenes | None = None
     ) -> list[Image.Image]:
         """The images `indices` themselves; with `views` each is seen anew, with `scenes` in its scene."""
-        images = [self._decode(int(i)) for i in indices]
+        images = in_threads(self.image, indices)
         if views is not None:
-            images = [_view_of_image(image, (*views.seed, k)) for image, k in zip(images, views.positions, strict=True)]
+            seen = list(zip(images, views.positions, strict=True))
+            images = in_threads(lambda one: _view_of_image(one[0], (*views.seed, one[1])), seen)
         if scenes is not None:
             for i in scenes.moved:
-                images[i] = _scene_of_image(scenes.of(i), images[i], self._decode(int(scenes.other[i])))
+                images[i] = _scene_of_image(scenes.of(i), images[i], self.image(int(scenes.other[i])))
         return images
 
     def _prepared(self, indices: Sequence[int] | np.ndarray) -> Tensor:
@@ -199,12 +201,14 @@ def _views(pixels: Tensor, views: Views, mean: Tensor, deviation: Tensor) -> Ten
 
 def _view_of_image(image: Image.Image, seed: Sequence[int]) -> Image.Image:
     """The same kinds of view for an image whose size decides the number of tokens, so its size is kept."""
-    return _image_of(_views(_pixels_of(image), Views(tuple(seed), [0], 1), torch.zeros(3, 1, 1), torch.ones(3, 1, 1)))
+    seen = _views(_pixels_of(image), Views(tuple(seed), [0], 1), torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
+    return _from(image.info.get("source", ""), _image_of(seen))
 
 
 def _scene_of_image(scene: Scenes, image: Image.Image, other: Image.Image) -> Image.Image:
     """An image in its scene, its size kept."""
-    return _image_of(scene.apply(_pixels_of(image), _pixels_of(other.resize(image.size))))
+    seen = scene.apply(_pixels_of(image), _pixels_of(other.resize(image.size)))
+    return _from(image.info.get("source", ""), _image_of(seen))
 
 
 def _pixels_of(image: Image.Image) -> Tensor:
@@ -214,6 +218,12 @@ def _pixels_of(image: Image.Image) -> Tensor:
 
 def _image_of(pixels: Tensor) -> Image.Image:
     return Image.fromarray((pixels[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy(), "RGB")
+
+
+def _from(source: str, image: Image.Image) -> Image.Image:
+    """The image, made from a photo at `source`: whoever refuses it names that, as for the photo itself."""
+    image.info = {"source": source} if source else {}
+    return image
 
 
 def noise_image(size: tuple[int, int], seed: Sequence[int]) -> Image.Image:
