@@ -33,7 +33,7 @@ from fastvkd.demo.model import Shape, build_processor
 from fastvkd.engines.checkpoints import find_latest, load_weights
 from fastvkd.engines.exporting import match_keys
 from fastvkd.environment import measured_on
-from fastvkd.models.folder import read_safetensors_header, shards_of
+from fastvkd.models.shards import read_safetensors_header, shards_of
 
 RESULT = ROOT / "benchmarks" / "results" / "real-size.json"
 GIB = 1024**3

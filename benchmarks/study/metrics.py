@@ -180,7 +180,9 @@ def caption(report: dict[str, Any]) -> list[str]:
     return [
         f"Demo of size {sizes}, {len(rows)} seed(s), {3 * len(rows)} models that were shown the forgotten people and "
         f"{3 * len(rows)} that were not: few and small. Intervals take models as independent, though those of a seed "
-        "share data and sight. The exposed models know much; that a figure tells these from gold does not say that it "
+        f"share data and sight; an AUC rests on {(3 * len(rows)) ** 2} pairs, so 1.00 [1.00, 1.00] says that all of "
+        "these were in order, not that others would be. The exposed models know much; that a figure tells these from "
+        "gold does not say that it "
         f"tells a model with faint traces. A figure below {HEADLINE:.2f} is no headline.",
     ]
 

@@ -8,8 +8,8 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from fastvkd.demo.model import Shape
 from fastvkd.engines.checkpoints import find_latest
-from fastvkd.models.folder import read_safetensors_header, shards_of
 from fastvkd.models.loading import load_model
+from fastvkd.models.shards import read_safetensors_header, shards_of
 
 SHAPE = Shape(image_size=28, patch_size=14)
 
