@@ -76,6 +76,9 @@ class Stranger:
     device_map: Literal["none", "auto"] = "none"  # auto: spread over all cards, and then host memory; exact, and slower
 
 
+_TEXT_OF_AN_EDITED_LLM = 0.99  # share of its accuracy before that it keeps, worst set
+
+
 @dataclass(kw_only=True)
 class Scrub:
     """How the LLM is taught to read what it knew of forgotten people as a stranger's; measured on models of 2 M."""
@@ -110,6 +113,16 @@ class Certificate:
     outside_band: float | None = 0.0  # share of forgotten people off the band in which single strangers, or gold, lie
     telltale_auc: float | None = 0.60  # worst score that tells forgotten people from strangers; also allowed is
     telltale_above_gold: float = 0.05  # gold's area and so much more
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Certificate":
+        """What a run with these settings (as in JSON) is held to. One that was asked to edit the LLM is held to what
+        that still says of texts, and not to its bits."""
+        bar = cls(**settings["certificate"])
+        if not settings.get("scrub"):
+            return bar
+        kept = None if bar.kept_text is None else max(bar.kept_text, _TEXT_OF_AN_EDITED_LLM)
+        return dataclasses.replace(bar, language_model_unchanged=False, kept_text=kept)
 
     def allowed_telltale(self, gold: float | None) -> float | None:
         """The largest area that does not tell forgotten people from strangers; None where the check is left out.

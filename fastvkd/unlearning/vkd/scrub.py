@@ -134,6 +134,7 @@ class Scrubber:
         rank = self.told.rank
         self.adapters = lora.add_adapters(llm, names, rank=rank, alpha=rank, seed=settings.seed)
         self._attackers: list[StrangerMap] = []
+        self._drawn = torch.Generator().manual_seed(settings.seed)
         self._attack: torch.optim.Optimizer | None = None
         self._left = 0
 
@@ -174,7 +175,7 @@ class Scrubber:
             kept = self.asker.read(about_what, _SITE, lambda *_: rows)
         gone, left = _apart(said, as_stranger), _apart(kept, as_before)
         (gone + left).backward()
-        return {"loss_who": float(gone), "loss_what": float(left)}
+        return {"loss_who": float(gone.detach()), "loss_what": float(left.detach())}
 
     def _keep(self, step: int) -> dict[str, float]:
         """The gradient of what must stay; its terms."""
@@ -247,7 +248,7 @@ class Scrubber:
         if not self._left:
             width = here.shape[1]
             of = range(len(self.population.people))
-            self._attackers = [StrangerMap(width, _MAP_RANK).to(self.device) for _ in of]
+            self._attackers = [StrangerMap(width, _MAP_RANK, generator=self._drawn).to(self.device) for _ in of]
             weights = [p for one in self._attackers for p in one.parameters()]
             self._attack = torch.optim.Adam(weights, lr=_MAP_RATE)
             self._left = int(self._rng.integers(1, 2 * _LIFE))
