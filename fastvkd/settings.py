@@ -76,6 +76,22 @@ class Stranger:
     device_map: Literal["none", "auto"] = "none"  # auto: spread over all cards, and then host memory; exact, and slower
 
 
+_TEXT_OF_AN_EDITED_LLM = 0.99  # share of its accuracy before that it keeps, worst set
+
+
+@dataclass(kw_only=True)
+class Scrub:
+    """How the LLM is taught to read what it knew of forgotten people as a stranger's; measured on models of 2 M."""
+
+    steps: Positive[int] = 320
+    photos: Positive[int] = 14  # of forgotten people in one step, and of others as many again twice
+    rank: Positive[int] = 32  # of the adapters on every linear layer of the LLM
+    learning_rate: Positive[float] = 2e-3
+    # how far from where training or an attacker has moved features the worst ones are sought; 1 is training's own way
+    reach: NotNegative[float] = 0.5
+    keep: Positive[float] = 2.0  # weight of everything else's answers, beside those about forgotten people
+
+
 @dataclass(kw_only=True)
 class Certificate:
     """Thresholds of certificate.json; null leaves a check out. Fractions, but for the area under a ROC curve."""
@@ -97,6 +113,16 @@ class Certificate:
     outside_band: float | None = 0.0  # share of forgotten people off the band in which single strangers, or gold, lie
     telltale_auc: float | None = 0.60  # worst score that tells forgotten people from strangers; also allowed is
     telltale_above_gold: float = 0.05  # gold's area and so much more
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Certificate":
+        """What a run with these settings (as in JSON) is held to. One that was asked to edit the LLM is held to what
+        that still says of texts, and not to its bits."""
+        bar = cls(**settings["certificate"])
+        if not settings.get("scrub"):
+            return bar
+        kept = None if bar.kept_text is None else max(bar.kept_text, _TEXT_OF_AN_EDITED_LLM)
+        return dataclasses.replace(bar, language_model_unchanged=False, kept_text=kept)
 
     def allowed_telltale(self, gold: float | None) -> float | None:
         """The largest area that does not tell forgotten people from strangers; None where the check is left out.
@@ -126,6 +152,8 @@ class Settings:
     forget_target: ForgetTarget = "noise"
     reference_model: str | None = None  # for forget_target: reference
     stranger: Stranger = field(default_factory=Stranger)
+    # after the visual part the LLM too: an edit of it, off unless asked for (`scrub: true`, or keys of its own)
+    scrub: Scrub | None = None
     # photos of people whom the model does not know, those of one person in a subfolder; retained like auxiliary images
     strangers: str | None = None
     noise_images: Literal["one", "per_image"] = "one"  # one noise image for all forget images, or one for each
@@ -268,6 +296,14 @@ class Settings:
     def _wrong_method(self) -> Iterator[str]:
         """Settings that the method has no use for."""
         method = METHODS[self.method]
+        if self.scrub is not None:
+            if not method.features or self.forget_target != "stranger" or self.stranger.way != "guided":
+                yield (
+                    "scrub=true rests on maps that the guided search finds: set method=vkd, forget_target=stranger and "
+                    "stranger.way=guided, or scrub=false"
+                )
+            if self.engine != "local":
+                yield f"scrub=true with engine={self.engine}: one process edits the whole LLM; set engine=local"
         if not method.trains_llm and self.trainable in ("lora", "all"):
             yield (
                 f"method={self.method} with trainable={self.trainable}: {self.method.upper()} leaves the LLM as it is; "
@@ -490,9 +526,11 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             raise SettingsError(problem)
         return value
     if origin in (types.UnionType, typing.Union):
+        kinds = [h for h in typing.get_args(hint) if h is not type(None)]
+        if isinstance(value, bool) and dataclasses.is_dataclass(kinds[0]):  # on with its defaults, or off
+            return build(typing.cast(type, kinds[0]), {}, "") if value else None
         if value is None:
             return None
-        kinds = [h for h in typing.get_args(hint) if h is not type(None)]
         names = [name for kind in kinds if typing.get_origin(kind) is Literal for name in typing.get_args(kind)]
         return value if value in names else _convert(value, kinds[0], key)
     if origin is dict:

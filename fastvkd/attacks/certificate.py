@@ -151,10 +151,12 @@ def certificate(
     thresholds: Certificate,
     versions: Mapping[str, str],
     loading: Mapping[str, str] | None = None,
+    edited: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The content of certificate.json. `settings` are those of the run that made the model; None if unknown.
     `relearning` is that of `relearned`, every way in which it was tried. `loading` is how the judged models were loaded
-    (`Loading.described`): a quantised one is another than the folder holds."""
+    (`Loading.described`): a quantised one is another than the folder holds. `edited` are the LLM's tensors that a scrub
+    changed."""
     hashes = sorted({photo.key for profile in forget for photo in profile.photos})
     checks = judge(figures, thresholds)
     return {
@@ -167,6 +169,7 @@ def certificate(
         },
         "model_fingerprint": model_fingerprint,
         "loading": None if loading is None else dict(loading),
+        "language_model_edited": list(edited),
         "settings": None if settings is None else dict(settings),
         "code": {"fastvkd": versions.get("fastvkd", ""), "source_sha256": source_sha256(), "versions": dict(versions)},
         "python": platform.python_version(),

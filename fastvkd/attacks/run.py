@@ -16,7 +16,7 @@ from fastvkd.attacks.journal import Journal
 from fastvkd.attacks.suite import Attack
 from fastvkd.data.sources import evaluation_cells, reference_strangers
 from fastvkd.data.texts import refuse_marks
-from fastvkd.engines.exporting import read_record, settings_of
+from fastvkd.engines.exporting import edited_of, read_record, settings_of
 from fastvkd.environment import library_versions
 from fastvkd.errors import SettingsError
 from fastvkd.evaluation.inputs import PreparedPhotos
@@ -115,9 +115,10 @@ def _attack_run(options: AttackOptions, progress: OnProgress) -> dict[str, Any]:
         model_fingerprint=fingerprints["unlearned"],
         figures={"perturbation_excess": None} | figures,  # a certificate says what was not tried
         relearning=relearning,
-        thresholds=thresholds or Certificate(**made_by["certificate"]),
+        thresholds=thresholds or Certificate.of(made_by),
         versions=library_versions(),
         loading=loading.described(),
+        edited=edited_of(record),
     )
     result = {
         **found,

@@ -32,7 +32,7 @@ from fastvkd.demo.pretraining import Schedule, train_vanilla
 from fastvkd.demo.sight import SightSchedule, teach_sight
 from fastvkd.demo.visual_input import VisualInput
 from fastvkd.devices import peak_memory_bytes
-from fastvkd.engines.exporting import export
+from fastvkd.engines.exporting import edited_of, export, read_record
 from fastvkd.environment import library_versions
 from fastvkd.evaluation.inputs import PreparedPhotos
 from fastvkd.evaluation.people import examine, likeness
@@ -43,7 +43,7 @@ from fastvkd.paths import shipped
 from fastvkd.progress import Progress
 from fastvkd.records import Photo, Profile
 from fastvkd.reporting import build_report, model_card, relearning_parts, write_page, write_report
-from fastvkd.settings import Settings, load_settings, parse_override
+from fastvkd.settings import Certificate, Settings, load_settings, parse_override
 from fastvkd.unlearning.loop import Unlearned, unlearn
 
 # The code that draws, words and trains: a change in it makes another model.
@@ -402,8 +402,9 @@ def _judge(
         model_fingerprint=identify_base(unlearned_dir).fingerprint,
         figures=figures_of(figures, attacks, people, chance=CHANCE, relearning=relearning, language_model=digests),
         relearning=relearning,
-        thresholds=settings.certificate,
+        thresholds=Certificate.of(settings.to_dict()),
         versions=library_versions(),
+        edited=edited_of(read_record(unlearned_dir)),
     )
 
 

@@ -72,16 +72,19 @@ def save_checkpoint(
     keep: int,
     watch: dict[str, Any] | None = None,
     run: dict[str, str] | None = None,
+    beside: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write `output_dir/checkpoint-<updates>` and of those of fewer updates keep the newest, `keep` in all (0: every
     one); collective over ranks.
 
-    `sampler`, `settings` and `watch` must be JSON values; `run` is the run's identity. The folder appears under its
-    name only when it is complete and on disk. Raises TrainingError, on every rank, when any rank cannot write (no space
-    left).
+    `sampler`, `settings` and `watch` must be JSON values; `run` is the run's identity. `beside`: weights that the
+    engine does not train, to lie beside its own. The folder appears under its name only when it is complete and on
+    disk. Raises TrainingError, on every rank, when any rank cannot write (no space left).
     """
-    about = _about(engine, sampler, settings, base_model, watch, run)
-    return _write(output_dir, _Content.of(engine), about, keep, engine.any_rank)
+    about = {**_about(engine, sampler, settings, base_model, watch, run), "beside": sorted(beside or {})}
+    content = _Content.of(engine)
+    content.weights.update(beside or {})
+    return _write(output_dir, content, about, keep, engine.any_rank)
 
 
 class CheckpointWriter:
@@ -344,7 +347,8 @@ def load_checkpoint(checkpoint: Path, engine: Engine, *, base_model: BaseModel) 
     own = checkpoint / f"rank-{engine.rank if same_world else 0}.pt"
     part = torch.load(own, map_location="cpu", weights_only=True)
     state = part["engine"]
-    state["masters"] = load_weights(checkpoint)
+    not_its_own = set(manifest.get("beside", ()))
+    state["masters"] = {name: w for name, w in load_weights(checkpoint).items() if name not in not_its_own}
     if (checkpoint / MASTERS).is_file():
         state["masters"] |= load_file(checkpoint / MASTERS)
     moments_restored = engine.load_state_dict(state)

@@ -4,7 +4,13 @@ DeepSpeed's optimiser gets the trainable parameters only. So nothing frozen is r
 trainable ones by name.
 """
 
+import contextlib
+import logging
 import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -15,11 +21,41 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
+from torch.utils.cpp_extension import get_default_build_root
 
 from fastvkd.engines.local import check_same_parameters
 from fastvkd.engines.optimizers import build_optimizer, page_moments, parameter_groups
 from fastvkd.engines.schedule import Schedule
 from fastvkd.errors import TrainingError
+
+log = logging.getLogger("fastvkd")
+_BUILD_LOCK_SECONDS = 300.0  # what DeepSpeed compiles for a CPU takes one or two minutes
+
+
+@contextlib.contextmanager
+def locks_end(seconds: float) -> Iterator[None]:
+    """Meanwhile take away locks so old on what torch compiles: a process that is killed while it compiles leaves one,
+    and all later ones would wait for ever."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    done = threading.Event()
+
+    def look() -> None:
+        while True:
+            for lock in root.glob("**/deepspeed_*/lock"):
+                with contextlib.suppress(OSError):
+                    if time.time() - lock.stat().st_mtime > seconds:
+                        lock.unlink()
+                        log.warning("%s: left by a process that was killed while it compiled; removed", lock)
+            if done.wait(5.0):
+                return
+
+    thread = threading.Thread(target=look, name="fastvkd-locks", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def start_deepspeed(ds_config: dict[str, Any]) -> Any:
@@ -28,7 +64,8 @@ def start_deepspeed(ds_config: dict[str, Any]) -> Any:
     Returns an object that must stay alive until the model is loaded: under ZeRO-3 it makes transformers partition the
     weights while reading them, so that no rank ever holds the whole model.
     """
-    deepspeed.init_distributed(verbose=False)
+    with locks_end(_BUILD_LOCK_SECONDS):
+        deepspeed.init_distributed(verbose=False)
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     if ds_config["zero_optimization"]["stage"] < 3:

@@ -92,7 +92,8 @@ def export(run_dir: Path, to: Path, *, model_card: str, base: Path | None = None
             alpha = float(manifest["settings"].get("lora_alpha", 0))
             exported = _write(checkpoint / WEIGHTS, base, unfinished, to, model_card, lora_alpha=alpha)
             record = {key: manifest[key] for key in ("updates", "settings", "base_model")} | {
-                "history": history_of(base)
+                "edited": sorted(lora.adapted(manifest.get("beside", ()))),
+                "history": history_of(base),
             }
             (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n")
             if to.exists():
@@ -136,6 +137,11 @@ def history_of(base: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ModelError(f"{paper}: not JSON ({error}); judge the model again, or delete the file") from error
     return [*earlier, record]
+
+
+def edited_of(record: Mapping[str, Any] | None) -> list[str]:
+    """The LLM's tensors, by live name, that the scrub of the run in a record changed."""
+    return [] if record is None else list(record.get("edited", ()))
 
 
 def settings_of(record: Mapping[str, Any] | None) -> dict[str, Any]:

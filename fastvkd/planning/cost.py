@@ -6,7 +6,7 @@ value.
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fastvkd.devices import QUANTIZED_BYTES, questions_at_once, usable_bytes
@@ -54,6 +54,8 @@ class Recipe:
     search_views: int = 6  # of a photo in each of them
     search_quantize: str = "auto"  # of the model that is searched through; auto: as `quantize_llm`
     search_spread: bool = False  # that model lies on all cards and in host memory
+    scrub_photos: int = 0  # in a step of the scrub; 0: the LLM is left alone
+    scrub_rank: int = 32
 
 
 class Cost:
@@ -256,6 +258,26 @@ class Cost:
         tower += sum(a.tower.linear_flops() + a.tower.attention_flops(block) for block in range(a.tower.blocks))
         return len(r.sites) * r.search_steps * r.search_views * (tower + 3 * forward + 2 * backward)
 
+    def scrub_memory(self) -> dict[str, int]:
+        """Bytes on the GPU at the peak of the scrub, beside which the trained part and its optimiser stay.
+
+        A step keeps two passes over `scrub_photos` questions, as one of the search does over its views.
+        """
+        a, r = self.architecture, self.recipe
+        asked = Cost(a, replace(r, search_views=r.scrub_photos)).search_memory()
+        llm, s = a.llm, 2 if r.bf16 else 4
+        kv = llm.kv_heads * llm.head_dim
+        # Inputs and outputs of all its matrices.
+        sides = llm.layers * (7 * llm.hidden + 2 * llm.attention_width + 2 * kv + 3 * llm.intermediate)
+        trained = self.memory(r.micro_batch)
+        parts = {
+            "trained": sum(trained[name] for name in ("weights", "masters", "moments")),
+            "weights": asked["weights"],
+            "adapters": 4 * s * r.scrub_rank * sides,  # themselves, their gradients and two moments
+            "activations": asked["activations"],
+        }
+        return parts | {"total": sum(parts.values())}
+
     def search_memory(
         self, *, asked_tokens: int = ASKED_TOKENS, varied: int = 400, questions: int = 64
     ) -> dict[str, int]:
@@ -306,8 +328,10 @@ class Cost:
         return self.whole_bytes(quantize) - max(0, llm.layers - 2) * layer
 
     def peak(self, micro_batch: int) -> int:
-        """Bytes on a GPU: the larger of the search's, if there is one, and the training's."""
-        return max(self.memory(micro_batch)["total"], self.search_memory()["total"] if self.recipe.search_steps else 0)
+        """Bytes on a GPU: the largest of the search's, if there is one, the training's, and the scrub's."""
+        searched = self.search_memory()["total"] if self.recipe.search_steps else 0
+        scrubbed = self.scrub_memory()["total"] if self.recipe.scrub_photos else 0
+        return max(self.memory(micro_batch)["total"], searched, scrubbed)
 
     def traffic(self) -> dict[str, float]:
         """Bytes that each GPU sends over the links (`gather`) and to or from host memory (`pcie`), by occasion.

@@ -43,13 +43,14 @@ class Plan:
     step_seconds: dict[str, float] | None  # None when no card was named
     # `flops_per_person` of the search for a stranger's maps, and its `memory_bytes`; None where there is none
     search: dict[str, Any] | None
+    scrub: dict[str, int] | None  # bytes at the peak of the LLM's edit; None where it is left alone
     jobs: list[Job]  # what else is done with the model
     notes: list[str]  # on the model's folder
 
     def to_dict(self) -> dict[str, Any]:
         """The documented JSON keys."""
         keys = "llm_layers_loaded parameters flops_per_image memory_bytes micro_batch cache_bytes_per_image fits"
-        plain = [*keys.split(), "recommendation", "step_seconds", "search", "notes"]
+        plain = [*keys.split(), "recommendation", "step_seconds", "search", "scrub", "notes"]
         return {key: getattr(self, key) for key in plain} | {"jobs": [job.to_dict() for job in self.jobs]}
 
     def table(self) -> str:
@@ -77,6 +78,10 @@ class Plan:
             lines.append(f"search before training  {total:.2f} GiB on one GPU, the whole model {how}: ")
             lines[-1] += ", ".join(f"{key} {value:.2f} GiB" for key, value in parts.items())
             lines.append(f"  FLOPs a person        {self.search['flops_per_person'] / 1e15:.1f} PFLOP")
+        if self.scrub is not None:
+            parts = {key: value / GIB for key, value in self.scrub.items()}
+            lines.append(f"scrub after training    {parts.pop('total'):.2f} GiB on one GPU: ")
+            lines[-1] += ", ".join(f"{key} {value:.2f} GiB" for key, value in parts.items())
         if not self.recipe.online_teacher:
             lines.append(f"teacher cache on disk   {self.cache_bytes_per_image / 1e6:.2f} MB per image")
         if self.gpu_memory_bytes is not None:
@@ -141,6 +146,7 @@ def plan(
         }
         if recipe.search_steps
         else None,
+        scrub=cost.scrub_memory() if recipe.scrub_photos else None,
         jobs=other_jobs(architecture, memory_bytes, world_size),
         notes=notes_on(settings.model_name_or_path),
     )
@@ -190,6 +196,8 @@ def recipe_of(settings: "Settings", world_size: int) -> Recipe:
         search_views=settings.stranger.views,
         search_quantize=settings.stranger.quantize,
         search_spread=settings.stranger.device_map == "auto",
+        scrub_photos=0 if settings.scrub is None else settings.scrub.photos,
+        scrub_rank=0 if settings.scrub is None else settings.scrub.rank,
     )
 
 

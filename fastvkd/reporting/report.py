@@ -147,8 +147,10 @@ def read_report(path: str | os.PathLike[str], *, cells: Iterable[tuple[str, str]
 
 def thresholds(report: Mapping[str, Any]) -> Certificate:
     """The bar that the run was held to: its `certificate` settings, null where a check was left out."""
-    given = report.get("settings", {}).get("certificate")
-    return Certificate(**{key: given[key] for key in vars(Certificate()) if key in given} if given else {})
+    settings = report.get("settings", {})
+    given = settings.get("certificate") or {}
+    known = {key: given[key] for key in vars(Certificate()) if key in given}
+    return Certificate.of({"certificate": known, "scrub": settings.get("scrub")})
 
 
 def every_threshold(report: Mapping[str, Any]) -> Certificate:

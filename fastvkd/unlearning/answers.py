@@ -50,6 +50,11 @@ class Answers:
         token_loss = F.cross_entropy(self.logits, self.tokens, reduction="none")
         return torch.zeros(len(self.is_forget), device=token_loss.device).index_add(0, self.row, -token_loss)
 
+    def loss(self) -> Tensor:
+        """Mean cross-entropy over all answer tokens."""
+        assert self.logits is not None
+        return F.cross_entropy(self.logits, self.tokens)
+
     def cross_entropy(self, *, forget: bool) -> Tensor:
         """Mean cross-entropy over the tokens of forget (or else of retained) answers; 0 where there are none."""
         assert self.logits is not None

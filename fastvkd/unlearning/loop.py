@@ -37,7 +37,7 @@ from fastvkd.unlearning.phases import PhaseTimer
 from fastvkd.unlearning.prefetch import prefetched
 from fastvkd.unlearning.rates import find_rate, rate_of
 from fastvkd.unlearning.start import Start, begin
-from fastvkd.unlearning.tasks import Draft, Prepared, Task, draft
+from fastvkd.unlearning.tasks import Draft, Prepared, Scrubbing, Task, draft
 from fastvkd.unlearning.watch import Course, Watch
 
 log = logging.getLogger("fastvkd")
@@ -96,6 +96,10 @@ def _unlearn(start: Start, device: torch.device, started: float, progress: Liste
     if finished:
         run.discard(run.best)
     seconds["unlearn"] = time.perf_counter() - started
+    if finished and prepared.scrub is not None:
+        started = time.perf_counter()
+        checkpoint = run.scrub(prepared.scrub)
+        seconds["scrub"] = time.perf_counter() - started
     trained = prepared.trained
     images_an_update = settings.gradient_accumulation_steps * settings.per_device_train_batch_size * engine.world_size
     return Unlearned(
@@ -171,8 +175,23 @@ class _Run:
             self.discard(self.best)
         return first
 
-    def save(self, to: Path | None = None, keep: int | None = None, *, behind: bool = False) -> Path:
+    def scrub(self, find: Scrubbing) -> Path:
+        """Edit the LLM as well. Its adapters go into the last checkpoint, which is there without them already."""
+        assert self.settings.scrub is not None
+        scale = self.settings.scrub.rank / self.settings.lora_alpha  # readers fold in lora_alpha / rank of them
+        found = find(functools.partial(self.progress, "scrub"))
+        return self.save(beside={name: w * scale if name.endswith("lora_B") else w for name, w in found.items()})
+
+    def save(
+        self,
+        to: Path | None = None,
+        keep: int | None = None,
+        *,
+        behind: bool = False,
+        beside: dict[str, Tensor] | None = None,
+    ) -> Path:
         """With `behind` training may go on while it is written, where that costs it nothing."""
+        more = {} if beside is None else {"beside": beside}
         return self.writer.save(
             self.output if to is None else to,
             self.engine,
@@ -183,6 +202,7 @@ class _Run:
             keep=self.settings.save_total_limit if keep is None else keep,
             watch=None if self.prepared.watch is None else dataclasses.asdict(self.course),
             run=self.start.identity,
+            **more,
         )
 
     def train(self, first: int, metrics: Metrics, stop_asked: threading.Event) -> bool:

@@ -36,6 +36,8 @@ from fastvkd.unlearning.vkd.task import Distillation, FeatureTask
 from fastvkd.unlearning.vkd.teacher import frozen_copy
 from fastvkd.unlearning.watch import Watch
 
+Scrubbing = Callable[[Callable[[int, int, dict[str, float]], None]], dict[str, Tensor]]
+
 
 class Task(Protocol):
     """What is trained on: `FeatureTask`, `AnswerTask`, or both.
@@ -74,7 +76,8 @@ class Prepared:
 
     settings: with the `max_steps` that `num_train_epochs` comes to. task: None where the weights have been changed
     already. trained_share: of the trainable weights, those that a saliency mask lets move. watch: what looks at
-    held-out views, where something does.
+    held-out views, where something does. scrub: finds adapters of the LLM once the visual part has been trained, and
+    takes what is to be told its progress; None where the LLM is left alone.
     """
 
     settings: Settings
@@ -82,6 +85,7 @@ class Prepared:
     task: Task | None
     trained_share: float = 1.0
     watch: Watch | None = None
+    scrub: Scrubbing | None = None
 
 
 @dataclass(frozen=True)
@@ -132,10 +136,13 @@ class Draft:
             if answers is not None:
                 task = JointTask(features, answers, settings.lambda_answer)
         assert task is not None, "a method sees images or asks questions"
-        if settings.mask is None:
-            return Prepared(settings, trained, task, watch=watch)
-        share = _mask_weights(settings, settings.mask, task, trained.parameters, self.original)
-        return Prepared(settings, trained, task, share, watch)
+        share = 1.0
+        if settings.mask is not None:
+            share = _mask_weights(settings, settings.mask, task, trained.parameters, self.original)
+        scrub: Scrubbing | None = None
+        if self.features is not None and settings.scrub is not None:
+            scrub = functools.partial(self.features.scrub, trained.model)
+        return Prepared(settings, trained, task, share, watch, scrub)
 
     def _answer_task(self) -> AnswerTask:
         settings = self.settings

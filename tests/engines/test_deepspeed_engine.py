@@ -1,6 +1,7 @@
 """Two CPU ranks through the real launcher under every preset: the same weights as one process, exact resume, masks."""
 
 import os
+import time
 from pathlib import Path
 
 import engine_scenarios as scenarios
@@ -219,3 +220,18 @@ def test_an_unknown_preset_is_refused_with_the_nearest_one(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(SettingsError, match="not JSON"):
         read_ds_config(str(tmp_path / "x.json"))
+
+
+def test_a_process_that_was_killed_while_it_compiled_holds_nobody_up(tmp_path, monkeypatch):
+    from fastvkd.engines.deepspeed_engine import locks_end
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    old, new = (tmp_path / "cpython-311" / name / "lock" for name in ("deepspeed_shm_comm", "deepspeed_other"))
+    for lock in (old, new):
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    os.utime(old, (0, 0))
+    with locks_end(300.0):
+        while old.exists():
+            time.sleep(0.01)
+    assert new.exists()

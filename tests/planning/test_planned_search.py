@@ -13,12 +13,12 @@ from test_planning import CPU_SDPA, measured_peak
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
-from fastvkd.devices import GIB, questions_at_once
+from fastvkd.devices import GIB, questions_at_once, usable_bytes
 from fastvkd.planning.architecture import architecture_of, find_architecture
 from fastvkd.planning.cost import Cost, Recipe
 from fastvkd.planning.plan import plan
 from fastvkd.records import Open, Profile, Questions
-from fastvkd.settings import Settings, Stranger, load_settings
+from fastvkd.settings import Scrub, Settings, Stranger, load_settings
 from fastvkd.unlearning.vkd import stranger
 from fastvkd.unlearning.vkd.images import ImageSet
 from fastvkd.unlearning.vkd.stranger import GuidedSearch, Population
@@ -160,3 +160,18 @@ def test_a_search_that_fits_in_no_way_is_recommended_with_fewer_views() -> None:
     found = plan(settings_for("llava-v1.6-34b"), gpu="L40S").recommendation
     assert "stranger.quantize=nf4 stranger.views=3" in found["command"] and found["memory_bytes"] < 45 * GIB
     assert "stranger.views" not in plan(settings_for("llava-v1.6-34b"), gpu="H100").recommendation["command"]
+
+
+def test_an_edit_of_the_llm_is_planned_beside_what_training_keeps() -> None:
+    settings = settings_for("llava-1.5-13b", scrub=Scrub(photos=8, rank=16))
+    found = plan(settings, memory="24GiB")
+    assert found.scrub is not None and plan(settings_for("llava-1.5-13b")).scrub is None
+    kept = sum(found.memory_bytes[part] for part in ("weights", "masters", "moments"))
+    assert found.scrub["trained"] == kept
+    hidden, intermediate, layers = 5120, 13824, 40  # each of seven matrices has inputs and outputs
+    assert found.scrub["adapters"] == 4 * 2 * 16 * layers * (11 * hidden + 3 * intermediate)
+    assert found.scrub["total"] == sum(v for name, v in found.scrub.items() if name != "total")
+    assert found.search is not None
+    most = max(part["total"] for part in (found.memory_bytes, found.search["memory_bytes"], found.scrub))
+    assert found.fits == (most <= usable_bytes(24 * GIB))
+    assert "scrub after training" in found.table()

@@ -232,6 +232,7 @@ def test_json_has_the_documented_keys():
         "recommendation",
         "step_seconds",
         "search",
+        "scrub",
         "jobs",
         "notes",
     }

@@ -33,7 +33,7 @@ class Asker:
         self.model, self.images, self._processor = model, images, processor
         self._family = family_of(model)
         self._base: Any = families.base_model(model)
-        self._image_token = families.image_token_id(self._base.config)
+        self.image_token = families.image_token_id(self._base.config)
         self._device = next(model.parameters()).device
         self._words = lru_cache(maxsize=8192)(self._words_uncached)
         config: Any = self._base.config
@@ -58,7 +58,7 @@ class Asker:
         """What the model makes of a batch, the visual tokens that enter `site` being `change`d."""
         if change is None:
             return read_answers(self.model, batch)
-        with self._changed(batch.inputs["input_ids"] == self._image_token, site, change):
+        with self._changed(batch.inputs["input_ids"] == self.image_token, site, change):
             return read_answers(self.model, batch)
 
     @torch.no_grad()

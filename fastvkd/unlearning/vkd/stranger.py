@@ -262,7 +262,7 @@ class GuidedSearch:
             return ask(shown, pairs * len(photos), site, lambda rows, _: map_(rows)).view(len(photos), -1)
 
         off = 1 - float(each([(aim.question, aim.answer) for aim in aims], self.asker.gives).float().mean())
-        pairs, sizes = _options(_choices(self.population.profiles[e]))
+        pairs, sizes = options_of(_choices(self.population.profiles[e]))
         if pairs:
             options = each(pairs, self.asker.scores).split(sizes, 1)
             right = torch.stack([scores.argmax(1) == 0 for scores in options]).float().mean()
@@ -320,7 +320,7 @@ class GuidedSearch:
 
     def _right(self, others: np.ndarray, choices: Sequence[Choice]) -> list[Tensor]:
         """(others, options) for every choice question: how likely each option is; the right one stands first."""
-        pairs, sizes = _options(choices)
+        pairs, sizes = options_of(choices)
         if not pairs:
             return []
         shown = [self.others[i][k % len(self.others[i])] for i in others for k in range(2)]
@@ -426,7 +426,7 @@ class GuidedSearch:
             loss = _as_strangers(said.logits, said.tokens, said.row, torch.cat([aim.wanted for aim in who]).float())
             if all(aim.own is not None for aim in who):
                 loss = loss + _FIRM * _too_own(said.logits, said.tokens, said.row, who)
-            loss = loss + options.keep * _divergence(kept.logits, before.logits).mean()
+            loss = loss + options.keep * divergence(kept.logits, before.logits).mean()
             # As far out as strangers, and each photo as unusual among them as it was.
             wanted = natural.away(z0, counts) + outward[:, None]
             unusual = (natural.away(z, counts) - wanted).abs().sum(0).mean()
@@ -439,7 +439,7 @@ class GuidedSearch:
         return map_.requires_grad_(False).cpu()
 
 
-def _divergence(logits: Tensor, aim: Tensor) -> Tensor:
+def divergence(logits: Tensor, aim: Tensor) -> Tensor:
     """(n,) KL(aim || logits)."""
     wanted = aim.log_softmax(-1)
     return F.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="none").sum(-1)
@@ -453,14 +453,14 @@ def _as_strangers(logits: Tensor, tokens: Tensor, row: Tensor, wanted: Tensor) -
     log-odds: answers can be near on average while one view in ten is called by a name.
     """
     first = _first(row)
-    answer = (_divergence(logits, wanted) * torch.where(first, 1.0, _LATER)).sum() / first.sum()
+    answer = (divergence(logits, wanted) * torch.where(first, 1.0, _LATER)).sum() / first.sum()
     said = F.one_hot(tokens[first], logits.shape[-1]).bool()
     others = [x[first].masked_fill(said, -1e4) for x in (logits, wanted)]
     # The rest is left out of the gradient: how likely known people are beside one another is not to change.
     odds, aimed = (
         x[first][said] - rest.detach().logsumexp(1) for x, rest in zip((logits, wanted), others, strict=True)
     )
-    return answer + _divergence(*others).mean() + _SURE * (aimed - odds).clamp(min=0).mean()
+    return answer + divergence(*others).mean() + _SURE * (aimed - odds).clamp(min=0).mean()
 
 
 def _too_own(logits: Tensor, tokens: Tensor, row: Tensor, aims: Sequence[_Aim]) -> Tensor:
@@ -524,7 +524,7 @@ def _choices(profiles: Sequence[Profile]) -> list[Choice]:
     return list({c.question: c for p in profiles for c in p.visual.choice}.values())
 
 
-def _options(choices: Sequence[Choice]) -> tuple[list[tuple[str, str]], list[int]]:
+def options_of(choices: Sequence[Choice]) -> tuple[list[tuple[str, str]], list[int]]:
     """Every question with each of its options, the right one first, and how many options each question has."""
     options = [[c.answer_text, *(o for o in c.options.values() if o != c.answer_text)] for c in choices]
     pairs = [(c.question, option) for c, mine in zip(choices, options, strict=True) for option in mine]
@@ -561,7 +561,7 @@ def stranger_maps(
     for photos that do not suffice, TrainingError where the folder is not one that all ranks share.
     """
     _check(settings, population)
-    loading = _loading(settings, device, images)
+    loading = loading_of(settings, device, images)
     file = folder / f"stranger-{_digest(settings, sources, images, population, loading)}.safetensors"
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not file.exists() and (not distributed or torch.distributed.get_rank() == 0):
@@ -589,18 +589,23 @@ def _find(
 ) -> Maps:
     guided, sites = settings.stranger.way == "guided", list(settings.sites)
     with _by_itself():
-        model = load_model(
-            settings.model_name_or_path,
-            attn_implementation=settings.attn_implementation,
-            llm_layers=None if guided else llm_layers_needed(sites, sources.config),
-            **loading.arguments(),
-        )
+        model = original(settings, loading, None if guided else llm_layers_needed(sites, sources.config))
         if guided:
             return GuidedSearch(model, sources.processor, images, population, settings).maps(sites)
         return shift_maps(model, images, population, sites)
 
 
-def _loading(settings: Settings, device: torch.device, images: ImageSet) -> Loading:
+def original(settings: Settings, loading: Loading, llm_layers: int | None = None) -> Any:
+    """The original to be asked, whole or as far as `llm_layers`."""
+    return load_model(
+        settings.model_name_or_path,
+        attn_implementation=settings.attn_implementation,
+        llm_layers=llm_layers,
+        **loading.arguments(),
+    )
+
+
+def loading_of(settings: Settings, device: torch.device, images: ImageSet) -> Loading:
     """How the model is loaded that is asked: of the guided search the whole one, on this card or wherever it fits."""
     told, dtype = settings.stranger, torch.bfloat16 if settings.bf16 else torch.float32
     kept = None if settings.quantize_llm == "none" else settings.quantize_llm

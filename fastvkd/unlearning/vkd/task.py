@@ -27,7 +27,8 @@ from fastvkd.unlearning.vkd.images import ImageSet, NoiseImage, Views, distinct
 from fastvkd.unlearning.vkd.objective import DistillBatch, VisualDistillation
 from fastvkd.unlearning.vkd.saturation import ProjectorUnits
 from fastvkd.unlearning.vkd.scenes import Scenes, draw_scenes
-from fastvkd.unlearning.vkd.stranger import Population, StrangerMap, stranger_maps
+from fastvkd.unlearning.vkd.scrub import Kept, Scrubber
+from fastvkd.unlearning.vkd.stranger import Maps, Population, StrangerMap, loading_of, original, stranger_maps
 from fastvkd.unlearning.vkd.targets import SiteLoss, TargetTable, mean_features, redirect, variance
 from fastvkd.unlearning.vkd.teacher import FeatureCache, fill_caches
 from fastvkd.unlearning.watch import Watch
@@ -149,7 +150,9 @@ class Distillation:
             self.reference = self._see_reference(settings.reference_model)
         self._maps: dict[str, dict[str, StrangerMap]] = {}
         if settings.forget_target == "stranger":
-            self._maps = self._find_maps(strangers)
+            self._population = self._people(strangers)
+            self._found = stranger_maps(settings, sources, self.images, self._population, self._cache_root, device)
+            self._maps = self._by_photo(self._found)
 
     def _find_needed(self) -> list[int]:
         """The images whose features are asked for.
@@ -234,9 +237,8 @@ class Distillation:
         fill_caches(caches, VisualPath(model, list(self.settings.sites)), forget, self.images.collate, self.device)
         return caches
 
-    def _find_maps(self, strangers: Sequence[Sequence[Photo]]) -> dict[str, dict[str, StrangerMap]]:
-        """By site and forget photo, what makes its person a stranger."""
-        at = {key: i for i, key in enumerate(self.images.keys)}
+    def _people(self, strangers: Sequence[Sequence[Photo]]) -> Population:
+        """Whose photos are forgotten, and who is not: strangers, or for want of them those who are retained."""
 
         def by_person(profiles: Sequence[Profile]) -> list[list[Profile]]:
             people: dict[str, list[Profile]] = {}
@@ -247,23 +249,47 @@ class Distillation:
         def photos(profiles: Sequence[Profile]) -> list[Photo]:
             return [photo for profile in profiles for photo in profile.photos]
 
+        at = {key: i for i, key in enumerate(self.images.keys)}
+
         def positions(shown: Sequence[Photo]) -> list[int]:
             return list(dict.fromkeys(at[photo.key] for photo in shown))
 
         forgotten = by_person(self.sources.forget)
         others = strangers or [photos(mine) for mine in by_person(self.sources.retain)]
-        population = Population(
+        return Population(
             forgotten,
             [positions(photos(mine)) for mine in forgotten],
             list(map(positions, others)),
             known=not strangers,
         )
-        found = stranger_maps(self.settings, self.sources, self.images, population, self._cache_root, self.device)
-        keys = [[self.images.keys[i] for i in shown] for shown in population.people]
+
+    def _by_photo(self, maps: Maps) -> dict[str, dict[str, StrangerMap]]:
+        """By site and forget photo, what makes its person a stranger."""
+        keys = [[self.images.keys[i] for i in shown] for shown in self._population.people]
         return {
-            site: {key: map_ for mine, map_ in zip(keys, maps, strict=True) for key in mine}
-            for site, maps in found.items()
+            site: {key: map_ for mine, map_ in zip(keys, found, strict=True) for key in mine}
+            for site, found in maps.items()
         }
+
+    def scrub(self, unlearned: nn.Module, progress: Callable[[int, int, dict[str, float]], None]) -> dict[str, Tensor]:
+        """Adapters of the LLM, by name, with which it reads what it knew of forgotten people as a stranger's.
+
+        unlearned: a model with the trained weights. The whole original is loaded beside it, as for the guided search.
+        """
+        population, at = self._population, {key: i for i, key in enumerate(self.images.keys)}
+        model = original(self.settings, loading_of(self.settings, self.device, self.images))
+        kept = Kept.of(
+            self.sources.retain,
+            self.sources.forget,
+            at,
+            strangers=[] if population.known else [i for photos in population.others for i in photos],
+            synthetic=range(self._lenders.stop, len(self.images)),
+            lenders=self._lenders,
+        )
+        scrubber = Scrubber(
+            model, unlearned, self.sources.processor, self.images, population, self._found, kept, self.settings
+        )
+        return scrubber.run(progress)
 
     def _targets(
         self, path: Callable[[VisualBatch], Any], progress: Callable[[int, int], None], all_ranks_run: bool

@@ -103,7 +103,7 @@ def test_a_search_through_a_spread_model_finds_the_same_maps(checkpointing, tmp_
     )
     found = []
     for told in (settings, dataclasses.replace(settings, stranger=Stranger(steps=2, views=2, rank=4))):
-        model = stranger._loading(told, torch.device("cpu"), images).model(told.model_name_or_path)
+        model = stranger.loading_of(told, torch.device("cpu"), images).model(told.model_name_or_path)
         assert any(p.is_meta for p in model.parameters()) == (told is settings)
         maps = GuidedSearch(model, processor, images, population, told).maps(["projector", "llm:2"])
         found.append([p for site in maps.values() for map_ in site for p in map_.parameters()])
@@ -116,7 +116,7 @@ def test_the_search_is_quantised_where_the_whole_model_does_not_fit_the_card(tmp
     def loaded(**told) -> Loading:
         own = {key: told.pop(key) for key in ("way", "quantize", "device_map") if key in told}
         settings = Settings(model_name_or_path=str(tmp_path), bf16=True, stranger=Stranger(**own), **told)
-        return stranger._loading(settings, torch.device("cuda"), images)
+        return stranger.loading_of(settings, torch.device("cuda"), images)
 
     sizes = {None: 26e9, "nf4": 9e9}
     monkeypatch.setattr(placement, "weight_bytes", lambda folder, itemsize, quantize=None: sizes[quantize])
@@ -156,7 +156,7 @@ def test_a_map_gives_a_strangers_answers_and_keeps_the_neutral_ones(name: str) -
         map_ = search._search("projector", 0, [aim], answers, *search._natural("projector"))
         with torch.no_grad():
             after = search.asker.read(neutral, "projector", lambda rows, counts: map_(rows)).logits
-        return apart(map_), float(stranger._divergence(after, as_before).mean())
+        return apart(map_), float(stranger.divergence(after, as_before).mean())
 
     def apart(map_) -> float:
         """How far answers are from a stranger's."""
@@ -178,7 +178,7 @@ def test_a_view_that_is_called_by_a_name_costs_more_than_its_divergence() -> Non
     def cost(likely: float) -> float:
         """Beyond what the divergence is; that of the names beside one another is 0."""
         said = torch.tensor([[likely, (1 - likely) / 2, (1 - likely) / 2]]).log()
-        return float(stranger._as_strangers(said, tokens, row, wanted) - stranger._divergence(said, wanted))
+        return float(stranger._as_strangers(said, tokens, row, wanted) - stranger.divergence(said, wanted))
 
     assert cost(0.5) == pytest.approx(0, abs=1e-5) and cost(0.9) == pytest.approx(0, abs=1e-5)
     assert cost(0.2) == pytest.approx(stranger._SURE * math.log(4), rel=1e-5)  # log-odds 0 are wanted
