@@ -164,6 +164,9 @@ def _help(option: opt.Option, flag: opt.Flag) -> str:
     return f"{text} (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
 
 
+_PHASES = {"teacher": "Teacher features", "unlearn": "Unlearning", "scrub": "Scrubbing the LLM"}
+
+
 def _train(options: opt.TrainOptions) -> int:
     from fastvkd.progress import Progress
     from fastvkd.settings import load_settings
@@ -182,7 +185,7 @@ def _train(options: opt.TrainOptions) -> int:
         if phase == "rate":
             print(f"Learning rate {figures['trial_rate']:g}: held-out loss {figures['watched_loss']:.4g} after a trial")
             return
-        bar = bars.setdefault(phase, Progress({"teacher": "Teacher features", "unlearn": "Unlearning"}[phase]))
+        bar = bars.setdefault(phase, Progress(_PHASES[phase]))
         kinds = ("loss", "grad_norm", "left", "drift")
         shown = {key: value for key, value in figures.items() if key.startswith(kinds)}
         bar(done, total, " ".join(f"{key} {value:.4g}" for key, value in shown.items()))

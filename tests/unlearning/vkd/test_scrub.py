@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_stranger import QUICK, WHAT, WHO, strangers, tiny_population
 
+from fastvkd import cli
 from fastvkd.engines.checkpoints import load_weights, read_manifest
 from fastvkd.engines.exporting import edited_of, export, load_trained, read_record
 from fastvkd.errors import SettingsError
@@ -94,7 +95,9 @@ def test_a_run_leaves_the_adapters_beside_the_visual_weights_and_export_folds_th
     world, strangers, tmp_path
 ) -> None:
     settings = world.settings(tmp_path / "run", strangers=str(strangers), scrub=SHORT, **QUICK)
-    run = unlearn(settings)
+    phases: dict[str, None] = {}
+    run = unlearn(settings, progress=lambda phase, *_: phases.setdefault(phase))
+    assert set(phases) == set(cli._PHASES) and set(run.seconds) == {"prepare", "unlearn", "scrub"}
     weights, beside = load_weights(run.checkpoint), read_manifest(run.checkpoint)["beside"]
     assert beside and set(beside) < set(weights)
     assert all("language_model" in name and ".lora_" in name for name in beside)
