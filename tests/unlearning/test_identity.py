@@ -274,7 +274,7 @@ class TestDryRun:
             elif fault == "processor":
                 config = json.loads((broken / "config.json").read_text())
                 (broken / "config.json").write_text(json.dumps(config | {"image_token_index": 1, "image_token_id": 1}))
-                said = "its processor makes no token 1 of a photo"
+                said = "tokenizer and config.json disagree on the image token"
             elif fault == "disk":
                 monkeypatch.setattr(
                     "fastvkd.planning.room.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0)
