@@ -158,7 +158,7 @@ def certificate(
     (`Loading.described`): a quantised one is another than the folder holds. `edited` are the LLM's tensors that a scrub
     changed."""
     hashes = sorted({photo.key for profile in forget for photo in profile.photos})
-    checks = judge(figures, thresholds)
+    checks = [_with_its_attack(check, relearning) for check in judge(figures, thresholds)]
     return {
         "certificate_version": CERTIFICATE_VERSION,
         "verdict": verdict_of(checks),
@@ -178,6 +178,16 @@ def certificate(
         "relearning": list(relearning),
         "checks": checks,
     }
+
+
+def _with_its_attack(check: Mapping[str, Any], relearning: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A failed check of relearning names the way that broke it."""
+    ways = [row for row in relearning if row["gap"] is not None]
+    if check["key"] != "relearning_gap" or check["met"] is not False or not ways:
+        return dict(check)
+    worst = max(ways, key=lambda row: row["gap"])
+    named = f"{worst['variant'].replace('_', ' ')}, {worst['weights']} weights, rate {worst['learning_rate']:g}"
+    return {**check, "asked": f"{check['asked']}; broken by {named}"}
 
 
 def source_sha256() -> str:

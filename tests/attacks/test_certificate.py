@@ -273,3 +273,26 @@ def test_images_are_named_by_hash_and_nobody_by_name(known, tmp_path: Path) -> N
         assert profile.entity not in text and profile.visual.choice[1].answer_text not in text
     assert paper["thresholds"] == dataclasses.asdict(Certificate())
     assert len(source_sha256()) == 64 and paper["code"]["source_sha256"] == source_sha256()
+
+
+@pytest.mark.parametrize("gap", [0.30, 0.05])
+def test_a_failed_check_of_relearning_names_the_way_that_broke_it(gap: float) -> None:
+    common = {"share": 0.2, "learning_rate": 1e-3, "evidence": True}
+    ways = [
+        {"variant": "plain", "weights": "visual", "gap": -0.2, **common},
+        {"variant": "redrawn_projector", "weights": "all", "gap": gap, **common},
+        {"variant": "noise", "weights": "all", "gap": None, **common},
+    ]
+    paper = certificate(
+        forget=[],
+        settings=None,
+        model_fingerprint="",
+        figures=PASSING | {"relearning_gap": gap},
+        relearning=ways,
+        thresholds=Certificate(),
+        versions={},
+    )
+    check = next(check for check in paper["checks"] if check["key"] == "relearning_gap")
+    named = "; broken by redrawn projector, all weights, rate 0.001"
+    assert check["asked"] == "at most 0.10" + (named if gap > 0.1 else "")
+    assert paper["verdict"] == ("failed" if gap > 0.1 else "passed")
