@@ -327,8 +327,10 @@ def _export(options: opt.ExportOptions) -> int:
         f"{done.folder}: {done.tensors} tensors replaced in {len(done.rewritten_shards)} shard(s), "
         f"{len(done.copied_shards)} shard(s) copied untouched" + (" (blocks shared)" if done.reflinked else "")
     )
-    if done.left_out:
-        print(f"Left out, since they hold the weights from before: {', '.join(done.left_out)}")
+    weights = [name for name in done.left_out if name not in done.statements]
+    for why, names in (("hold the weights from before", weights), ("speak of the base model", done.statements)):
+        if names:
+            print(f"Left out, since they {why}: {', '.join(names)}")
     return 0
 
 

@@ -8,12 +8,13 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastvkd.errors import FastVKDError, TrainingError, disk_is_full
+from fastvkd.errors import FastVKDError, TrainingError, disk_is_full, one_line
 
 # How a file begins that git has left in place of a large one.
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -73,7 +74,7 @@ def parse_json(text: str, place: str, kind: type[FastVKDError], mend: str) -> An
         half = error.object[error.start : error.start + 1]
         raise kind(f"{place}: {half!a} is half a character (a lone surrogate); write the whole one") from error
     except ValueError as error:
-        raise kind(f"{place}: not JSON that can be read ({' '.join(str(error).split())[:80]}); {mend}") from error
+        raise kind(f"{place}: not JSON that can be read ({one_line(error, 80)}); {mend}") from error
     return value
 
 
@@ -127,6 +128,30 @@ def held(folder: Path, key: str) -> Iterator[None]:
         with contextlib.suppress(OSError):  # not empty
             for path in made:
                 path.rmdir()
+
+
+@contextlib.contextmanager
+def new_folder(to: Path, key: str, needed: str) -> Iterator[Path]:
+    """A folder to be filled, which becomes `to` (not there, or empty) once that is done; else nothing is left of it.
+
+    key: as in `held`. needed: how much room, for the message of a full disk. Raises TrainingError for that, and where
+    another process writes to `to`.
+    """
+    with held(to.with_name(f".exporting-{to.name}"), key):
+        unfinished = to.with_name(f".unfinished-{to.name}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        try:
+            yield unfinished
+            if to.exists():
+                to.rmdir()
+            unfinished.rename(to)
+        except OSError as error:
+            if disk_is_full(error):
+                raise TrainingError(f"{to}: no space left on the device; {needed}") from error
+            raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _lock(file: Path, folder: Path, key: str) -> int:

@@ -346,9 +346,12 @@ def test_an_export_says_what_it_left_out(world, tmp_path: Path, capsys) -> None:
     model = tmp_path / "model"
     shutil.copytree(world.model, model)
     (model / "model.gguf").write_bytes(b"the knowledge that was removed")
+    (model / "certificate.json").write_text("{}")
     assert main(training(world, tmp_path / "run", max_steps=1, model_name_or_path=model)) == 0
     assert main(["export", "--run", str(tmp_path / "run"), "--to", str(tmp_path / "merged")]) == 0
-    assert "Left out, since they hold the weights from before: model.gguf" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Left out, since they hold the weights from before: model.gguf\n" in said
+    assert "Left out, since they speak of the base model: certificate.json\n" in said
 
 
 class TestWhatAModelCannotTake:

@@ -157,19 +157,14 @@ def gradient_norms(model: nn.Module, processor: Any, statements: Sequence[Statem
     What was trained on leaves little to learn (GradNorm, Wang et al., arXiv 2402.17012). `model` is left as it was."""
     device = next(model.parameters()).device
     trained = [p for _, p in families.visual_parameters(model, families.family_of(model), "projector")]
-    required = [(p, p.requires_grad) for p in model.parameters()]
     found = []
-    families.train_only(model, trained)
-    try:
+    with families.training_only(model, trained):
         for one in statements:
             image = decode_image(one.asked.photo.data, one.asked.photo.source)
             batch = collate_answers(processor, [(image, one.asked.choice.question, one.answer)], [0], [True]).to(device)
             loss = read_answers(model, batch).cross_entropy(forget=True)
             squares = [gradient.double().square().sum() for gradient in torch.autograd.grad(loss, trained)]
             found.append(-float(torch.stack(squares).sum().sqrt()))
-    finally:
-        for parameter, was in required:
-            parameter.requires_grad_(was)
     return found
 
 

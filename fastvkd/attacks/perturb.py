@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastvkd.attacks.asking import Asked, choices_of
 from fastvkd.attacks.relearning import Attacker, answer_losses
-from fastvkd.models.families import base_model, family_of, tower, train_only
+from fastvkd.models.families import base_model, family_of, tower, training_only
 from fastvkd.photos import decode_image
 from fastvkd.records import Photo, Profile
 
@@ -93,11 +93,9 @@ def find(
     """The perturbation of at most `size` (of the pixels' range) a pixel that makes the attacker's answers likely: signs
     of gradients, each step a tenth of `size`. `model` is left as it was."""
     found = Perturbation(model, processor, photo)
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    train_only(model, [])
     found.delta.requires_grad_(True)
     try:
-        with found.added():
+        with training_only(model, []), found.added():
             for step in range(1, steps + 1):
                 found.delta.grad = None
                 batches = attacker.batches(step, micro_batch)
@@ -108,8 +106,6 @@ def find(
                     found.delta.sub_(STEP * size * found.delta.grad.sign()).clamp_(-size, size)
     finally:
         found.delta.requires_grad_(False)
-        for parameter, was in trainable:
-            parameter.requires_grad_(was)
     return found
 
 

@@ -24,7 +24,7 @@ from fastvkd.engines.local import LocalEngine
 from fastvkd.evaluation.inputs import PreparedPhotos
 from fastvkd.evaluation.protocol import evaluate_cells
 from fastvkd.models.answers import AnswerBatch, collate_answers
-from fastvkd.models.families import all_parameters, family_of, train_only, visual_parameters
+from fastvkd.models.families import all_parameters, family_of, training_only, visual_parameters
 from fastvkd.models.loading import layers_checkpointed
 from fastvkd.options import Budget, Optim
 from fastvkd.options import RelearningWeights as Weights
@@ -135,9 +135,9 @@ def relearning_curve(
         point = {"step": step, "accuracy": accuracy, "moved": moved(model, before)}
         curve.append({key: value for key, value in {**point, "retained": kept}.items() if value is not None})
 
-    with _put_back_at_the_end(model, trained) as before:
+    moving = [parameter for _, parameter in trained]
+    with _put_back_at_the_end(trained) as before, training_only(model, moving):
         first(model)
-        train_only(model, [parameter for _, parameter in trained])
         engine = LocalEngine(
             trained,
             module=model,
@@ -194,11 +194,8 @@ def _accuracy(
 
 
 @contextmanager
-def _put_back_at_the_end(
-    model: nn.Module, named: Sequence[tuple[str, nn.Parameter]]
-) -> Iterator[dict[str, torch.Tensor]]:
+def _put_back_at_the_end(named: Sequence[tuple[str, nn.Parameter]]) -> Iterator[dict[str, torch.Tensor]]:
     """Host copies of these weights by name, which the model has again at the end, whatever happens."""
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in named}
     try:
         yield before
@@ -206,8 +203,6 @@ def _put_back_at_the_end(
         with torch.no_grad():
             for name, parameter in named:
                 parameter.copy_(before[name])
-        for parameter, was in trainable:
-            parameter.requires_grad_(was)
 
 
 def area_under_curve(curve: Sequence[Mapping[str, float]]) -> float:

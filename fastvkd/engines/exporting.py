@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastvkd.engines.checkpoints import WEIGHTS, find_latest, load_weights, verify_checkpoint
-from fastvkd.errors import ModelError, TrainingError, disk_is_full
-from fastvkd.files import held, read_json
+from fastvkd.errors import ModelError, TrainingError
+from fastvkd.files import new_folder, read_json
 from fastvkd.models import lora, sine
 from fastvkd.models.folder import identify_base
 from fastvkd.models.foreign import refuse_quantised
@@ -56,6 +56,11 @@ class Exported:
     left_out: list[str]
     reflinked: bool
 
+    @property
+    def statements(self) -> list[str]:
+        """Of `left_out`, what fastvkd stated about the base."""
+        return [name for name in self.left_out if name in _STATEMENTS]
+
 
 def export(run_dir: Path, to: Path, *, model_card: str, base: Path | None = None) -> Exported:
     """Write the trained model as a folder that `from_pretrained` loads.
@@ -83,28 +88,14 @@ def export(run_dir: Path, to: Path, *, model_card: str, base: Path | None = None
     if to.resolve().is_relative_to(base.resolve()):
         raise TrainingError(f"{to}: lies inside the base model's folder; export elsewhere")
 
-    with held(to.with_name(f".exporting-{to.name}"), "--to"):
-        unfinished = to.with_name(f".unfinished-{to.name}")
-        if unfinished.exists():
-            shutil.rmtree(unfinished)
-        unfinished.mkdir(parents=True)
-        try:
-            alpha = float(manifest["settings"].get("lora_alpha", 0))
-            exported = _write(checkpoint / WEIGHTS, base, unfinished, to, model_card, lora_alpha=alpha)
-            record = {key: manifest[key] for key in ("updates", "settings", "base_model")} | {
-                "edited": sorted(lora.adapted(manifest.get("beside", ()))),
-                "history": history_of(base),
-            }
-            (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-            if to.exists():
-                to.rmdir()
-            unfinished.rename(to)
-        except OSError as error:
-            if disk_is_full(error):
-                raise TrainingError(f"{to}: no space left on the device; the base has {_size(base):,} bytes") from error
-            raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    with new_folder(to, "--to", f"the base has {_size(base):,} bytes") as folder:
+        alpha = float(manifest["settings"].get("lora_alpha", 0))
+        exported = _write(checkpoint / WEIGHTS, base, folder, to, model_card, lora_alpha=alpha)
+        record = {key: manifest[key] for key in ("updates", "settings", "base_model")} | {
+            "edited": sorted(lora.adapted(manifest.get("beside", ()))),
+            "history": history_of(base),
+        }
+        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     return exported
 
 
@@ -132,10 +123,7 @@ def history_of(base: Path) -> list[dict[str, Any]]:
     earlier = record.pop("history", [])
     paper = base / CERTIFICATE
     if paper.is_file():
-        try:
-            record["certificate"] = json.loads(paper.read_text())
-        except ValueError as error:
-            raise ModelError(f"{paper}: not JSON ({error}); judge the model again, or delete the file") from error
+        record["certificate"] = read_json(paper, ModelError, "judge the model again, or delete the file")
     return [*earlier, record]
 
 
@@ -220,7 +208,7 @@ def copy_shards(shards: list[Path], folder: Path) -> tuple[list[Path], bool]:
 
 
 def copy_others(base: Path, folder: Path, shards: list[Path]) -> list[str]:
-    """Copies what else a model folder holds; returns the other copies of its weights, which are left out."""
+    """Copies what else a model folder holds; returns what is left out (`Exported.left_out`)."""
     left_out: list[str] = []
     shard_names = {shard.name for shard in shards}
     for source, relative in _files(base):

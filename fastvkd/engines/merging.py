@@ -8,7 +8,6 @@ not needed. W becomes W + s B A, with s = alpha / r, or alpha / sqrt(r) for rank
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from fastvkd.engines.exporting import copy_others, copy_shards, match_keys, read_from, replace_tensor
-from fastvkd.errors import ModelError, TrainingError, disk_is_full
-from fastvkd.files import read_json_object
+from fastvkd.errors import ModelError, TrainingError
+from fastvkd.files import new_folder, read_json_object
 from fastvkd.models.folder import local_folder
 from fastvkd.models.foreign import ADAPTER, read_config, refuse_quantised
 from fastvkd.models.lora import merged_weight
@@ -69,7 +68,7 @@ def merge(adapter: Path, to: Path, *, base: Path | None = None) -> Merged:
 
     Raises ModelError for what is no LoRA adapter, for kinds that are not merged (DoRA, layers with ranks or alphas of
     their own, embeddings), for a base that does not fit or is quantised; TrainingError for a folder `to` that is not
-    empty, and for a full disk.
+    empty or that another process writes to, and for a full disk.
     """
     told = _read_adapter(adapter)
     named = base or told.config.get("base_model_name_or_path")
@@ -83,21 +82,9 @@ def merge(adapter: Path, to: Path, *, base: Path | None = None) -> Merged:
     for inside in (base, adapter):
         if to.resolve().is_relative_to(inside.resolve()):
             raise TrainingError(f"{to}: lies inside {inside}; merge into a folder elsewhere")
-    unfinished = to.with_name(f".unfinished-{to.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        count = _write(told, base, unfinished)
-        (unfinished / RECORD).write_text(json.dumps({"adapter": str(adapter), "base": str(base)}, indent=1) + "\n")
-        if to.exists():
-            to.rmdir()
-        unfinished.rename(to)
-    except OSError as error:
-        if disk_is_full(error):
-            raise TrainingError(f"{to}: no space left on the device; the base model's size is needed") from error
-        raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with new_folder(to, "--to", "the base model's size is needed") as folder:
+        count = _write(told, base, folder)
+        (folder / RECORD).write_text(json.dumps({"adapter": str(adapter), "base": str(base)}, indent=1) + "\n")
     return Merged(to, base, count)
 
 

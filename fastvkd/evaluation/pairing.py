@@ -6,6 +6,7 @@ The questions of one person have much in common, so people are the units: of the
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from fastvkd.errors import DataError
 from fastvkd.evaluation.divergence import answer_log_probability
+from fastvkd.evaluation.protocol import logged_samples
 from fastvkd.evaluation.statistics import clustered_interval
 
 Samples = Sequence[Mapping[str, Any]]
@@ -54,13 +56,8 @@ class Paired:
 def read_samples(folder: Path) -> list[dict[str, Any]]:
     """The logged samples of an evaluation. Raises DataError for a folder without."""
     log = folder / "samples.jsonl"
-    try:
-        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{log}: cannot be read ({' '.join(str(error).split())}); paired tests need the --out folders of "
-            "fastvkd eval, with their samples.jsonl"
-        ) from error
+    mend = "paired tests need the --out folders of fastvkd eval, with their samples.jsonl"
+    lines = logged_samples(log, f"{log}:", mend)
     return [line for line in lines if "finished" not in line and line.get("cell") not in _NOT_FIGURES]
 
 
@@ -103,15 +100,12 @@ def paired_tests(base: tuple[str, Samples], other: tuple[str, Samples], seed: in
 def _by_question(samples: Samples) -> dict[tuple[Any, ...], Mapping[str, Any]]:
     """Samples by what was asked of whom; a question that was asked twice has a number."""
     found: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    times: Counter[tuple[Any, ...]] = Counter()
     for sample in samples:
-        place = sample.get("photo", "")
-        options = tuple(sorted(sample.get("options", {}).items()))
         asked = tuple(sample[key] for key in ("cell", "kind", "task", "entity", "question"))
-        number = itertools.count()
-        key = (*asked, place, options, next(number))
-        while key in found:
-            key = (*key[:-1], next(number))
-        found[key] = sample
+        asked += (sample.get("photo", ""), tuple(sorted(sample.get("options", {}).items())))
+        found[*asked, times[asked]] = sample
+        times[asked] += 1
     return found
 
 

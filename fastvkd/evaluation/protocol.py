@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import numpy as np
 from torch import nn
 
-from fastvkd.errors import DataError, SettingsError
+from fastvkd.errors import DataError, SettingsError, one_line
 from fastvkd.evaluation.asker import Asker
 from fastvkd.evaluation.benchmarks import BENCHMARKS, MODES, Letters, Rules, chat_turn, speaks_user_assistant
 from fastvkd.evaluation.divergence import answer_log_probability
@@ -407,6 +407,15 @@ def cell_figures(samples: Sequence[Mapping[str, Any]], seed: int) -> dict[str, A
     if description := values("description", "correct"):
         figures |= {**with_interval("description", description, seed), "n_description": len(description)}
     return figures
+
+
+def logged_samples(log: Path, place: str, mend: str) -> list[dict[str, Any]]:
+    """Every line of the samples.jsonl of an evaluation, those that close a cell included. Raises DataError, beginning
+    with `place`, for a file that cannot be read."""
+    try:
+        return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{place} cannot be read ({one_line(error)}); {mend}") from error
 
 
 class _Log:

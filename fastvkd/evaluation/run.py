@@ -17,7 +17,7 @@ from fastvkd.errors import DataError, ModelError, SettingsError
 from fastvkd.evaluation.divergence import Samples, answer_distance, asked, option_divergence, scored_choices
 from fastvkd.evaluation.modality_pairs import joint_figures
 from fastvkd.evaluation.people import examine, likeness
-from fastvkd.evaluation.protocol import OnProgress
+from fastvkd.evaluation.protocol import OnProgress, logged_samples
 from fastvkd.evaluation.truth_ratio import forget_quality, model_utility
 from fastvkd.files import held, write_atomically
 from fastvkd.models.folder import identify_base, local_folder
@@ -199,13 +199,8 @@ def _reference(benchmark: str, mode: str, folder: str | Path) -> Samples:
             f"reference_eval: {benchmark} in paper mode has no likelihoods to compare; use mode=corrected"
         )
     logged = Path(folder) / SAMPLES
-    try:
-        lines = [json.loads(line) for line in logged.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"reference_eval: {logged} cannot be read ({' '.join(str(error).split())}); give the --out folder of an "
-            "evaluation of the model that never saw the forget set"
-        ) from error
+    mend = "give the --out folder of an evaluation of the model that never saw the forget set"
+    lines = logged_samples(logged, f"reference_eval: {logged}", mend)
     if benchmark == "clear" and not _forget_truth(lines):
         raise DataError(f"reference_eval: {logged} holds no truth ratios of a forget set; evaluate it on CLEAR first")
     if benchmark != "clear" and not scored_choices(lines):

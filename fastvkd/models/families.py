@@ -4,7 +4,8 @@ Module paths are relative to the *base* model (the one without lm_head); `base_m
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -204,6 +205,18 @@ def train_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     for p in model.parameters():
         if p.is_floating_point():
             p.requires_grad_(id(p) in wanted)
+
+
+@contextmanager
+def training_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """`train_only` until the end; then every parameter requires a gradient if it did before."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    train_only(model, parameters)
+    try:
+        yield
+    finally:
+        for p, was in before:
+            p.requires_grad_(was)
 
 
 def parse_site(site: str) -> tuple[str, int]:

@@ -35,6 +35,7 @@ class Plan:
     parameters: dict[str, int]
     flops_per_image: dict[str, int]
     memory_bytes: dict[str, int]
+    peak_bytes: int  # on a GPU, the search's and the scrub's included
     micro_batch: int | None
     cache_bytes_per_image: int
     fits: bool | None
@@ -124,7 +125,7 @@ def plan(
     recommendation = recommend(architecture, recipe, memory_bytes)
     recipe = searched(architecture, recipe, memory_bytes)
     cost = Cost(architecture, recipe)
-    needed = cost.memory(recipe.micro_batch)
+    peak = cost.peak(recipe.micro_batch)
     return Plan(
         name=architecture.name,
         recipe=recipe,
@@ -132,10 +133,11 @@ def plan(
         llm_layers=architecture.llm.layers,
         parameters={"trainable": cost.trainable, "frozen": cost.frozen},
         flops_per_image=cost.flops(),
-        memory_bytes=needed,
+        memory_bytes=cost.memory(recipe.micro_batch),
+        peak_bytes=peak,
         micro_batch=None if memory_bytes is None else cost.largest_micro_batch(memory_bytes),
         cache_bytes_per_image=cost.cache_bytes_per_image(),
-        fits=None if memory_bytes is None else cost.peak(recipe.micro_batch) <= usable_bytes(memory_bytes),
+        fits=None if memory_bytes is None else peak <= usable_bytes(memory_bytes),
         recommendation=recommendation,
         gpu_memory_bytes=memory_bytes,
         step_seconds=None if gpu is None else cost.step_seconds(card_name(gpu)),

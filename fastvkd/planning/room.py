@@ -26,15 +26,14 @@ def room_for(settings: Settings, device: torch.device, images: int) -> list[str]
     card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     memory = None if card is None else f"{card / GIB:.3f}GiB"
     planned = plan(settings, memory=memory, world_size=world_size)
-    needed = max(planned.memory_bytes["total"], planned.search["memory_bytes"]["total"] if planned.search else 0)
     there = psutil.virtual_memory().available if card is None else card
     where = "host memory" if card is None else torch.cuda.get_device_name(device)
     if planned.fits is False:
         raise SettingsError(
-            f"memory: the run is planned at {needed / GIB:.1f} GiB, and {where} has {there / GIB:.1f} GiB; "
+            f"memory: the run is planned at {planned.peak_bytes / GIB:.1f} GiB, and {where} has {there / GIB:.1f} GiB; "
             f"{planned.recommendation['command'] or planned.recommendation['reason']}"
         )
-    lines = [f"memory: {needed / GIB:.2f} GiB planned, {there / GIB:.1f} GiB of {where}"]
+    lines = [f"memory: {planned.peak_bytes / GIB:.2f} GiB planned, {there / GIB:.1f} GiB of {where}"]
     wanted = _on_disk(settings, planned, images)
     by_disk: dict[int, tuple[Path, int]] = {}
     for folder, count in wanted.items():

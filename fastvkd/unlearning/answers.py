@@ -64,9 +64,10 @@ class Answers:
         """(n,) bool: the tokens of forget (or else of retained) answers."""
         return self.is_forget[self.row] == forget
 
-    def retained_samples(self) -> list[int]:
-        """Positions in the sampler's list of the retained answers with tokens here, in the order of those tokens."""
-        rows = self.row[self.answers_of(forget=False)].unique_consecutive()
+    def samples_of(self, *, forget: bool) -> list[int]:
+        """Positions in the sampler's list of the forget (or else the retained) answers with tokens here, in the order
+        of those tokens."""
+        rows = self.row[self.answers_of(forget)].unique_consecutive()
         return self.sample[rows].tolist()
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from fastvkd.cli import main
 from fastvkd.engines.merging import RECORD, merge
 from fastvkd.errors import ModelError, TrainingError
+from fastvkd.files import new_folder
 from fastvkd.models.folder import identify_base, language_model_sha256
 
 LAYER = "model.language_model.layers.1.self_attn.q_proj"
@@ -133,3 +134,13 @@ def test_no_folder_is_overwritten(world, adapter: Path, tmp_path: Path) -> None:
             merge(adapter, to)
     with pytest.raises(ModelError, match=r"no adapter_config.json"):
         merge(world.model, tmp_path / "other")
+
+
+def test_one_process_writes_a_merged_folder_at_a_time(world, adapter: Path, tmp_path: Path) -> None:
+    with (
+        new_folder(tmp_path / "merged", "--to", "some"),
+        pytest.raises(TrainingError, match="another process writes here"),
+    ):
+        merge(adapter, tmp_path / "merged", base=world.model)
+    assert not list(tmp_path.glob(".*merged"))
+    merge(adapter, tmp_path / "merged" / "again", base=world.model)

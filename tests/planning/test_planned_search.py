@@ -173,5 +173,5 @@ def test_an_edit_of_the_llm_is_planned_beside_what_training_keeps() -> None:
     assert found.scrub["total"] == sum(v for name, v in found.scrub.items() if name != "total")
     assert found.search is not None
     most = max(part["total"] for part in (found.memory_bytes, found.search["memory_bytes"], found.scrub))
-    assert found.fits == (most <= usable_bytes(24 * GIB))
+    assert found.peak_bytes == most and found.fits == (most <= usable_bytes(24 * GIB))
     assert "scrub after training" in found.table()

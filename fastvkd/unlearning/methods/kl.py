@@ -6,6 +6,31 @@ from torch import Tensor
 from fastvkd.unlearning.answers import Answers
 
 
+class Remembered:
+    """Distributions at the answer positions of samples: the log-probabilities of a few tokens, in host memory."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # sample -> (tokens, k) log-probabilities and token ids
+
+    def note(self, answers: Answers, log_p: Tensor, ids: Tensor) -> None:
+        """log_p, ids: (n, k), of the tokens that are remembered at each of the batch's answer positions."""
+        for position, sample in enumerate(answers.sample.tolist()):
+            own = answers.row == position
+            self._kept[sample] = (log_p[own].float().cpu(), ids[own].to("cpu", torch.int32))
+
+    def divergence(self, answers: Answers, *, forget: bool) -> Tensor:
+        """Mean KL(noted || answers) over the tokens of forget (or else of retained) answers; 0 (with a graph) where
+        there are none."""
+        assert answers.logits is not None
+        samples = answers.samples_of(forget=forget)
+        if not samples:
+            return answers.logits.sum() * 0
+        kept = zip(*(self._kept[sample] for sample in samples), strict=True)
+        log_p, ids = (torch.cat(of).to(answers.logits.device) for of in kept)
+        here = answers.logits[answers.answers_of(forget)].log_softmax(-1)
+        return top_k_divergence(log_p, here, ids.long()).mean()
+
+
 class KlMinimisation:
     """L = -lambda_forget l_f + lambda_retain (l_r + KL(p_0 || p)), KL being the mean over tokens of retained answers.
 
@@ -17,31 +42,18 @@ class KlMinimisation:
     """
 
     def __init__(self, top_k: int):
-        self.top_k = top_k
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # sample -> (tokens, k) log-probabilities and token ids
+        self.top_k, self._original = top_k, Remembered()
 
     def remember(self, answers: Answers) -> None:
         """Note the original's distribution at the batch's answer positions."""
         assert answers.logits is not None
         log_p0 = answers.logits.log_softmax(-1)
-        values, ids = log_p0.topk(min(self.top_k, log_p0.shape[-1]), dim=-1)
-        for position, sample in enumerate(answers.sample.tolist()):
-            own = answers.row == position
-            self._kept[sample] = (values[own].cpu(), ids[own].to("cpu", torch.int32))
+        self._original.note(answers, *log_p0.topk(min(self.top_k, log_p0.shape[-1]), dim=-1))
 
     def __call__(self, answers: Answers) -> dict[str, Tensor]:
-        assert answers.logits is not None
-        retained = answers.answers_of(forget=False)
-        divergence = answers.logits.sum() * 0
-        samples = answers.retained_samples()
-        if samples:
-            kept = [self._kept[s] for s in samples]
-            log_p0 = torch.cat([values for values, _ in kept]).to(answers.logits.device)
-            ids = torch.cat([ids for _, ids in kept]).to(answers.logits.device, torch.int64)
-            divergence = top_k_divergence(log_p0, answers.logits[retained].log_softmax(-1), ids).mean()
         return {
             "forget": -answers.cross_entropy(forget=True),
-            "retain": answers.cross_entropy(forget=False) + divergence,
+            "retain": answers.cross_entropy(forget=False) + self._original.divergence(answers, forget=False),
         }
 
 

@@ -37,7 +37,7 @@ class RepresentationMisdirection:
         if self._direction is None:
             self._direction = (self.scale * self.direction(hidden.shape[1])).to(hidden.device)
         away = (hidden - self._direction).square().mean(1)
-        samples = answers.retained_samples()
+        samples = answers.samples_of(forget=False)
         drift = hidden.sum() * 0
         if samples:
             original = torch.cat([self._original[s] for s in samples]).to(hidden.device, torch.float32)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastvkd.unlearning.answers import Answers
-from fastvkd.unlearning.methods.kl import top_k_divergence
+from fastvkd.unlearning.methods.kl import Remembered
 
 
 class AdjustedSelfDistillation:
@@ -19,8 +19,7 @@ class AdjustedSelfDistillation:
     """
 
     def __init__(self, strength: float, top_k: int):
-        self.strength, self.top_k = strength, top_k
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # sample -> (tokens, k) log q and token ids
+        self.strength, self.top_k, self._adjusted = strength, top_k, Remembered()
 
     def remember(self, answers: Answers) -> None:
         """Note the adjusted distribution at the batch's answer positions."""
@@ -30,19 +29,10 @@ class AdjustedSelfDistillation:
         log_q = answers.logits.double().scatter_add(1, right, lowered).log_softmax(-1)
         others = log_q.scatter(1, right, -torch.inf).topk(min(self.top_k, log_q.shape[1]) - 1, dim=1).indices
         ids = torch.cat([right, others], 1)
-        values = log_q.gather(1, ids).float()
-        for position, sample in enumerate(answers.sample.tolist()):
-            own = answers.row == position
-            self._kept[sample] = (values[own].cpu(), ids[own].to("cpu", torch.int32))
+        self._adjusted.note(answers, log_q.gather(1, ids), ids)
 
     def __call__(self, answers: Answers) -> dict[str, Tensor]:
-        assert answers.logits is not None
-        forget = answers.answers_of(forget=True)
-        rows = answers.row[forget].unique_consecutive()
-        divergence = answers.logits.sum() * 0
-        if len(rows):
-            kept = [self._kept[s] for s in answers.sample[rows].tolist()]
-            log_q = torch.cat([values for values, _ in kept]).to(answers.logits.device)
-            ids = torch.cat([ids for _, ids in kept]).to(answers.logits.device, torch.int64)
-            divergence = top_k_divergence(log_q, answers.logits[forget].log_softmax(-1), ids).mean()
-        return {"forget": divergence, "retain": answers.cross_entropy(forget=False)}
+        return {
+            "forget": self._adjusted.divergence(answers, forget=True),
+            "retain": answers.cross_entropy(forget=False),
+        }

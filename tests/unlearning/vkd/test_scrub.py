@@ -92,8 +92,11 @@ def test_the_worst_features_nearby_give_the_own_answers_more_easily(monkeypatch)
 
 
 def test_a_run_leaves_the_adapters_beside_the_visual_weights_and_export_folds_them_in(
-    world, strangers, tmp_path
+    world, strangers, tmp_path, monkeypatch
 ) -> None:
+    found: dict[str, torch.Tensor] = {}
+    run_of = Scrubber.run
+    monkeypatch.setattr(Scrubber, "run", lambda self, progress: found.update(run_of(self, progress)) or found)
     settings = world.settings(tmp_path / "run", strangers=str(strangers), scrub=SHORT, **QUICK)
     phases: dict[str, None] = {}
     run = unlearn(settings, progress=lambda phase, *_: phases.setdefault(phase))
@@ -111,6 +114,9 @@ def test_a_run_leaves_the_adapters_beside_the_visual_weights_and_export_folds_th
     old, new = (dict(all_parameters(model, family)) for model in (before, after))
     changed = {name for name in old if name not in visual and not torch.equal(old[name], new[name])}
     assert changed and changed <= set(edited)
+    for name in edited:  # W + B A of what was found, whatever the scale of stored adapters
+        b, a = (found[name.removesuffix("weight") + part] for part in ("lora_B", "lora_A"))
+        assert torch.allclose(new[name], old[name] + b @ a, atol=1e-6)
     load_trained(before, run.checkpoint)
     assert all(torch.allclose(value, new[name], atol=1e-6) for name, value in all_parameters(before, family))
     assert json.dumps(record["settings"]["scrub"])
