@@ -138,9 +138,13 @@ class Job:
             mllmu.write_split(self.data_folder, split, profiles)
         self.processor = build_processor(self.data.splits["Full_Set"] + self.data.splits["Retain_Set"], shape)
 
+    def command(self, log: str) -> list[str]:
+        """What starts fastvkd, whose output goes to the file `log`."""
+        return [sys.executable, "-m", "fastvkd.cli"]
+
     def started(self, log: str, *arguments: str) -> subprocess.Popen[bytes]:
         with (self.work / f"{log}.log").open("w") as output:
-            command = [sys.executable, "-m", "fastvkd.cli", *arguments]
+            command = [*self.command(log), *arguments]
             return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
 
     def ran(self, log: str, *arguments: str, good: tuple[int, ...] = (0,)) -> tuple[float, float]:
@@ -256,7 +260,8 @@ class Job:
         return *self.judged("eval"), "bf16, 4 questions a cell and task"
 
     def attack(self) -> tuple[float, float, str]:
-        return *self.judged("attack", "--kind", "fewshot", "--before", str(self.model)), "few-shot, bf16, 4 questions"
+        asked = self.judged("attack", "--kind", "reverse", "--before", str(self.model))
+        return *asked, "answers in reverse, bf16, 4 questions to both models"
 
 
 PHASES: dict[str, Callable[[Job], tuple[float, float, str]]] = {

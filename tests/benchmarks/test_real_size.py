@@ -1,6 +1,7 @@
 """The script of the real-size run does its whole job on a tiny model, and its folder is laid out as published."""
 
 import json
+from typing import Any
 
 import pytest
 import real_size
@@ -14,8 +15,8 @@ from fastvkd.models.shards import read_safetensors_header, shards_of
 SHAPE = Shape(image_size=28, patch_size=14)
 
 
-@pytest.fixture
-def job(tmp_path) -> real_size.Job:
+def tiny_facts() -> dict[str, Any]:
+    """The configuration of a LLaVA with few weights."""
     facts = real_size.architecture()
     facts["vision_config"] |= CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
@@ -28,7 +29,12 @@ def job(tmp_path) -> real_size.Job:
         num_key_value_heads=2,
         vocab_size=2048,
     ).to_diff_dict()
-    return real_size.Job(tmp_path / "work", facts, SHAPE, steps=3)
+    return facts
+
+
+@pytest.fixture
+def job(tmp_path) -> real_size.Job:
+    return real_size.Job(tmp_path / "work", tiny_facts(), SHAPE, steps=3)
 
 
 def test_the_folder_has_the_published_names_and_loads(job) -> None:
