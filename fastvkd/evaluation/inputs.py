@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastvkd.devices import at_once, decoder_pass_bytes, keys_and_values_bytes, packed_pass_bytes, tower_pass_bytes
 from fastvkd.errors import ModelError
 from fastvkd.models.answers import Query, common_prefix, token_ids
+from fastvkd.models.packing import takes_any_mask
 from fastvkd.models.patch_sequences import moved
 from fastvkd.models.pooled import Recent, in_threads
 from fastvkd.models.processing import processed
@@ -30,8 +31,6 @@ from fastvkd.records import Photo
 EMBEDDABLE = ("llava", *(_MROPE := ("qwen2_vl", "qwen2_5_vl")))
 # LLaVA's towers whose photos can be stacked; Pixtral, for one, follows the photo's size.
 _FIXED_SIZE_TOWERS = ("clip_vision_model", "siglip_vision_model")
-# An arbitrary attention mask (the packed option scoring) is understood by these only.
-_MASKED_ATTENTION = ("sdpa", "eager")
 _FEATURE_CACHE_BYTES = 4 << 30  # host memory: at 576 x 4096 in bfloat16, 900 photos
 
 _PREPARED_BYTES = 4 << 30  # host memory for preprocessed photos, in float32
@@ -245,8 +244,7 @@ def embeddable(model: nn.Module) -> bool:
     return (
         config.model_type in EMBEDDABLE
         and (config.model_type in _MROPE or config.vision_config.model_type in _FIXED_SIZE_TOWERS)
-        and config.text_config._attn_implementation in _MASKED_ATTENTION
-        and getattr(config.text_config, "sliding_window", None) is None
+        and takes_any_mask(config)
     )
 
 

@@ -247,24 +247,36 @@ class Cost:
         return parts | {"total": int(weights + masters + moments + peak)}
 
     def search_flops(self, *, asked_tokens: int = ASKED_TOKENS) -> int:
-        """FLOPs of the search for the maps of one person, at all sites, if it is not repeated: in each step three
-        passes of the whole LLM over `search_views` questions, two of them with the gradient of the map."""
+        """FLOPs of the search for the maps of one person, at all sites, if it is not repeated: in each step the whole
+        LLM reads a question about each of `search_views` views, and then two with the gradient of the map."""
         a, r = self.architecture, self.recipe
-        tokens = a.visual_tokens + asked_tokens
-        linear, scores = a.llm.linear_flops(tokens), a.llm.attention_flops(tokens)
-        forward = a.llm.layers * (linear + scores)
-        backward = a.llm.layers * (linear + 2 * scores) + (forward if r.gradient_checkpointing else 0)
+
+        def passed(tokens: int, *, back: bool) -> int:
+            linear, scores = a.llm.linear_flops(tokens), a.llm.attention_flops(tokens)
+            once = linear + scores
+            again = once if r.gradient_checkpointing else 0
+            return a.llm.layers * (once + (linear + 2 * scores + again if back else 0))
+
         tower = a.tower.embedding_flops() + a.projector.flops()
         tower += sum(a.tower.linear_flops() + a.tower.attention_flops(block) for block in range(a.tower.blocks))
-        return len(r.sites) * r.search_steps * r.search_views * (tower + 3 * forward + 2 * backward)
+        rows, tokens = self._searched_rows(asked_tokens)
+        each = tower + passed(a.visual_tokens + asked_tokens, back=False) + rows * passed(tokens, back=True)
+        return len(r.sites) * r.search_steps * r.search_views * each
+
+    def _searched_rows(self, asked_tokens: int) -> tuple[int, int]:
+        """In how many rows of how many tokens a step of the search asks two questions about a view: in one where all
+        photos have as many tokens, which then go through the LLM once."""
+        visual = self.architecture.visual_tokens
+        return (1, visual + 2 * asked_tokens) if self.architecture.fixed_tokens else (2, visual + asked_tokens)
 
     def scrub_memory(self) -> dict[str, int]:
         """Bytes on the GPU at the peak of the scrub, beside which the trained part and its optimiser stay.
 
-        A step keeps two passes over `scrub_photos` questions, as one of the search does over its views.
+        A step keeps two passes over `scrub_photos` questions, each by itself.
         """
         a, r = self.architecture, self.recipe
-        asked = Cost(a, replace(r, search_views=r.scrub_photos)).search_memory()
+        alone = replace(a, fixed_tokens=False)
+        asked = Cost(alone, replace(r, search_views=r.scrub_photos)).search_memory()
         llm, s = a.llm, 2 if r.bf16 else 4
         kv = llm.kv_heads * llm.head_dim
         # Inputs and outputs of all its matrices.
@@ -299,12 +311,13 @@ class Cost:
         rank = max(1, min(200, 2 * varied // 3 if a.fixed_tokens else 200, sample // 2))
         statistics = (rank + 1) * sample * 4 + llm.hidden**2 * 4
 
-        layer = self._layer_bytes(tokens)
-        kept = llm.layers * layer
+        rows, long = self._searched_rows(asked_tokens)
+        layer = self._layer_bytes(long)
+        kept = rows * llm.layers * layer
         if r.gradient_checkpointing:  # layers' inputs, and one layer at a time recomputed
-            kept = llm.layers * tokens * llm.hidden * s + layer // 2
+            kept = rows * llm.layers * long * llm.hidden * s + layer
         logits = ASKED_ANSWER_TOKENS * llm.vocabulary * 4
-        step = views * (2 * kept + _MAPPED * at_site + _LOGITS * logits)
+        step = views * (kept + _MAPPED * at_site + _LOGITS * logits)
         kv = llm.kv_heads * llm.head_dim
         at_once = min(questions, questions_at_once(tokens, llm.layers, kv, s))
         asking = at_once * 2 * tokens * llm.layers * kv * s

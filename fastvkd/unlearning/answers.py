@@ -19,6 +19,7 @@ from fastvkd.data.wording import question_answer_pairs
 from fastvkd.methods import Side
 from fastvkd.models import families
 from fastvkd.models.answers import AnswerBatch, collate_answers
+from fastvkd.models.packing import PackedBatch
 from fastvkd.models.pooled import DecodedPhotos
 from fastvkd.models.processing import tokens_and_features
 from fastvkd.records import Photo, Profile
@@ -60,6 +61,16 @@ class Answers:
         assert self.logits is not None
         return mean_where(F.cross_entropy(self.logits, self.tokens, reduction="none"), self.answers_of(forget))
 
+    def only(self, chosen: slice) -> "Answers":
+        """Those of some answers, numbered anew."""
+        count = len(self.is_forget)
+        wanted = torch.zeros(count, dtype=torch.bool, device=self.row.device)
+        wanted[chosen] = True
+        here = wanted[self.row]
+        row = (wanted.cumsum(0) - 1)[self.row[here]]
+        logits = None if self.logits is None else self.logits[here]
+        return Answers(self.hidden[here], logits, self.tokens[here], row, self.is_forget[chosen], self.sample[chosen])
+
     def answers_of(self, forget: bool) -> Tensor:
         """(n,) bool: the tokens of forget (or else of retained) answers."""
         return self.is_forget[self.row] == forget
@@ -84,7 +95,8 @@ def read_answers(model: nn.Module, batch: AnswerBatch) -> Answers:
     kept = hidden.to(wanted.device)[wanted]  # a model that is spread ends on another card than it begins on
     head: Any = getattr(model, "lm_head", None)
     logits = head(kept).to(wanted.device).float() if head is not None else None
-    return Answers(kept, logits, batch.predicts[wanted], wanted.nonzero()[:, 0], batch.is_forget, batch.sample)
+    row = batch.asked_by if isinstance(batch, PackedBatch) else wanted.nonzero()[:, 0]
+    return Answers(kept, logits, batch.predicts[wanted], row, batch.is_forget, batch.sample)
 
 
 def answer_log_probabilities(model: nn.Module, batch: AnswerBatch) -> tuple[Tensor, Tensor]:

@@ -145,7 +145,7 @@ def test_a_run_leaves_as_much_room_for_the_search_as_is_planned(checkpointing: b
             hidden_size=a.llm.hidden, num_hidden_layers=a.llm.layers, intermediate_size=a.llm.intermediate
         )
         images: Any = SimpleNamespace(
-            config=SimpleNamespace(text_config=text),
+            config=SimpleNamespace(text_config=text, model_type="llava" if a.fixed_tokens else "other"),
             fixed_resolution=a.fixed_tokens,
             batch=lambda _, count=a.visual_tokens: SimpleNamespace(token_rows=range(count)),
         )

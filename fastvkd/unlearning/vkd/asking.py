@@ -18,12 +18,14 @@ from fastvkd.devices import questions_at_once
 from fastvkd.models import families
 from fastvkd.models.answers import AnswerBatch, Query, collate_answers, processor_inputs
 from fastvkd.models.families import family_of, parse_site
+from fastvkd.models.packing import PackedBatch, pack, packs
 from fastvkd.models.prompts import chat_prompt
 from fastvkd.unlearning.answers import Answers, read_answers
 from fastvkd.unlearning.vkd.images import ImageSet, Views
 
 Change = Callable[[Tensor, Tensor], Tensor]  # (rows (N, H) float32, visual tokens of each image (B,)) -> rows
 _ANSWER_TOKENS = 16  # of a greedy answer, at most
+_PACKED = 2  # the tokens of a row of several questions, as a multiple of one question's
 
 
 class Asker:
@@ -42,6 +44,8 @@ class Asker:
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         tokens = _collated(processor, [(images.image(0), ("What is it?", "It is."))]).predicts.shape[1] + _ANSWER_TOKENS
         self._at_once = questions_at_once(tokens, text.num_hidden_layers, kv * head, model.dtype.itemsize)
+        self._tokens = tokens
+        self._packs = packs(config) and self._family.fixed_resolution
 
     def batch(self, photos: Sequence[int], asked: Sequence[tuple[str, str]], views: Views | None = None) -> AnswerBatch:
         """(question, answer) number i about photo number i, each seen anew with `views`; on the model's device."""
@@ -60,6 +64,31 @@ class Asker:
             return read_answers(self.model, batch)
         with self._changed(batch.inputs["input_ids"] == self.image_token, site, change):
             return read_answers(self.model, batch)
+
+    def read_each(
+        self,
+        photos: Sequence[int],
+        asked: Sequence[Sequence[tuple[str, str]]],
+        views: Views | None,
+        site: str,
+        change: Change,
+    ) -> list[Answers]:
+        """What the model makes of each list of `asked`, question number i of all being about photo number i, seen with
+        `views` and changed as in `read`. Where the family allows, the photos go through the LLM once for all lists."""
+        if not self._packs:
+            return [self.read(self.batch(photos, one, views), site, change) for one in asked]
+        answers = self.read(self._packed(photos, list(zip(*asked, strict=True)), views), site, change)
+        return [answers.only(slice(k, None, len(asked))) for k in range(len(asked))]
+
+    def _packed(
+        self, photos: Sequence[int], asked: Sequence[Sequence[tuple[str, str]]], views: Views | None = None
+    ) -> PackedBatch:
+        """The questions number i about photo number i in one row; on the model's device."""
+        pad = self._processor.tokenizer.pad_token_id or 0
+        rows = [[self._words(*pair) for pair in pairs] for pairs in asked]
+        batch = pack(rows, self.image_token, pad, self.model.dtype)
+        batch.inputs["pixel_values"] = self.images.batch(photos, views).inputs["pixel_values"].to(self.model.dtype)
+        return batch.to(self._device)
 
     @torch.no_grad()
     def logits(self, photos: Sequence[int], asked: Sequence[tuple[str, str]], views: Views | None = None) -> Tensor:
@@ -122,11 +151,37 @@ class Asker:
         self, photos: Sequence[int], asked: Sequence[tuple[str, str]], site: str, change: Change | None
     ) -> Iterator[tuple[Answers, int]]:
         """What the model makes of all questions, as many as fit at once, and how many these were."""
-        for part in self._parts(len(asked)):
-            yield self.read(self.batch(photos[part], asked[part]), site, change), len(asked[part])
+        if not self._packs:
+            for part in self._parts(len(asked)):
+                yield self.read(self.batch(photos[part], asked[part]), site, change), len(asked[part])
+            return
+        rows = self._rows(photos, asked)
+        for part in self._parts(len(rows), _PACKED):
+            here = rows[part]
+            packed = self._packed([photos[row.start] for row in here], [asked[row] for row in here])
+            yield self.read(packed, site, change), here[-1].stop - here[0].start
 
-    def _parts(self, questions: int) -> list[slice]:
-        return [slice(start, start + self._at_once) for start in range(0, questions, self._at_once)]
+    def _rows(self, photos: Sequence[int], asked: Sequence[tuple[str, str]]) -> list[slice]:
+        """Questions that follow each other about one photo, as long as a row has no more than `_PACKED` times the
+        tokens of one question's."""
+        rows: list[slice] = []
+        tokens = 0
+        for i, (photo, pair) in enumerate(zip(photos, asked, strict=True)):
+            words = self._words(*pair)
+            own = len(words.inputs["input_ids"][0])
+            more = own - int((words.inputs["input_ids"] == self.image_token).sum())
+            if rows and photos[i - 1] == photo and tokens + more <= _PACKED * self._tokens:
+                rows[-1] = slice(rows[-1].start, i + 1)
+                tokens += more
+            else:
+                rows.append(slice(i, i + 1))
+                tokens = own
+        return rows
+
+    def _parts(self, rows: int, longer: int = 1) -> list[slice]:
+        """As many rows at once as fit, each `longer` than one question's."""
+        size = max(1, self._at_once // longer)
+        return [slice(start, start + size) for start in range(0, rows, size)]
 
     @contextmanager
     def same_images(self) -> Iterator[None]:

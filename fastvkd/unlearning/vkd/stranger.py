@@ -31,6 +31,7 @@ from fastvkd.files import write_atomically
 from fastvkd.models import families
 from fastvkd.models.folder import local_folder
 from fastvkd.models.loading import checkpoint_layers, llm_layers_needed, load_model
+from fastvkd.models.packing import packs
 from fastvkd.models.placement import Loading, fitting
 from fastvkd.models.prompts import chat_prompt
 from fastvkd.models.visual_path import VisualPath
@@ -402,10 +403,8 @@ class GuidedSearch:
             share = least + (reach - least) * torch.from_numpy(rng.random(options.views)).float().to(self.device)
             views = Views((seed, 43, e, step), range(options.views), options.views)
             seen = [photos[i] for i in drawn]
-            about_who = self.asker.batch(seen, [(aim.question, aim.answer) for aim in who], views)
-            about_what = self.asker.batch(
-                seen, [(self.neutral[j], answers[i][j]) for i, j in zip(drawn, what, strict=True)], views
-            )
+            about_who = [(aim.question, aim.answer) for aim in who]
+            about_what = [(self.neutral[j], answers[i][j]) for i, j in zip(drawn, what, strict=True)]
             noted: dict[str, Tensor] = {}
 
             def note(rows: Tensor, counts: Tensor, noted: dict[str, Tensor] = noted) -> Tensor:
@@ -417,9 +416,8 @@ class GuidedSearch:
 
             with self.asker.same_images():
                 with torch.no_grad():
-                    before = self.asker.read(about_what, site, note)
-                said = self.asker.read(about_who, site, moved)
-                kept = self.asker.read(about_what, site, moved)
+                    before = self.asker.read(self.asker.batch(seen, about_what, views), site, note)
+                said, kept = self.asker.read_each(seen, (about_who, about_what), views, site, moved)
             assert said.logits is not None and kept.logits is not None and before.logits is not None
             z0, counts = noted["rows"], noted["counts"]
             z = map_(z0)
@@ -630,15 +628,19 @@ def loading_of(settings: Settings, device: torch.device, images: ImageSet) -> Lo
 def _room(settings: Settings, images: ImageSet) -> int:
     """Bytes that the guided search takes of a card beside the weights; `planning` counts the same more finely.
 
-    A step's activations in two passes with a graph, copies of the mapped features, and how strangers' features vary.
+    A step's activations of two questions about each view, with a graph, copies of the mapped features, and how
+    strangers' features vary.
     """
-    text: Any = images.config.text_config
+    config: Any = images.config
+    text = config.text_config
     width, itemsize = text.hidden_size, 2 if settings.bf16 else 4
     visual = len(images.batch([0]).token_rows)
     layer = width * itemsize  # its input; or all that its backward pass needs
     if not settings.gradient_checkpointing:
         layer = 8 * width + (4 * width + 3 * text.intermediate_size) * itemsize
-    step = 2 * text.num_hidden_layers * (visual + _ASKED) * layer + _COPIES * visual * width * 4
+    together = images.fixed_resolution and packs(config, settings.attn_implementation)
+    tokens = visual + 2 * _ASKED if together else 2 * (visual + _ASKED)
+    step = text.num_hidden_layers * tokens * layer + _COPIES * visual * width * 4
     samples = visual * width if images.fixed_resolution else width
     return WORKING_BYTES + settings.stranger.views * step + 200 * samples * 4
 
