@@ -251,17 +251,17 @@ class Job:
                     return False
         return True
 
-    def judged(self, name: str, *arguments: str) -> tuple[float, float]:
+    def judged(self, name: str, samples: int, *arguments: str) -> tuple[float, float]:
         common = ["--model", str(self.merged), "--data", str(self.data_folder), "--device", "cpu", "--bf16"]
-        out = ["--max-samples", "4", "--batch-size", "4", "--out", str(self.work / name)]
+        out = ["--max-samples", str(samples), "--batch-size", "4", "--out", str(self.work / name)]
         return self.ran(name, name, *common, *out, *arguments, good=(0, 1))  # 1: nothing is certified
 
     def evaluate(self) -> tuple[float, float, str]:
-        return *self.judged("eval"), "bf16, 4 questions a cell and task"
+        return *self.judged("eval", 4), "bf16, 4 questions a cell and task"
 
     def attack(self) -> tuple[float, float, str]:
-        asked = self.judged("attack", "--kind", "reverse", "--before", str(self.model))
-        return *asked, "answers in reverse, bf16, 4 questions to both models"
+        asked = self.judged("attack", 1, "--kind", "reverse", "--before", str(self.model))
+        return *asked, "answers in reverse, and what certifies: both models, bf16, 1 question a cell and task"
 
 
 PHASES: dict[str, Callable[[Job], tuple[float, float, str]]] = {
