@@ -262,11 +262,14 @@ def _eval(options: opt.EvalOptions) -> int:
     from fastvkd.evaluation.comparison import comparison_table, read_runs
     from fastvkd.evaluation.run import evaluate
     from fastvkd.progress import Progress
+    from fastvkd.reporting.sentences import requests_sentence
 
     with Progress("Evaluating") as bar:
         results = evaluate(options, bar)
     print(f"{results['benchmark']}, {results['mode']} mode")
     print(comparison_table(read_runs([options.out]), "text"))
+    if said := requests_sentence(results):
+        print(said)
     _print_report_command(options.out)
     return 0
 
