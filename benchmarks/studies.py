@@ -130,7 +130,8 @@ def measure(name: str, world: Any, seed: int, variant: str) -> Row:
 @functools.lru_cache(maxsize=1)
 def world_of(size: str, out: Path, overrides: tuple[str, ...], seed: int) -> World:
     """The data of a seed, in a folder of this process alone."""
-    return World(seed, out / "processes" / str(os.getpid()), size=size, overrides=dict(map(parse_override, overrides)))
+    own = out / "processes" / str(os.getpid())
+    return World(seed, own, size=size, overrides=dict(map(parse_override, overrides)), shared=out)
 
 
 def train_vanilla(world: Any, seed: int) -> None:

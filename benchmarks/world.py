@@ -32,13 +32,22 @@ class World:
     """Data, models and evaluation cells of one seed; `out` keeps data, caches and runs.
 
     Models are trained when they are first asked for, once for all processes. `overrides` are settings of every run.
+    What several processes share lies in `shared`.
     """
 
     blueprint = LLAVA
 
-    def __init__(self, seed: int, out: Path, *, size: str = "default", overrides: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        seed: int,
+        out: Path,
+        *,
+        size: str = "default",
+        overrides: dict[str, Any] | None = None,
+        shared: Path | None = None,
+    ):
         self.seed, self.size, self.spec, self.overrides = seed, size, SIZES[size], overrides or {}
-        self.out = out / f"seed-{seed}"
+        self.out, self.shared = (folder / f"seed-{seed}" for folder in (out, shared or out))
         self.out.mkdir(parents=True, exist_ok=True)
         self.data, self.folder = build_data(self.spec, seed, self.out)
         self.cells = evaluation_cells(str(self.folder), self.data.forget_split, self.data.retain_split)

@@ -1,4 +1,4 @@
-"""The command line: `fastvkd demo|train|eval|compare|attack|report|steer|plan|export|merge|purge|data|env`.
+"""The command line: `fastvkd demo|train|eval|compare|attack|report|steer|plan|export|merge|requests|purge|data|env`.
 
 What a user can mend is one line and exit code 2.
 
@@ -25,7 +25,15 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from fastvkd import __version__
 from fastvkd import options as opt
-from fastvkd.errors import FastVKDError, SettingsError, Terminated, disk_is_full, gpu_memory_is_full
+from fastvkd.errors import (
+    AlreadyForgotten,
+    FastVKDError,
+    ModelError,
+    SettingsError,
+    Terminated,
+    disk_is_full,
+    gpu_memory_is_full,
+)
 
 if TYPE_CHECKING:
     from fastvkd.settings import Settings
@@ -114,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "plan", _plan, opt.PlanOptions)
     _add(commands, "export", _export, opt.ExportOptions)
     _add(commands, "merge", _merge, opt.MergeOptions)
+    _add(commands, "requests", _requests, opt.RequestsOptions)
     _add(commands, "purge", _purge, opt.PurgeOptions)
     data = commands.add_parser("data", help="Look at data before training on it.")
     _add(data.add_subparsers(required=True, metavar="COMMAND"), "check", _data_check, opt.CheckOptions)
@@ -168,15 +177,22 @@ _PHASES = {"teacher": "Teacher features", "unlearn": "Unlearning", "scrub": "Scr
 
 
 def _train(options: opt.TrainOptions) -> int:
-    from fastvkd.progress import Progress
     from fastvkd.settings import load_settings
 
     settings = load_settings(options.config, options.overrides)
-    if options.dry_run:
-        return _dry_run(settings)
+    quiet = int(os.environ.get("RANK", "0")) != 0
+    try:
+        return _dry_run(settings) if options.dry_run else _unlearn(settings, quiet)
+    except AlreadyForgotten as nothing_to_do:
+        if not quiet:
+            print(nothing_to_do)
+        return 0
+
+
+def _unlearn(settings: "Settings", quiet: bool) -> int:
+    from fastvkd.progress import Progress
     from fastvkd.unlearning.loop import unlearn  # late: a wrong setting should not wait for torch
 
-    quiet = int(os.environ.get("RANK", "0")) != 0
     bars: dict[str, Progress] = {}
 
     def show(phase: str, done: int, total: int, figures: dict[str, float]) -> None:
@@ -246,11 +262,14 @@ def _eval(options: opt.EvalOptions) -> int:
     from fastvkd.evaluation.comparison import comparison_table, read_runs
     from fastvkd.evaluation.run import evaluate
     from fastvkd.progress import Progress
+    from fastvkd.reporting.sentences import requests_sentence
 
     with Progress("Evaluating") as bar:
         results = evaluate(options, bar)
     print(f"{results['benchmark']}, {results['mode']} mode")
     print(comparison_table(read_runs([options.out]), "text"))
+    if said := requests_sentence(results):
+        print(said)
     _print_report_command(options.out)
     return 0
 
@@ -339,6 +358,30 @@ def _merge(options: opt.MergeOptions) -> int:
 
     done = merge(options.adapter, options.to, base=options.base)
     print(f"{done.folder}: {done.tensors} tensors changed by the adapter; base: {done.base}")
+    return 0
+
+
+def _requests(options: opt.RequestsOptions) -> int:
+    from fastvkd.data.sources import profiles_of_splits
+    from fastvkd.data.tables import person_key
+    from fastvkd.engines.requests import found_in, requests_of
+
+    if not options.model.is_dir():
+        raise ModelError(f"{options.model}: no such folder; give the folder of a model")
+    requests = requests_of(options.model)
+    told: dict[str, Any] = {"model": str(options.model), "requests": [request.described() for request in requests]}
+    lines = [request.line() for request in requests] or [f"{options.model}: no request to forget in its record"]
+    if options.data is not None:
+        splits = profiles_of_splits(options.data, options.split, local_files_only=options.local_files_only)
+        told |= {"data": options.data, "found": (found := found_in(requests, splits))}
+        entities = {person_key(profile.entity) for profiles in splits.values() for profile in profiles}
+        among = len({person_key(one["entity"]) for one in found})
+        lines.append(f"{options.data}: {among:,} of {len(entities):,} entities are among the forgotten")
+        lines += [
+            f"{one['entity']}  request {one['request']}, told by {one['told_by']}, in {', '.join(one['splits'])}"
+            for one in found
+        ]
+    print(json.dumps(told, indent=1) if options.json else "\n".join(lines))
     return 0
 
 

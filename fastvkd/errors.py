@@ -27,6 +27,10 @@ class TrainingError(FastVKDError):
     """Training cannot go on: a loss that is not finite, no space on disk, an empty forget set."""
 
 
+class AlreadyForgotten(FastVKDError):
+    """Whom a run is to make a model forget was forgotten by earlier requests: there is nothing to do, and no error."""
+
+
 class Terminated(BaseException):
     """SIGTERM came. No handler of errors takes it for one; what is open is closed on the way out."""
 

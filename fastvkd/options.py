@@ -349,6 +349,23 @@ class MergeOptions(Options):
 
 
 @dataclass(kw_only=True)
+class RequestsOptions(Options):
+    """List the requests to forget that a model has met, and who of a data folder was among them."""
+
+    example: ClassVar = "fastvkd requests merged --data DATA"
+    model: Annotated[Path, Flag("model folder", "MODEL", positional=True)]
+    data: Annotated[str | None, Flag("folder, or hub id of a data set, whose entities are looked for", "DATA")] = None
+    split: Annotated[str | None, Flag("of the data, for example forget_5 (default: every one)")] = None
+    local_files_only: Annotated[bool, Flag("take a hub id from the cache only")] = False
+    json: Annotated[bool, Flag("print what is found as JSON")] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.split is not None and self.data is None:
+            raise SettingsError(f"--split {self.split}: of which data? give --data too")
+
+
+@dataclass(kw_only=True)
 class PurgeOptions(Options):
     """Remove what tells of the forgotten people from the output of a command: caches, samples, journals, pages."""
 

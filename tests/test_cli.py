@@ -121,7 +121,8 @@ def test_the_library_offers_training_and_evaluation(name: str) -> None:
     assert name in fastvkd.__all__
 
 
-COMMANDS = ("demo", "train", "eval", "compare", "attack", "steer", "plan", "export", "data check", "env")
+COMMANDS = ("demo", "train", "eval", "compare", "attack", "report", "steer", "plan", "export", "merge", "requests")
+COMMANDS += ("purge", "data check", "env")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -152,11 +152,13 @@ def certificate(
     versions: Mapping[str, str],
     loading: Mapping[str, str] | None = None,
     edited: Sequence[str] = (),
+    requests: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The content of certificate.json. `settings` are those of the run that made the model; None if unknown.
     `relearning` is that of `relearned`, every way in which it was tried. `loading` is how the judged models were loaded
     (`Loading.described`): a quantised one is another than the folder holds. `edited` are the LLM's tensors that a scrub
-    changed."""
+    changed. `requests` are all that the model has met, and whether this certificate speaks of each
+    (`fastvkd.engines.requests.judged`)."""
     hashes = sorted({photo.key for profile in forget for photo in profile.photos})
     checks = [_with_its_attack(check, relearning) for check in judge(figures, thresholds)]
     return {
@@ -167,6 +169,7 @@ def certificate(
             "images": len(hashes),
             "image_sha256": hashes,
         },
+        "requests": [dict(request) for request in requests],
         "model_fingerprint": model_fingerprint,
         "loading": None if loading is None else dict(loading),
         "language_model_edited": list(edited),

@@ -17,6 +17,8 @@ from fastvkd.attacks.suite import Attack
 from fastvkd.data.sources import evaluation_cells, reference_strangers
 from fastvkd.data.texts import refuse_marks
 from fastvkd.engines.exporting import edited_of, read_record, settings_of
+from fastvkd.engines.requests import judged as judged_requests
+from fastvkd.engines.requests import requests_of
 from fastvkd.environment import library_versions
 from fastvkd.errors import SettingsError
 from fastvkd.evaluation.inputs import PreparedPhotos
@@ -33,6 +35,7 @@ from fastvkd.options import AttackOptions
 from fastvkd.records import Photo, Profile
 from fastvkd.reporting.model_card import with_certificate
 from fastvkd.reporting.schema import PLAIN
+from fastvkd.reporting.sentences import requests_sentence
 from fastvkd.settings import Certificate, load_settings
 
 
@@ -119,6 +122,7 @@ def _attack_run(options: AttackOptions, progress: OnProgress) -> dict[str, Any]:
         versions=library_versions(),
         loading=loading.described(),
         edited=edited_of(record),
+        requests=judged_requests(requests_of(folders["unlearned"]), cells["forget"]),
     )
     result = {
         **found,
@@ -252,4 +256,6 @@ def attack_table(found: Mapping[str, Any]) -> str:
         mark = {True: "met   ", False: "MISSED", None: "-     "}[check["met"]]
         figure = "not measured" if check["figure"] is None else f"{check['figure']:.3f}"
         lines.append(f"  {mark} {check['name']}: {figure} (asked: {check['asked']})")
+    if said := requests_sentence(found["certificate"]):
+        lines.append(said)
     return "\n".join(lines)

@@ -134,6 +134,21 @@ def read_split(data: str, split: str) -> list[Profile]:
     return profiles
 
 
+def profiles_of_splits(
+    data: str, split: str | None = None, *, local_files_only: bool = False
+) -> dict[str, list[Profile]]:
+    """Every row of a folder or hub id by split, or of one `split` alone. Raises DataError for the first that cannot be
+    used, and where there is no such split."""
+    folder = data_folder(data, local_files_only=local_files_only)
+    reader = recognise(folder)
+    there = reader.splits(folder)
+    if split is not None and reader is READERS["clear"]:
+        split = clear.split_name(folder, split)
+    if split is not None and split not in there:
+        raise DataError(f"{folder}: no split {split!r}; there are {', '.join(there)}")
+    return {name: tables.strict(reader.each_profile(folder, name)) for name in there if split in (None, name)}
+
+
 def _without(profiles: list[Profile], others: list[Profile], place: str) -> list[Profile]:
     images = {photo.key for profile in others for photo in profile.photos}
     entities = {tables.person_key(profile.entity) for profile in others}

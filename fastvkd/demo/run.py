@@ -33,6 +33,7 @@ from fastvkd.demo.sight import SightSchedule, teach_sight
 from fastvkd.demo.visual_input import VisualInput
 from fastvkd.devices import peak_memory_bytes
 from fastvkd.engines.exporting import edited_of, export, read_record
+from fastvkd.engines.requests import judged, requests_of
 from fastvkd.environment import library_versions
 from fastvkd.evaluation.inputs import PreparedPhotos
 from fastvkd.evaluation.people import examine, likeness
@@ -405,6 +406,7 @@ def _judge(
         thresholds=Certificate.of(settings.to_dict()),
         versions=library_versions(),
         edited=edited_of(read_record(unlearned_dir)),
+        requests=judged(requests_of(unlearned_dir), exam.cells["forget"]),
     )
 
 

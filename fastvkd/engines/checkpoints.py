@@ -5,8 +5,8 @@ A checkpoint folder `checkpoint-<updates>/` holds
 - `visual.safetensors`: the trainable weights under their HF live names, in their working dtype;
 - `masters.safetensors`: their float32 masters, left out where the weights are float32 themselves;
 - `rank-<r>.pt`: optimiser moments and random-number states of one rank;
-- `checkpoint.json`: updates done, sampler position, what the run's watch had seen, settings, the run's identity, the
-  base model's fingerprint, and SHA-256 of the rest.
+- `checkpoint.json`: updates done, sampler position, what the run's watch had seen, settings, the run's identity, whom
+  it is to forget as salted hashes, the base model's fingerprint, and SHA-256 of the rest.
 
 No file holds frozen weights. In a run on the visual part these are the LLM's.
 """
@@ -72,16 +72,18 @@ def save_checkpoint(
     keep: int,
     watch: dict[str, Any] | None = None,
     run: dict[str, str] | None = None,
+    forgotten: dict[str, Any] | None = None,
     beside: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write `output_dir/checkpoint-<updates>` and of those of fewer updates keep the newest, `keep` in all (0: every
     one); collective over ranks.
 
-    `sampler`, `settings` and `watch` must be JSON values; `run` is the run's identity. `beside`: weights that the
-    engine does not train, to lie beside its own. The folder appears under its name only when it is complete and on
-    disk. Raises TrainingError, on every rank, when any rank cannot write (no space left).
+    `sampler`, `settings`, `watch` and `forgotten` must be JSON values; `run` is the run's identity, `forgotten` says
+    whom it is about (`fastvkd.engines.requests.note_of`). `beside`: weights that the engine does not train, to lie
+    beside its own. The folder appears under its name only when it is complete and on disk. Raises TrainingError, on
+    every rank, when any rank cannot write (no space left).
     """
-    about = {**_about(engine, sampler, settings, base_model, watch, run), "beside": sorted(beside or {})}
+    about = {**_about(engine, sampler, settings, base_model, watch, run, forgotten), "beside": sorted(beside or {})}
     content = _Content.of(engine)
     content.weights.update(beside or {})
     return _write(output_dir, content, about, keep, engine.any_rank)
@@ -166,8 +168,10 @@ def _about(
     base_model: BaseModel,
     watch: dict[str, Any] | None = None,
     run: dict[str, str] | None = None,
+    forgotten: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The manifest, but for the hashes."""
+    noted = {} if forgotten is None else {"forgotten": forgotten}
     return {
         "format": FORMAT,
         "updates": engine.updates,
@@ -177,6 +181,7 @@ def _about(
         "settings": settings,
         "base_model": dataclasses.asdict(base_model),
         "run": run or {},
+        **noted,
     }
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastvkd.engines.checkpoints import WEIGHTS, find_latest, load_weights, verify_checkpoint
 from fastvkd.errors import ModelError, TrainingError
-from fastvkd.files import new_folder, read_json
+from fastvkd.files import new_folder, read_json, read_json_object
 from fastvkd.models import lora, sine
 from fastvkd.models.folder import identify_base
 from fastvkd.models.foreign import refuse_quantised
@@ -30,6 +30,7 @@ from fastvkd.models.shards import read_bin, read_safetensors_header, shards_of, 
 from fastvkd.settings import Settings
 
 RECORD = "unlearning.json"  # in an exported folder: which run made it
+MERGED = "merged_adapter.json"  # in a merged folder: what was merged into what, and the base's history
 _FICLONE = 0x40049409  # ioctl: let two files share their blocks until one of them is written
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Other copies of the weights in the base folder: they hold the knowledge that was removed, so they stay behind.
@@ -68,7 +69,8 @@ def export(run_dir: Path, to: Path, *, model_card: str, base: Path | None = None
     `run_dir` is a run's output folder (its newest checkpoint is taken) or one checkpoint. `base` says where the base
     model lies if it was moved. `model_card` becomes README.md; unlearning.json says which settings made the model
     (`read_record`), and in its `history` which requests the base had met before (`history_of`). What fastvkd stated
-    about the base, such as its certificate, is not copied. Weights that training did not change keep the base's exact
+    about the base, such as its certificate, is not copied. Whom the run was about stands there as salted hashes
+    (`fastvkd.engines.requests`). Weights that training did not change keep the base's exact
     bits, also when the run worked in a coarser dtype than the base is stored in. Peak memory is two copies of the
     largest visual tensor in float32.
 
@@ -91,7 +93,8 @@ def export(run_dir: Path, to: Path, *, model_card: str, base: Path | None = None
     with new_folder(to, "--to", f"the base has {_size(base):,} bytes") as folder:
         alpha = float(manifest["settings"].get("lora_alpha", 0))
         exported = _write(checkpoint / WEIGHTS, base, folder, to, model_card, lora_alpha=alpha)
-        record = {key: manifest[key] for key in ("updates", "settings", "base_model")} | {
+        kept = ("updates", "settings", "base_model", "forgotten")
+        record = {key: manifest[key] for key in kept if key in manifest} | {
             "edited": sorted(lora.adapted(manifest.get("beside", ()))),
             "history": history_of(base),
         }
@@ -100,8 +103,8 @@ def export(run_dir: Path, to: Path, *, model_card: str, base: Path | None = None
 
 
 def read_record(model_folder: Path) -> dict[str, Any] | None:
-    """What `export` noted in a model folder: "updates", "settings" of the run, "base_model" and "history" (see
-    `history_of`; versions before had none); None in other folders.
+    """What `export` noted in a model folder: "updates", "settings" of the run, "base_model", "forgotten" (whom, as
+    salted hashes) and "history" (see `history_of`; versions before had neither); None in other folders.
 
     Raises ModelError when the file is not what `export` writes.
     """
@@ -116,10 +119,16 @@ def read_record(model_folder: Path) -> dict[str, Any] | None:
 
 def history_of(base: Path) -> list[dict[str, Any]]:
     """The records of the runs that made `base`, the first one first, and under "certificate" how each was judged where
-    its folder has a certificate; [] of a model that fastvkd did not make. Raises ModelError for a damaged record."""
+    its folder has a certificate; of a merged folder those of what the adapter was merged into; [] of a model that
+    fastvkd did not make. Raises ModelError for a damaged record."""
     record = read_record(base)
-    if record is None:
-        return []
+    if record is None:  # a folder exported from a merged one may have both files, and its own record is the newer
+        merged = base / MERGED
+        mend = "merge the adapter again"
+        found = read_json_object(merged, ModelError, mend).get("history", []) if merged.is_file() else []
+        if not isinstance(found, list):
+            raise ModelError(f"{merged}: history is no list; {mend}")
+        return found
     earlier = record.pop("history", [])
     paper = base / CERTIFICATE
     if paper.is_file():

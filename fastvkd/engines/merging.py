@@ -15,7 +15,15 @@ from typing import Any
 
 from torch import Tensor
 
-from fastvkd.engines.exporting import copy_others, copy_shards, match_keys, read_from, replace_tensor
+from fastvkd.engines.exporting import (
+    MERGED,
+    copy_others,
+    copy_shards,
+    history_of,
+    match_keys,
+    read_from,
+    replace_tensor,
+)
 from fastvkd.errors import ModelError, TrainingError
 from fastvkd.files import new_folder, read_json_object
 from fastvkd.models.folder import local_folder
@@ -23,7 +31,6 @@ from fastvkd.models.foreign import ADAPTER, read_config, refuse_quantised
 from fastvkd.models.lora import merged_weight
 from fastvkd.models.shards import header_of, read_safetensors_header, read_tensor, shards_of
 
-RECORD = "merged_adapter.json"  # in a merged folder: what was merged into what
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
@@ -65,6 +72,8 @@ class _Adapter:
 
 def merge(adapter: Path, to: Path, *, base: Path | None = None) -> Merged:
     """Write base and adapter as one model folder; whole tensors that the adapter holds take the place of the base's.
+    The base's record of earlier requests comes along (`history_of`); whether an adapter has brought somebody back,
+    nobody knows before the new model is judged.
 
     Raises ModelError for what is no LoRA adapter, for kinds that are not merged (DoRA, layers with ranks or alphas of
     their own, embeddings), for a base that does not fit or is quantised; TrainingError for a folder `to` that is not
@@ -82,9 +91,11 @@ def merge(adapter: Path, to: Path, *, base: Path | None = None) -> Merged:
     for inside in (base, adapter):
         if to.resolve().is_relative_to(inside.resolve()):
             raise TrainingError(f"{to}: lies inside {inside}; merge into a folder elsewhere")
+    history = history_of(base)
     with new_folder(to, "--to", "the base model's size is needed") as folder:
         count = _write(told, base, folder)
-        (folder / RECORD).write_text(json.dumps({"adapter": str(adapter), "base": str(base)}, indent=1) + "\n")
+        record = {"adapter": str(adapter), "base": str(base), "history": history}
+        (folder / MERGED).write_text(json.dumps(record, indent=1) + "\n")
     return Merged(to, base, count)
 
 

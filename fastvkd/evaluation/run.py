@@ -13,6 +13,7 @@ from fastvkd.data.hub import data_folder
 from fastvkd.data.sources import evaluation_cells, reader_of, reference_strangers
 from fastvkd.data.texts import refuse_marks
 from fastvkd.engines.exporting import read_record, settings_of
+from fastvkd.engines.requests import judged, requests_of
 from fastvkd.errors import DataError, ModelError, SettingsError
 from fastvkd.evaluation.divergence import Samples, answer_distance, asked, option_divergence, scored_choices
 from fastvkd.evaluation.modality_pairs import joint_figures
@@ -46,7 +47,8 @@ _TEXT_FILES = (
 
 def evaluate(options: EvalOptions, progress: OnProgress | None = None) -> dict[str, Any]:
     """What the model knows: `benchmark`, `mode`, `seed`, `model`, its fingerprint, `made_by` (what `export` noted of
-    the run that made it, or None), `data`, the splits, and
+    the run that made it, or None), `requests` (those that it has met, and of which this forget set speaks), `data`, the
+    splits, and
     - `loading`: dtype, quantize and device_map, see `Loading.described`; `max_pixels` of a photo, or None;
     - `cells`: the figures of every cell and kind, see `evaluate_cells`;
     - the figures person by person that the data allow, see `examine`. `original` is the model before unlearning; by
@@ -107,6 +109,7 @@ def _evaluate(options: EvalOptions, progress: OnProgress | None) -> dict[str, An
         "loading": loading.described(),
         "max_pixels": max_pixels,
         "made_by": record,
+        "requests": judged(requests_of(local), cells["forget"]),
         "steering": None if options.steering is None else str(options.steering),
         "data": options.data,
         "forget_split": forget_split,

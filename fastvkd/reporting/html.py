@@ -38,6 +38,7 @@ TEMPLATES.filters |= {
             words.signed,
             sentences.attacks_sentence,
             sentences.certificate_sentence,
+            sentences.requests_sentence,
             sentences.figure_text,
             sentences.probe_sentence,
             sentences.rank_sentence,

@@ -100,11 +100,11 @@ def build_report(
 
 
 def certificate_summary(paper: Mapping[str, Any]) -> dict[str, Any]:
-    """What the report shows of a certificate: verdict, checks, how much was to be forgotten, and how the models were
-    loaded, where that was noted."""
+    """What the report shows of a certificate: verdict, checks, how much was to be forgotten, and, where these were
+    noted, how the models were loaded and of which requests it speaks."""
     forgotten = {key: paper["forgotten"][key] for key in ("entities", "images")}
-    loading = {"loading": paper["loading"]} if paper.get("loading") else {}
-    return {"verdict": paper["verdict"], "forgotten": forgotten, "checks": paper["checks"], **loading}
+    noted = {key: paper[key] for key in ("loading", "requests") if paper.get(key)}
+    return {"verdict": paper["verdict"], "forgotten": forgotten, "checks": paper["checks"], **noted}
 
 
 def models_of(report: Mapping[str, Any]) -> list[str]:

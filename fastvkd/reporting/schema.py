@@ -165,11 +165,21 @@ class Forgotten(BaseModel):
     images: Whole
 
 
+class Request(_Part):
+    """A request that the model has met; `judged`: whether the certificate speaks of it."""
+
+    request: Count
+    date: Text | None
+    entities: Whole | None
+    judged: Annotated[bool, Field(strict=True)]
+
+
 class CertificateSummary(BaseModel):
     verdict: Literal["passed", "failed", "incomplete"]
     forgotten: Forgotten
     checks: list[Check]
     loading: dict[str, Text] = _ABSENT
+    requests: list[Request] = []
 
 
 class Parameters(BaseModel):

@@ -118,6 +118,17 @@ def certificate_sentence(paper: Mapping[str, Any]) -> str:
     return said if rounded == "none" else f"{said} The models were judged with their LLM rounded to {rounded}."
 
 
+def requests_sentence(paper: Mapping[str, Any]) -> str:
+    """Of which of the model's requests a certificate, or an evaluation, speaks; empty where none are noted."""
+    parts = []
+    for one in paper.get("requests", ()):
+        count = one["entities"]
+        about = "" if count is None else f", {count:,} {'entity' if count == 1 else 'entities'}"
+        said = "judged" if one["judged"] else "not judged here"
+        parts.append(f"request {one['request']} ({one['date'] or 'date unknown'}{about}) {said}")
+    return f"Of the requests that the model has met: {'; '.join(parts)}." if parts else ""
+
+
 def figure_text(check: Mapping[str, Any]) -> str:
     """A check's figure as text: two decimals, yes or no, or that it was not measured."""
     if check["figure"] is None:

@@ -66,7 +66,8 @@ def unlearn(settings: Settings, *, progress: Listener = lambda *_: None) -> Unle
     """Make the model of `settings` forget the forget split, and write a checkpoint of its visual weights.
 
     `progress(phase, done, total, figures)` is called as work goes on. Raises FastVKDError (one line, naming the mend)
-    for settings, data or models that cannot be used; nothing is left half-written.
+    for settings, data or models that cannot be used; nothing is left half-written. AlreadyForgotten, one of them, says
+    that the model has forgotten the whole forget set by earlier requests.
     """
     settings.check()
     device = pick_device(settings.device)
@@ -74,7 +75,10 @@ def unlearn(settings: Settings, *, progress: Listener = lambda *_: None) -> Unle
     with held(Path(settings.output_dir), "output_dir") if first_of_all else contextlib.nullcontext():
         torch.manual_seed(settings.seed)
         started = time.perf_counter()
-        return _unlearn(begin(settings), device, started, progress)
+        start = begin(settings)
+        if start.asked is not None and first_of_all:
+            log.warning(start.asked.line())
+        return _unlearn(start, device, started, progress)
 
 
 def _unlearn(start: Start, device: torch.device, started: float, progress: Listener) -> Unlearned:
@@ -202,6 +206,7 @@ class _Run:
             keep=self.settings.save_total_limit if keep is None else keep,
             watch=None if self.prepared.watch is None else dataclasses.asdict(self.course),
             run=self.start.identity,
+            forgotten=self.start.forgotten,
             **more,
         )
 

@@ -4,12 +4,13 @@ import importlib.util
 import json
 import logging
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastvkd.engines.checkpoints import RUN, find_latest, set_aside, verify_checkpoint
 from fastvkd.engines.ds_config import read_ds_config
+from fastvkd.engines.requests import Asked, Request, asked_before, note_of, refuse_kept, requests_of
 from fastvkd.engines.schedule import Schedule
 from fastvkd.errors import ModelError, SettingsError
 from fastvkd.files import write_atomically
@@ -29,11 +30,18 @@ log = logging.getLogger("fastvkd")
 
 @dataclass(frozen=True)
 class Start:
-    """A run that nothing speaks against so far. `resume_from`: the checkpoint that it goes on from, with `updates`."""
+    """A run that nothing speaks against so far. `resume_from`: the checkpoint that it goes on from, with `updates`.
+
+    requests: those that the base model has met before. asked: who of the forget set was in them. forgotten: what
+    checkpoints note of whom this run is about; None where it is to forget nobody.
+    """
 
     gathered: Gathered
     identity: dict[str, str]
-    resume_from: Path | None
+    requests: list[Request]
+    asked: Asked | None
+    forgotten: dict[str, Any] | None
+    resume_from: Path | None = None
     updates: int = 0
 
     @property
@@ -62,6 +70,9 @@ class Start:
                 f"to {side}: {people:,} entities, {len(photos):,} photos, {tokens:,} visual tokens in the first"
             )
         lines.append(f"model: {sources.base.path}, fingerprint {sources.base.fingerprint[:12]}, its files whole")
+        lines += [f"earlier {request.line()}" for request in self.requests]
+        if self.asked is not None:
+            lines.append(self.asked.line())
         output = Path(settings.output_dir)
         if self.resume_from is not None:
             lines.append(f"run: goes on from {self.resume_from}, {self.updates} of {settings.max_steps} updates done")
@@ -88,10 +99,12 @@ class Start:
 
 
 def begin(settings: Settings) -> Start:
-    """Check settings, data, processor and the checkpoint to resume from. Nothing is written and no weight is loaded.
+    """Check settings, data, processor, the base model's earlier requests and the checkpoint to resume from. Nothing is
+    written and no weight is loaded.
 
-    Raises FastVKDError as `gather` does; also for a checkpoint that is damaged, has more updates than are asked for, or
-    is of another run (see `identify_run`).
+    Raises FastVKDError as `gather` does; also for somebody who is to be kept and was forgotten by an earlier request,
+    and for a checkpoint that is damaged, has more updates than are asked for, or is of another run (see
+    `identify_run`). AlreadyForgotten where earlier requests were about the whole forget set.
     """
     settings.check()
     for package in settings.report_to:
@@ -105,17 +118,38 @@ def begin(settings: Settings) -> Start:
     settings = gathered.settings
     if METHODS[settings.method].trains:
         Schedule(settings.lr_scheduler_type, settings.warmup_steps, settings.max_steps)  # refuses what it cannot do
-    identity = identify_run(settings, gathered.sources)
+    start = _after_earlier_requests(gathered, identify_run(settings, gathered.sources))
+    identity = start.identity
     wanted = settings.resume_from_checkpoint
     checkpoint = find_latest(Path(settings.output_dir)) if wanted == "auto" else Path(wanted) if wanted else None
     if checkpoint is None:
-        return Start(gathered, identity, None)
+        return start
     manifest = verify_checkpoint(checkpoint)
     other = difference(manifest, identity, settings)
     if other is not None and wanted == "auto" and settings.overwrite_output_dir:
-        return Start(gathered, identity, None)
+        return start
     _refuse_to_resume(checkpoint, manifest, other, settings)
-    return Start(gathered, identity, checkpoint, manifest["updates"])
+    return replace(start, resume_from=checkpoint, updates=manifest["updates"])
+
+
+def _after_earlier_requests(gathered: Gathered, identity: dict[str, str]) -> Start:
+    """The start of a run that agrees with what its base model was made to forget before."""
+    sources, settings = gathered.sources, gathered.settings
+    requests = requests_of(Path(sources.base.path))
+    if any(request.entities is None for request in requests):
+        log.warning(
+            "%s: an earlier request was noted without hashes, so whom it was about cannot be compared with this data",
+            sources.base.path,
+        )
+    refuse_kept(requests, sources.retain, settings.data)
+    forgets = METHODS[settings.method].split_key is None
+    return Start(
+        gathered,
+        identity,
+        requests,
+        asked=asked_before(requests, sources.forget),
+        forgotten=note_of(sources.forget, identity) if forgets else None,
+    )
 
 
 def _visual_tokens(sources: Sources, photo: Photo) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import weakref
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from fastvkd.attacks.journal import Journal
 from fastvkd.attacks.relearning import hold_out
 from fastvkd.attacks.suite import KINDS, Attack, parse_kinds
 from fastvkd.cli import main
+from fastvkd.data import mllmu
 from fastvkd.data.sources import evaluation_cells
 from fastvkd.errors import DataError, SettingsError
 from fastvkd.evaluation.inputs import PreparedPhotos
@@ -21,6 +23,7 @@ from fastvkd.models.loading import load_model, load_processor
 from fastvkd.options import Budget
 from fastvkd.reporting import relearning_parts, validate
 from fastvkd.reporting.html import section
+from fastvkd.reporting.report import certificate_summary
 from fastvkd.reporting.sections import Page
 
 
@@ -57,7 +60,7 @@ def test_every_attack_and_the_certificate_of_a_run(world, tmp_path: Path, capsys
     assert found["probe"]["sites"][0] == "vision:1" and found["probe"]["sites"][-1] == "llm:3"
     judged = json.loads((tmp_path / "out" / "certificate.json").read_text())
     assert judged == found["certificate"] and code == {"passed": 0, "failed": 1}[judged["verdict"]]
-    assert judged["settings"] is None  # nobody knows how this model was made
+    assert judged["settings"] is None and judged["requests"] == []  # nobody knows how this model was made
     tried = {(one["variant"], one["learning_rate"]) for one in judged["relearning"]}
     assert tried == {("plain", 1e-4), ("noise", 1e-4), ("public_tower", 1e-4)}
     checks = {check["key"]: check for check in judged["checks"]}
@@ -87,6 +90,41 @@ def test_every_attack_and_the_certificate_of_a_run(world, tmp_path: Path, capsys
         assert f"<td>{100 * row['figures']['gold']['accuracy']:.1f}<small>" in page
     assert page.count("<h2>") == 6 and "Public tower<small>all weights, learning rate 0.0001" in page
     assert "at most 16 of 255" in page and f"Certificate: {judged['verdict']}" in page
+
+
+def test_a_certificate_says_of_which_requests_it_speaks(world, tmp_path: Path, capsys) -> None:
+    """Of the new one; of an earlier one where its people are in the forget set that is named."""
+    everybody = mllmu.read_split(world.data, "Full_Set")
+    people = sorted({profile.entity for profile in everybody})
+    now, earlier, both = people[:2], people[2:3], people[:3]
+    for split, chosen in (("forget_1", earlier), ("forget_2", now), ("forget_both", both), ("retain_2", people[3:])):
+        mllmu.write_split(tmp_path / "data", split, [one for one in everybody if one.entity in chosen])
+    base = str(world.model)
+    for number in (1, 2):
+        told = [f"model_name_or_path={base}", f"data={tmp_path / 'data'}", f"output_dir={tmp_path / f'run-{number}'}"]
+        told += [f"forget_split=forget_{number}", "retain_split=retain_2", "max_steps=1", "learning_rate=1e-4"]
+        assert main(["train", *told, "per_device_train_batch_size=4", "device=cpu"]) == 0
+        base = str(tmp_path / f"model-{number}")
+        assert main(["export", "--run", str(tmp_path / f"run-{number}"), "--to", base]) == 0
+    asked = ["--model", base, "--data", str(tmp_path / "data"), "--device", "cpu", "--max-samples", "4"]
+    attack_it = ["attack", *asked, "--kind", "reverse", "--out", str(tmp_path / "out")]
+    for more, first in (([], "not judged here"), (["--forget-split", "forget_both"], "judged")):
+        capsys.readouterr()
+        assert main([*attack_it, *more]) in (0, 1)
+        judged = json.loads((tmp_path / "out" / "certificate.json").read_text())
+        assert [one["request"] for one in judged["requests"]] == [1, 2]
+        assert [one["judged"] for one in judged["requests"]] == [first == "judged", True]
+        said = re.compile(rf"request 1 \(20..-..-.., 1 entity\) {first}; request 2 \(20..-..-.., 2 entities\) judged\.")
+        assert said.search(capsys.readouterr().out)
+        assert said.search((tmp_path / "model-2" / "README.md").read_text())
+        assert main(["eval", *asked, *more, "--out", str(tmp_path / "eval")]) == 0
+        assert said.search(capsys.readouterr().out)
+        assert json.loads((tmp_path / "eval" / "results.json").read_text())["requests"] == judged["requests"]
+        page = section("certificate.html", Page({"certificate": certificate_summary(judged)}))
+        assert said.search(page) and not validate({"certificate": certificate_summary(judged)}, partial=True, cells=())
+        if not more:  # a page takes its forget set from the run
+            told = ["report", str(tmp_path / "out"), str(tmp_path / "eval"), "--out", str(tmp_path / "page.html")]
+            assert main(told) == 0 and said.search((tmp_path / "page.html").read_text())
 
 
 def test_a_certificate_states_the_settings_of_the_run_that_was_exported(world, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from fastvkd.demo.run import SIZES
 def world_over(world: Any, out: Path, *, relearning_steps: tuple[int, ...] = (0, 1), **spec: Any) -> World:
     """`world` is the fixture; `spec` changes the tiny demo's `Size`, `relearning_steps` that of its attacks."""
     made = World.__new__(World)
-    made.seed, made.out, made.vanilla, made.folder = 0, out, world.model, world.data
+    made.seed, made.out, made.shared, made.vanilla, made.folder = 0, out, out, world.model, world.data
     made.size, made.overrides = "tiny", {}
     attacks = dataclasses.replace(SIZES["tiny"].attacks, relearning_steps=relearning_steps)
     made.spec = dataclasses.replace(SIZES["tiny"], attacks=attacks, **spec)

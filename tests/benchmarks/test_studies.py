@@ -77,7 +77,8 @@ def test_a_new_study_is_one_file(dummy, tmp_path: Path) -> None:
 
 def test_the_studies_are_those_of_the_folder() -> None:
     assert study.names() == [
-        *("ablation", "cache_dtype", "end_to_end", "families", "mask", "methods", "metrics", "robustness", "seeds"),
+        *("ablation", "cache_dtype", "end_to_end", "families", "mask", "methods", "metrics", "requests", "robustness"),
+        "seeds",
     ]
     for name in study.names():
         found = study.find(name)
@@ -103,5 +104,6 @@ def test_committed_rows_are_those_of_todays_recipe(name: str) -> None:
 def test_no_script_is_named_like_a_package_that_libraries_probe_for() -> None:
     """A script's folder comes first in its import path."""
     names = {path.stem for path in (ROOT / "benchmarks").iterdir() if path.suffix == ".py" or path.is_dir()}
-    probed = {"kernels", "methods", "mask", "profile", "queue", "typing", "types", "logging", "tokenize", "triton"}
+    probed = {"kernels", "methods", "mask", "profile", "queue", "requests", "typing", "types", "logging", "tokenize"}
+    probed |= {"triton"}
     assert not names & (probed | set(sys.stdlib_module_names))

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastvkd.cli import main
-from fastvkd.engines.merging import RECORD, merge
+from fastvkd.engines.exporting import MERGED, history_of
+from fastvkd.engines.merging import merge
 from fastvkd.errors import ModelError, TrainingError
 from fastvkd.files import new_folder
 from fastvkd.models.folder import identify_base, language_model_sha256
@@ -63,8 +64,30 @@ def test_the_adapted_weight_changes_and_nothing_else(world, tmp_path: Path, caps
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before if key != changed)
     assert identify_base(tmp_path / "merged").fingerprint != identify_base(world.model).fingerprint
-    assert json.loads((tmp_path / "merged" / RECORD).read_text())["base"] == str(world.model)
+    assert json.loads((tmp_path / "merged" / MERGED).read_text())["base"] == str(world.model)
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
+
+
+def test_the_bases_earlier_requests_come_along(world, adapter: Path, tmp_path: Path, capsys) -> None:
+    """From an exported model through an adapter, through another, and back into an export's history."""
+    base = tmp_path / "base"
+    shutil.copytree(world.model, base)
+    note = {"date": "2026-01-02", "salt": "ab" * 16, "entities": ["1" * 64], "photos": [], "data_sha256": "d" * 64}
+    earlier = {"updates": 3, "settings": {"data": "request-0"}, "base_model": {}, "forgotten": note}
+    record = earlier | {"settings": {"data": "request-1"}, "history": [earlier]}
+    (base / "unlearning.json").write_text(json.dumps(record))
+    (base / "certificate.json").write_text('{"verdict": "failed"}')
+    merge(adapter, tmp_path / "once", base=base)
+    merge(adapter, tmp_path / "twice", base=tmp_path / "once")
+    for name in ("once", "twice"):
+        assert not (tmp_path / name / "unlearning.json").exists()  # it is no exported run
+        assert history_of(tmp_path / name) == history_of(base)
+        assert main(["requests", str(tmp_path / name)]) == 0
+        first, second = capsys.readouterr().out.splitlines()
+        assert first.startswith("request 1  2026-01-02  1 entity, 0 photos") and second.endswith("certificate failed")
+    (tmp_path / "once" / MERGED).write_text('{"history": 3}')
+    with pytest.raises(ModelError, match="history is no list"):
+        merge(adapter, tmp_path / "thrice", base=tmp_path / "once")
 
 
 def test_whole_tensors_take_the_place_of_the_bases(world, tmp_path: Path) -> None:
