@@ -1,4 +1,4 @@
-"""Defences against relearning that research tries on VKD: training against an attacker, and in a null space.
+"""Defences against relearning that research tries on VKD: training against an attacker, in a null space, or from noise.
 
 *Null space* (after Adam-NSCL, arXiv 2103.07113): an update of a matrix is projected on the directions of its input in
 which retained images have least energy, so that what it gives for them stays. The optimiser's step itself is projected,
@@ -7,23 +7,57 @@ which makes this exact whatever Adam does to the gradient; one-dimensional weigh
 *Worst case* (first order, after TAR, arXiv 2408.00761): a simulated attacker takes a few steps from the current weights
 towards what the original sees of forget images; the gradient of the forget loss where it arrives is added to the
 ordinary one. This attacker knows features, not answers: VKD never runs the LLM.
+
+*Noise, then distil* (after UNDO, arXiv 2506.06278): training starts from weights to which noise was added, so that what
+they knew has to come from the targets anew.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from fastvkd.engines.protocol import Engine
 from fastvkd.models.visual_path import VisualBatch, VisualPath
+from fastvkd.unlearning import loop
+from fastvkd.unlearning.loop import build_engine
 from fastvkd.unlearning.tasks import Prepared
 from fastvkd.unlearning.vkd.objective import DistillBatch
 from fastvkd.unlearning.vkd.task import FeatureTask
 
 MOMENT_BATCHES = 32  # batches whose retained images tell what directions they use
 ATTACK_RATE = 1e-3  # the relearning attack's own learning rate
+
+
+@contextlib.contextmanager
+def defended(*, energy: float | None = None, attack_steps: int = 0, noise: float = 0.0) -> Iterator[list["Defended"]]:
+    """Runs of the product that are made within have these defences; gives the list of their engines.
+
+    energy, attack_steps: see `Defended`. noise: that is added to the trained weights first, see `add_noise`.
+    """
+    engines: list[Defended] = []
+
+    def build(run: Prepared, *rest: Any) -> Engine:
+        if noise:
+            add_noise(run.trained.parameters, noise, run.settings.seed)
+        engines.append(Defended(build_engine(run, *rest), run, energy=energy, attack_steps=attack_steps))
+        return engines[-1]
+
+    with mock.patch.object(loop, "build_engine", build):  # all else of a run is the product's
+        yield engines
+
+
+@torch.no_grad()
+def add_noise(parameters: Sequence[tuple[str, nn.Parameter]], size: float, seed: int) -> None:
+    """Add normal noise to each weight, `size` times the standard deviation that its tensor has."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in parameters:
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+        parameter.add_(noise * (size * parameter.float().std(correction=0)))
 
 
 class Defended:
@@ -40,6 +74,11 @@ class Defended:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """The two values that a loop may set are the engine's."""
+        owner = self._engine if name in ("base_learning_rate", "schedule") else self
+        object.__setattr__(owner, name, value)
 
     def _note(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._batch = inputs[-1]

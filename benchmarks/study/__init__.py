@@ -31,7 +31,8 @@ class Study:
     before the table. protocol(): constants for the head of the results. by_seed: rows are sorted by seed, then variant;
     else the other way round. threads: of a process; None shares the cores between the jobs. fresh: each row is measured
     in a process of its own. size: of the demo, unless the command line has another. uses_recipe(name): whether a
-    variant depends on configs/demo.yaml.
+    variant depends on configs/demo.yaml. depends(size, seed, name): what else, as JSON holds it, a row depends on; None
+    where that is nothing.
     """
 
     about: str
@@ -48,6 +49,7 @@ class Study:
     fresh: bool = False
     size: str = "default"
     uses_recipe: Callable[[str], bool] = lambda variant: True
+    depends: Callable[[str, int, str], Any] = lambda size, seed, variant: None
 
     def key(self, size: str, seed: int, variant: str, overrides: Mapping[str, Any]) -> str:
         """What a finished row depends on."""
@@ -62,6 +64,8 @@ class Study:
         # Of the demo's own attacks a study takes when to measure, and nothing else.
         world = [repr(dataclasses.replace(spec, attacks=None)), spec.attacks.relearning_steps]
         facts = [world, seed, variant, repr(self.variants[variant]), recipe, self.protocol(), overrides]
+        if (more := self.depends(size, seed, variant)) is not None:
+            facts.append(more)
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def order(self, row: Row) -> tuple[Any, ...]:

@@ -155,25 +155,29 @@ def best(points: list[dict[str, Any]]) -> dict[str, Any]:
 
 def candidates(world: World, method: str) -> Iterator[tuple[dict[str, Any], Any]]:
     """Every point of the method's grid with its model; `seconds` and `images` are what it took to get there."""
+    for setting in GRID[method]:
+        yield from tried(world, method, setting)
+
+
+def tried(world: World, method: str, setting: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Any]]:
+    """The points of one setting of the method, as `candidates` gives them."""
     if method in ("vanilla", "gold"):
         yield {"seconds": None, "images": None}, load_model(world.vanilla if method == "vanilla" else world.gold)
-        return
-    for setting in GRID[method]:
-        if method.startswith("vkd"):
-            data = {"data": str(world.one_photo)} if method == "vkd-one-photo" else {}
-            model, run = world.unlearn({**world.spec.overrides, **data, **setting})
-            yield {"seconds": sum(run.seconds.values()), "images": run.images_seen}, model
-        elif method == "steering":
-            yield from steered(world, setting)
-        elif method in AT_ONCE:
-            model, run = world.unlearn({"method": method, "per_device_train_batch_size": BATCH, **setting}, config=None)
-            looked_at = AT_ONCE[method](Settings(**setting)) * BATCH
-            yield {**setting, "seconds": sum(run.seconds.values()), "images": looked_at}, model
-        else:
-            overrides = {"method": method.partition("-")[0], "per_device_train_batch_size": BATCH, **setting}
-            for step, model, run in world.follow(overrides, steps=STEPS, every=EVERY):
-                seconds = run.seconds["prepare"] + run.seconds["unlearn"] * step / STEPS
-                yield {**setting, "step": step, "seconds": seconds, "images": step * BATCH}, model
+    elif method.startswith("vkd"):
+        data = {"data": str(world.one_photo)} if method == "vkd-one-photo" else {}
+        model, run = world.unlearn({**world.spec.overrides, **data, **setting})
+        yield {"seconds": sum(run.seconds.values()), "images": run.images_seen}, model
+    elif method == "steering":
+        yield from steered(world, setting)
+    elif method in AT_ONCE:
+        model, run = world.unlearn({"method": method, "per_device_train_batch_size": BATCH, **setting}, config=None)
+        looked_at = AT_ONCE[method](Settings(**setting)) * BATCH
+        yield {**setting, "seconds": sum(run.seconds.values()), "images": looked_at}, model
+    else:
+        overrides = {"method": method.partition("-")[0], "per_device_train_batch_size": BATCH, **setting}
+        for step, model, run in world.follow(overrides, steps=STEPS, every=EVERY):
+            seconds = run.seconds["prepare"] + run.seconds["unlearn"] * step / STEPS
+            yield {**setting, "step": step, "seconds": seconds, "images": step * BATCH}, model
 
 
 def steered(world: World, setting: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Any]]:

@@ -10,19 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from defences import ATTACK_RATE, MOMENT_BATCHES, Defended
+from defences import ATTACK_RATE, MOMENT_BATCHES, defended
 from world import World
 
 from fastvkd.attacks.relearning import area_under_curve
-from fastvkd.engines.protocol import Engine
 from fastvkd.models.families import tower_depth
 from fastvkd.models.loading import load_config
 from fastvkd.settings import Settings
-from fastvkd.unlearning import loop
-from fastvkd.unlearning.loop import build_engine
-from fastvkd.unlearning.tasks import Prepared
+from fastvkd.unlearning.loop import unlearn
 from study import Row, Study, percent, share_columns
 from study.ablation import COMMON, SATURATE
 from study.methods import ATTACK_SAMPLES, ATTACK_SHARE, SAMPLES
@@ -85,15 +81,8 @@ def measure(world: World, name: str) -> Row:
 
 def train(world: World, settings: Settings, variant: Variant) -> tuple[Any, Row]:
     """The whole model after a run with the variant's defences, and the run's figures."""
-    engines: list[Defended] = []
-    how: dict[str, Any] = {"energy": variant.energy, "attack_steps": variant.attack_steps}
-
-    def defended(run: Prepared, *rest: Any) -> Engine:
-        engines.append(Defended(build_engine(run, *rest), run, **how))
-        return engines[0]
-
-    with mock.patch.object(loop, "build_engine", defended):  # all else of a run is the product's
-        run = loop.unlearn(settings)
+    with defended(energy=variant.energy, attack_steps=variant.attack_steps) as engines:
+        run = unlearn(settings)
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     opened = [line["forget_open"] for line in lines if "forget_open" in line][-20:]
     space = engines[0].space

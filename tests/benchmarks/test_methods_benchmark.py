@@ -2,36 +2,22 @@
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import studies
-from random_world import world_over
+from random_world import brief_world
 from study import methods
 from world import World
 
-from fastvkd.evaluation.benchmarks import BENCHMARKS
 from fastvkd.methods import METHODS
 
 
 @pytest.fixture
 def random_world(world, tmp_path: Path, monkeypatch) -> World:
     """A `World` whose vanilla and gold model is the shared random one, so that nothing has to be trained."""
-    short = {"ends": "max_steps", "max_steps": 21, "learning_rate": 1e-3, "stranger": {"steps": 2}}
-    spec: dict[str, Any] = {"overrides": {**short, "auxiliary_images": 4}, "max_samples": 12}
-    small = world_over(world, tmp_path, **spec)
-    small.gold = world.model
-    for name, value in {
-        "STEPS": 4,
-        "EVERY": 2,
-        "BATCH": 4,
-        "GRID_SAMPLES": 8,
-        "ATTACK_SAMPLES": 8,
-        "STRENGTHS": (2.0, 4.0),
-    }.items():
-        monkeypatch.setattr(methods, name, value)
+    small = brief_world(world, tmp_path, monkeypatch)
+    monkeypatch.setattr(methods, "STRENGTHS", (2.0, 4.0))
     grid = {
         **methods.GRID,
         "gd-lora": methods.GRID["gd-lora"][:1],
@@ -42,9 +28,6 @@ def random_world(world, tmp_path: Path, monkeypatch) -> World:
         "steering": ({"layers": (1,), "questions": 8},),
     }
     monkeypatch.setattr(methods, "GRID", grid)
-    # A random model never ends an answer.
-    corrected = BENCHMARKS["mllmu"]["corrected"]
-    monkeypatch.setitem(BENCHMARKS["mllmu"], "corrected", replace(corrected, max_new_tokens=3))
     return small
 
 

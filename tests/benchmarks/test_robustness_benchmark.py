@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import defences
@@ -78,6 +79,27 @@ def test_the_worst_case_gradient_is_that_of_a_copy_that_was_attacked() -> None:
     for gradient, parameter, ordinary in zip(found, attacked.parameters(), here, strict=True):
         assert gradient is not None and torch.equal(gradient, parameter.grad)
         assert not torch.equal(gradient, ordinary)
+
+
+def test_noise_is_a_share_of_what_each_tensor_varies_by() -> None:
+    torch.manual_seed(0)
+    named = [("wide", nn.Parameter(5 * torch.randn(100, 100))), ("constant", nn.Parameter(torch.full((7,), 2.0)))]
+    before = [parameter.detach().clone() for _, parameter in named]
+    defences.add_noise(named, 0.3, seed=1)
+    added = [(parameter - old).detach() for (_, parameter), old in zip(named, before, strict=True)]
+    assert float(added[0].std()) == pytest.approx(1.5, rel=0.05)
+    assert not added[1].any()
+    again = nn.Parameter(before[0].clone())
+    defences.add_noise([("wide", again)], 0.3, seed=1)
+    assert torch.equal(again, named[0][1])
+
+
+def test_the_rate_and_the_schedule_that_a_loop_sets_are_the_engines() -> None:
+    engine: Any = SimpleNamespace(forward_module=nn.Linear(2, 2), base_learning_rate=1.0, schedule="first", updates=3)
+    guarded: Any = defences.Defended(engine, SimpleNamespace(), energy=None, attack_steps=0)  # type: ignore[arg-type]
+    guarded.base_learning_rate, guarded.schedule = 0.5, "second"
+    assert (engine.base_learning_rate, engine.schedule) == (0.5, "second")
+    assert (guarded.base_learning_rate, guarded.schedule, guarded.updates) == (0.5, "second", 3)
 
 
 @pytest.fixture

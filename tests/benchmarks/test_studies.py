@@ -77,8 +77,8 @@ def test_a_new_study_is_one_file(dummy, tmp_path: Path) -> None:
 
 def test_the_studies_are_those_of_the_folder() -> None:
     assert study.names() == [
-        *("ablation", "cache_dtype", "end_to_end", "families", "mask", "methods", "metrics", "requests", "robustness"),
-        "seeds",
+        *("ablation", "cache_dtype", "end_to_end", "families", "mask", "methods", "metrics", "removal", "requests"),
+        *("robustness", "seeds"),
     ]
     for name in study.names():
         found = study.find(name)
