@@ -38,7 +38,7 @@ from study import Row, Study, percent
 # How many people each request is about, by the demo's size.
 REQUESTS = {"default": (1, 2) * 4, "small": (1,) * 8, "tiny": (1,) * 8}
 # What makes the tiny study a matter of a minute or two: its figures show that it runs, and nothing else.
-SHORT: dict[str, dict[str, Any]] = {"tiny": {"max_steps": 30, "stranger.steps": 10, "auxiliary_images": 32}}
+SHORT: dict[str, dict[str, Any]] = {"tiny": {"max_steps": 30, "stranger.steps": 20, "auxiliary_images": 32}}
 SAMPLES = 1008  # questions a set and kind
 FORGET, RETAIN = "forget_now", "retain_now"
 ANSWERS = ("right", "misnamed")
