@@ -208,7 +208,7 @@ def _write(
     def publish() -> None:
         _publish(unfinished, final, manifest)
         older = [p for p in _checkpoints(output_dir) if _updates_of(p) < content.updates]
-        for old in older[: len(older) + 1 - keep] if keep > 0 else []:
+        for old in older[: max(0, len(older) + 1 - keep)] if keep > 0 else []:
             shutil.rmtree(old)
 
     first = content.rank == 0

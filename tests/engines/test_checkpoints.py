@@ -221,6 +221,16 @@ def test_only_the_newest_are_kept_by_number_not_by_name(tmp_path):
     assert find_latest(tmp_path / "nowhere") is None
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3, 4, 5, 9])
+def test_none_goes_before_there_are_more_than_are_to_be_kept(tmp_path, keep):
+    engine = tiny_engine()
+    for updates in range(1, 7):
+        train_to(engine, updates)
+        save(engine, tmp_path, keep=keep)
+        newest = range(max(1, updates - keep + 1), updates + 1)
+        assert {p.name for p in tmp_path.iterdir()} == {f"checkpoint-{number}" for number in newest}
+
+
 @pytest.mark.parametrize("file", ["visual.safetensors", "masters.safetensors", "rank-0.pt"])
 def test_one_flipped_bit_is_found(tmp_path, file):
     engine = tiny_engine()
