@@ -118,6 +118,8 @@ def forget(world: World, folder: Path, base: Path, now: Sequence[str], earlier: 
         own = {"model_name_or_path": str(base), "data": str(data), "forget_split": FORGET, "retain_split": RETAIN}
         own["cache_dir"] = str(run / "teacher_cache")  # maps and features of the earlier people are gone too
         done = unlearn(world.settings(run, {**world.spec.overrides, **SHORT.get(world.size, {}), **own}))
+        if not done.finished:
+            raise RuntimeError(f"{folder.name}: ended early; run the study again")
         folder.with_suffix(".json").write_text(json.dumps({"seconds": sum(done.seconds.values())}))
         export(run, folder, model_card=run_card(run))
 
