@@ -38,7 +38,7 @@ from study import Row, Study, percent
 # How many people each request is about, by the demo's size.
 REQUESTS = {"default": (1, 2) * 4, "small": (1,) * 8, "tiny": (1,) * 8}
 # What makes the tiny study a matter of a minute or two: its figures show that it runs, and nothing else.
-SHORT: dict[str, dict[str, Any]] = {"tiny": {"max_steps": 30, "stranger.steps": 20, "auxiliary_images": 32}}
+SHORT: dict[str, dict[str, Any]] = {"tiny": {"max_steps": 30, "stranger.way": "shift", "auxiliary_images": 32}}
 SAMPLES = 1008  # questions a set and kind
 FORGET, RETAIN = "forget_now", "retain_now"
 ANSWERS = ("right", "misnamed")
@@ -94,10 +94,14 @@ def after(world: World, number: int) -> Path:
     return kept(world, f"request-{number}", after(world, number - 1), requests[number - 1], earlier)
 
 
+def models(world: World) -> Path:
+    """Where the models of this study lie: others of another recipe, other requests or another first model."""
+    return world.shared / f"{world.vanilla.name}-{STUDY.key(world.size, world.seed, 'before', world.overrides)}"
+
+
 def kept(world: World, name: str, base: Path, now: Sequence[str], earlier: Sequence[str]) -> Path:
     """The folder of `base` made to forget `now`, found or made; beside it the seconds that this took."""
-    chain = world.shared / f"{world.vanilla.name}-{STUDY.key(world.size, world.seed, 'before', world.overrides)}"
-    folder = chain / name
+    folder = models(world) / name
     with only_one(folder):
         if not folder.exists():
             forget(world, folder, base, now, earlier)
@@ -114,6 +118,8 @@ def forget(world: World, folder: Path, base: Path, now: Sequence[str], earlier: 
         own = {"model_name_or_path": str(base), "data": str(data), "forget_split": FORGET, "retain_split": RETAIN}
         own["cache_dir"] = str(run / "teacher_cache")  # maps and features of the earlier people are gone too
         done = unlearn(world.settings(run, {**world.spec.overrides, **SHORT.get(world.size, {}), **own}))
+        if not done.finished:
+            raise RuntimeError(f"{folder.name}: ended early; run the study again")
         folder.with_suffix(".json").write_text(json.dumps({"seconds": sum(done.seconds.values())}))
         export(run, folder, model_card=run_card(run))
 
@@ -122,9 +128,9 @@ def gold(world: World, everybody: Sequence[str]) -> Path:
     """The model that never saw anybody who asks, in a cache of its own: the demo's gold model knows most of them."""
     unseen = [one for one in world.data.splits["Full_Set"] if one.entity in everybody]
     data = dataclasses.replace(world.data, splits=world.data.splits | {FORGET: unseen}, forget_split=FORGET)
-    cache = world.shared / "gold"
+    cache = models(world) / "gold"
     cache.mkdir(parents=True, exist_ok=True)
-    with only_one(cache / "gold"):
+    with only_one(cache):
         for sight in world.vanilla.parent.glob("demo-sight-*"):  # all models of a seed share it
             if not (cache / sight.name).exists():
                 shutil.copy(sight, cache)
