@@ -135,7 +135,8 @@ def spread(llava, tmp_path, monkeypatch) -> torch.nn.Module:
     return model
 
 
-def test_a_spread_model_answers_to_the_bit_as_a_whole_one(llava, spread) -> None:
+def test_a_spread_model_answers_as_a_whole_one(llava, spread) -> None:
+    """Up to the last bit: some CPUs' matrix products round by where in memory a weight begins."""
     whole = load_model(llava.folder)
     photo = tiny.as_photo(tiny.photos((20, 20))[0])
     prompt = chat_prompt(llava.processor, "who is this person ?", image=True)
@@ -143,7 +144,9 @@ def test_a_spread_model_answers_to_the_bit_as_a_whole_one(llava, spread) -> None
     for fast in (True, False):
         one, other = (EvaluationAsker(model, llava.processor, fast=fast) for model in (spread, whole))
         assert one.answers(queries, 4) == other.answers(queries, 4)
-        assert one.scores(queries, [["A", "B C"]] * 2) == other.scores(queries, [["A", "B C"]] * 2)
+        for mine, theirs in zip(*(asker.scores(queries, [["A", "B C"]] * 2) for asker in (one, other)), strict=True):
+            assert mine.tokens == theirs.tokens
+            assert mine.log_likelihood == pytest.approx(theirs.log_likelihood, rel=1e-6)
 
 
 def test_attacks_that_need_all_weights_are_left_out_where_some_are_away(llava, spread, caplog) -> None:
