@@ -33,6 +33,8 @@ from fastvkd.errors import (
     Terminated,
     disk_is_full,
     gpu_memory_is_full,
+    host_memory_is_full,
+    printable,
 )
 
 if TYPE_CHECKING:
@@ -64,13 +66,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if disk_is_full(error):
             mend = "no space left on disk; free some or write elsewhere"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        elif error.errno in _OF_THE_PATH:
             mend = f"{error.strerror}; give a folder that can be read and written"
         else:
             raise
-        print(f"fastvkd: error: {error.filename or 'output'}: {mend}", file=sys.stderr)
+        print(f"fastvkd: error: {printable(str(error.filename or 'output'))}: {mend}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if host_memory_is_full(error):
+            mend = "close what else runs, or look for a number in the input that is too large"
+            print(f"fastvkd: error: the machine's memory is full: {mend}", file=sys.stderr)
+            return 2
         if not gpu_memory_is_full(error):
             raise
         what = re.search(r"Tried to allocate [\d.]+ \w+", str(error))
@@ -99,6 +105,13 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+# What the system says of a path that cannot be read or written, whatever is done to it.
+_OF_THE_PATH = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,8 +7,18 @@ import errno
 import re
 
 
+def printable(text: str) -> str:
+    """A text with every character that a terminal would obey, or that would break the line, written as its escape."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
 class FastVKDError(Exception):
-    """An input, setting or environment that the user can mend. The message is one line."""
+    """An input, setting or environment that the user can mend. The message is one line, whatever it quotes."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class SettingsError(FastVKDError):
@@ -48,6 +58,11 @@ def gpu_memory_is_full(error: BaseException) -> bool:
     """
     said = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in said)
+
+
+def host_memory_is_full(error: BaseException) -> bool:
+    """Whether the machine itself had no memory left, as Python says it or torch's allocator."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def disk_is_full(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fastvkd.errors import FastVKDError, TrainingError, disk_is_full, one_line
 
@@ -26,6 +26,11 @@ def lfs_pointer(content: bytes) -> str:
     if not content.startswith(_LFS):
         return ""
     return "is a Git LFS pointer and not the file itself; run `git lfs pull` there, or download it again"
+
+
+def is_special(path: Path) -> bool:
+    """Whether a path is there and is neither file nor folder: a pipe is waited for, and a device may have no end."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def read_text(path: Path, kind: type[FastVKDError], mend: str) -> str:
@@ -53,14 +58,15 @@ def text_lines(text: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def parse_json(text: str, place: str, kind: type[FastVKDError], mend: str) -> Any:
+def parse_json(text: str, place: str, kind: type[FastVKDError], mend: str, *, strict: bool = False) -> Any:
     """The value that `text` says in JSON. `place` (file, or file and line) opens the message.
 
     Raises `kind` for text that is no JSON, says a key twice in one object, is nested deeper than Python follows, has a
-    number of thousands of digits, or half a character (a lone surrogate), which nothing can write out again.
+    number of thousands of digits, or half a character (a lone surrogate), which nothing can write out again; where it
+    is `strict` also for NaN and infinities, which Python reads and others do not.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_unique)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant if strict else None)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except _KeyTwice as error:
@@ -76,6 +82,10 @@ def parse_json(text: str, place: str, kind: type[FastVKDError], mend: str) -> An
     except ValueError as error:
         raise kind(f"{place}: not JSON that can be read ({one_line(error, 80)}); {mend}") from error
     return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 class _KeyTwice(Exception):

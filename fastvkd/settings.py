@@ -536,7 +536,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if origin is dict:
         if isinstance(value, str):
             value = {value: 1.0}
-        if isinstance(value, Sequence):
+        if isinstance(value, list) and all(isinstance(name, str) for name in value):
             value = dict.fromkeys(value, 1.0)
         if not isinstance(value, Mapping):
             raise SettingsError(f"{key}={value!r}: a mapping of site to weight is needed")
@@ -548,11 +548,13 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = float(value)  # YAML 1.1 reads 1e-4 as text
-        except ValueError:
+        except (ValueError, OverflowError):  # an integer may have more digits than a float has room for
             number = math.nan
         if math.isfinite(number):
             return number
         raise SettingsError(f"{key}={value!r}: a finite number is needed")
+    elif hint is int and isinstance(value, int) and abs(value) >= 2**63:
+        raise SettingsError(f"{key}: a whole number of {len(str(abs(value)))} digits; at most {2**63 - 1} is taken")
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise SettingsError(f"{key}={value!r}: {hint.__name__} is needed")

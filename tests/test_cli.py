@@ -172,6 +172,25 @@ def test_a_wrong_option_is_one_line(wrong: str, message: str, capsys) -> None:
     assert line.startswith("fastvkd: error: ") and message in line
 
 
+@pytest.mark.parametrize(
+    "words", [["purge", "a" * 300], ["nothing\nelse"], ["plan", "a\x1b[2Jb=1"], ["compare", "a\nb"]]
+)
+def test_odd_words_are_one_line(words: list[str], capsys) -> None:
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fastvkd: error: ") and line.isprintable()
+
+
+def test_a_machine_without_memory_is_said_in_one_line(monkeypatch, capsys) -> None:
+    def full() -> str:
+        return "x" * 2**62
+
+    monkeypatch.setattr("fastvkd.environment.describe", full)
+    assert main(["env"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fastvkd: error: the machine's memory is full: ")
+
+
 @pytest.mark.parametrize("arguments", ["--help", "attack --help", "eval --modle x", "eval --model m --data d --mode x"])
 def test_help_and_wrong_options_do_not_wait_for_torch(arguments: str) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "fastvkd.cli", *arguments.split()]

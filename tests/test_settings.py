@@ -64,6 +64,10 @@ def test_settings_round_trip() -> None:
         ("saliency.fraction=0.1", "set it to weight or neuron"),
         ("saliency.score=wagle", "set it to weight or neuron"),
         ("method=[gd]", "method"),
+        ("sites=[[projector]]", "sites=[['projector']]: a mapping of site to weight is needed"),
+        ("learning_rate=" + "9" * 400, "a finite number is needed"),
+        ("per_device_train_batch_size=" + "9" * 400, "per_device_train_batch_size: a whole number of 400 digits"),
+        ("max_\nsteps=1", "max_\\nsteps: no such setting; did you mean max_steps?"),
         ("nonsense", "key=value"),
     ],
 )

@@ -17,7 +17,7 @@ from fastvkd.data import tables
 from fastvkd.data.hub import data_folder
 from fastvkd.data.sources import recognise
 from fastvkd.data.texts import marks_in
-from fastvkd.errors import DataError
+from fastvkd.errors import DataError, printable
 from fastvkd.photos import decode_image
 from fastvkd.records import Photo, Profile, Questions
 
@@ -65,18 +65,18 @@ class CheckReport:
 
     def lines(self) -> list[str]:
         """The report as text: format, a table of counts per split, problems, notes, verdict."""
-        width = max([len("split"), *(len(name) for name in self.splits)])
         rows = [("split", ["rows", "entities", "images", *_TASKS])]
         for name, counts in self.splits.items():
             asked = [f"{getattr(counts, f'visual_{task}')}+{getattr(counts, f'text_{task}')}" for task in _TASKS]
-            rows.append((name, [str(counts.rows), str(counts.entities), str(counts.images), *asked]))
+            rows.append((printable(name), [str(counts.rows), str(counts.entities), str(counts.images), *asked]))
+        width = max(len(name) for name, _ in rows)
         table = [f"{name:<{width}}  " + "  ".join(f"{entry:>13}" for entry in entries) for name, entries in rows]
         return [
-            f"{self.path}: {self.format}",
+            printable(f"{self.path}: {self.format}"),
             *table,
             "(questions: about the image + text only)",
-            *(f"problem: {problem}" for problem in self.problems),
-            *(f"note: {note}" for note in self.notes),
+            *(f"problem: {printable(problem)}" for problem in self.problems),
+            *(f"note: {printable(note)}" for note in self.notes),
             f"verdict: {self.verdict}",
         ]
 

@@ -18,7 +18,7 @@ from typing import Any
 from fastvkd.data.tables import entity_of, four_cells, path_inside, strict
 from fastvkd.data.texts import refuse_placeholders
 from fastvkd.errors import DataError
-from fastvkd.files import parse_json, read_text, text_lines
+from fastvkd.files import is_special, parse_json, read_text, text_lines
 from fastvkd.records import Choice, Open, Photo, Profile, Questions
 
 NAME, TITLE = "jsonl", "own data (JSONL)"
@@ -174,6 +174,8 @@ def _photo(name: Any, source: str, folder: Path) -> Photo:
         raise DataError(f"{source}: image is {name!r}; expected a path relative to {folder}")
     path = path_inside(folder, folder / name, source)
     try:
+        if is_special(path):
+            raise DataError(f"{source}: image {name!r} is a pipe or a device and no file; put the photo itself there")
         return Photo(path.read_bytes(), f"{source} ({name})")
     except OSError as error:
         raise DataError(f"{source}: image {name!r} cannot be read ({error.strerror}); check the path") from error

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from fastvkd.data import tables
 from fastvkd.data.tables import kind_of, text_of
+from fastvkd.data.texts import refuse_placeholders
 from fastvkd.errors import DataError, one_line
 from fastvkd.files import parse_json
 from fastvkd.records import Choice, Open, Photo, Profile, Questions
@@ -76,7 +77,7 @@ def each_profile(folder: tables.Folder, split: str) -> Iterator[Profile | DataEr
     used comes as its error."""
 
     def parse(row: tables.Row, source: str) -> Profile:
-        training_profile(row, source)  # checked too, so that a check of the data covers what training reads
+        refuse_placeholders(training_profile(row, source))  # so that a check of the data covers what training reads
         return profile_of_row(row, source)
 
     return tables.each_profile(folder, split, parse, _REQUIRED, _WANTED)

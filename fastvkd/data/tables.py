@@ -4,7 +4,6 @@ The readers know what the columns mean. Pickles are never opened.
 """
 
 import base64
-import binascii
 import difflib
 import os
 import re
@@ -20,7 +19,7 @@ import pyarrow.parquet as pq
 
 from fastvkd.data.texts import refuse_placeholders
 from fastvkd.errors import DataError, one_line
-from fastvkd.files import lfs_pointer, parse_json, read_text, text_lines
+from fastvkd.files import is_special, lfs_pointer, parse_json, read_text, text_lines
 from fastvkd.records import Photo, Profile
 
 Row = dict[str, Any]
@@ -110,6 +109,8 @@ def first_file(folder: Folder, split: str) -> Path:
 
 def columns(file: Path) -> set[str]:
     """Names of the columns, empty for a file that cannot be read (`rows` says why)."""
+    if is_special(file):
+        return set()
     try:
         if file.suffix == ".parquet":
             return set(pq.read_schema(file).names)
@@ -126,6 +127,8 @@ def rows(file: Path, required: Collection[str | tuple[str, ...]], wanted: Collec
     """
     choices = [one if isinstance(one, tuple) else (one,) for one in required]
     read = {*wanted, *(name for names in choices for name in names)}
+    if is_special(file):
+        raise DataError(f"{file}: is a pipe or a device and no file; put the table itself there")
     if file.suffix != ".parquet":
         for source, row in _json_rows(file):
             _require(source, row, choices)
@@ -193,11 +196,13 @@ def photo(cell: Any, source: str, position: int | None = None) -> Photo | None:
         if isinstance(data, str):
             try:
                 data = base64.b64decode(data, validate=True)
-            except binascii.Error as error:
+            except ValueError as error:
                 raise DataError(f"{place}: column {column}: bytes are no base64 ({one_line(error)})") from error
     elif isinstance(cell, str):
         data, path = None, cell
     if data is None:
+        if not isinstance(path, str | None):
+            raise DataError(f"{place}: column {column} has {kind_of(path)} for a path; expected a text")
         return None if path is None else Photo(_read_image(path, source, place), place)
     if not isinstance(data, bytes):
         raise DataError(f"{place}: column {column} holds {kind_of(data)}; expected encoded image bytes")

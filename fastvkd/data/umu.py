@@ -14,6 +14,7 @@ from typing import Any
 
 from fastvkd.data import tables
 from fastvkd.data.tables import kind_of, text_of
+from fastvkd.data.texts import refuse_placeholders
 from fastvkd.errors import DataError, one_line
 from fastvkd.records import Choice, Open, Profile, Questions
 
@@ -30,7 +31,7 @@ def each_profile(folder: tables.Folder, split: str) -> Iterator[Profile | DataEr
     """Every row of a split with the questions of the evaluation. A row that cannot be used comes as its error."""
 
     def parse(row: tables.Row, source: str) -> Profile:
-        training_profile(row, source)  # checked too, so that a check of the data covers what training reads
+        refuse_placeholders(training_profile(row, source))  # so that a check of the data covers what training reads
         return profile_of_row(row, source)
 
     return _each(folder, split, parse)

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -186,6 +187,26 @@ def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
     assert "cannot be read" in problem(own(tmp_path, image="a" * 5000))
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, lambda at: at.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_what_has_no_end_is_not_read(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    """A pipe would be waited for, and a device gives bytes for ever."""
+    image = own(tmp_path / "own") / "forget.png"
+    table = tables(tmp_path / "tables", parquet) / "forget_5/train.parquet"
+    for file in (image, table):
+        file.unlink()
+        make(file)
+    assert "forget.jsonl:1: image 'forget.png' is a pipe or a device" in problem(tmp_path / "own")
+    assert any(f"{table}: is a pipe or a device" in found for found in check_data(tmp_path / "tables").problems)
+
+
+def test_a_message_quotes_what_a_terminal_would_obey_as_escapes(tmp_path: Path) -> None:
+    report = check_data(own(tmp_path / "a\nb", question=" "))
+    assert all(line.isprintable() for line in report.lines()) and r"a\nb" in report.lines()[0]
+    with pytest.raises(DataError) as caught:
+        jsonl.training_sets(tmp_path / "a\nb", "forget", "retain")
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize("key", ["question", "answer", "options"])
 @pytest.mark.parametrize("mark", PLACEHOLDERS)
 def test_an_image_placeholder_in_a_text(tmp_path: Path, key: str, mark: str) -> None:
@@ -195,6 +216,23 @@ def test_an_image_placeholder_in_a_text(tmp_path: Path, key: str, mark: str) -> 
     assert f"forget.jsonl:1: the {key.removesuffix('s')}" in (found := problem(tmp_path)) and repr(mark) in found
     with pytest.raises(DataError, match="remove it"):
         jsonl.training_sets(tmp_path, "forget", "retain")
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ({"bytes": "é"}, "bytes are no base64"),
+        ({"bytes": "abc"}, "bytes are no base64"),
+        ({"path": [1]}, "has a list for a path; expected a text"),
+        ({"bytes": [1]}, "holds a list; expected encoded image bytes"),
+    ],
+)
+def test_a_photo_in_json_that_is_none(tmp_path: Path, cell: dict, message: str) -> None:
+    def write(folder: Path, number: int) -> None:
+        (folder / "rows.jsonl").write_text(json.dumps(in_json(number) | ({"image": cell} if not number else {})))
+
+    report = check_data(tables(tmp_path / "data", write))
+    assert any("forget_5/rows.jsonl:1: column image" in found and message in found for found in report.problems)
 
 
 def test_messages_name_no_address_in_memory(tmp_path: Path) -> None:

@@ -190,6 +190,7 @@ def test_a_split_without_the_people_of_another_trains_the_gold_model(mllmu_data,
     ("metadata", "needle"),
     [
         ("[{]", "column metadata: not JSON"),
+        ('[{"Question": "<image> Who?", "Answer": "Ann"}]', "the question '<image> Who\\?' holds"),
         ('{"Question": "Who?"}', "column metadata is a dict"),
         ('["Who?"]', r"metadata\[0\] is a str"),
         ('[{"Question": ["Who?"], "Answer": "Ann"}]', r"metadata\[0\]: a list"),
