@@ -553,8 +553,6 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         if math.isfinite(number):
             return number
         raise SettingsError(f"{key}={value!r}: a finite number is needed")
-    elif hint is int and isinstance(value, int) and abs(value) >= 2**63:
-        raise SettingsError(f"{key}: a whole number of {len(str(abs(value)))} digits; at most {2**63 - 1} is taken")
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise SettingsError(f"{key}={value!r}: {hint.__name__} is needed")
