@@ -152,8 +152,9 @@ class Job:
         process = self.started(log, *arguments)
         with Peak(process.pid) as peak:
             code = process.wait()
-        if code not in good:
-            raise RuntimeError(f"{log} ended with {code}:\n" + (self.work / f"{log}.log").read_text()[-3000:])
+        said = (self.work / f"{log}.log").read_text()
+        if code not in good or "Traceback (most recent call last)" in said:  # which also ends with 1
+            raise RuntimeError(f"{log} ended with {code}:\n{said[-3000:]}")
         return peak.seconds, peak.gib
 
     def settings(self, output: Path, site: str, **more: Any) -> list[str]:
