@@ -336,9 +336,18 @@ class Cost:
     def least_bytes(self, quantize: str = "none") -> float:
         """Of these, what a card holds at the least while the others come from host memory: all but the LLM's layers,
         and two of them."""
+        return self.whole_bytes(quantize) - max(0, self.architecture.llm.layers - 2) * self.layer_bytes(quantize)
+
+    def coming_bytes(self) -> float:
+        """What accelerate keeps free on a card for weights that come from host memory: the largest module that it does
+        not split, a layer or the output head."""
         llm, s = self.architecture.llm, 2 if self.recipe.bf16 else 4
-        layer = (llm.layer_parameters - llm.matrices) * s + llm.matrices * QUANTIZED_BYTES.get(quantize, s)
-        return self.whole_bytes(quantize) - max(0, llm.layers - 2) * layer
+        return max(self.layer_bytes(), llm.vocabulary * llm.hidden * s)
+
+    def layer_bytes(self, quantize: str = "none") -> float:
+        """One layer of the LLM, its matrices quantised."""
+        llm, s = self.architecture.llm, 2 if self.recipe.bf16 else 4
+        return (llm.layer_parameters - llm.matrices) * s + llm.matrices * QUANTIZED_BYTES.get(quantize, s)
 
     def peak(self, micro_batch: int) -> int:
         """Bytes on a GPU: the largest of the search's, if there is one, the training's, and the scrub's."""

@@ -128,13 +128,14 @@ def other_jobs(architecture: Architecture, memory_bytes: int | None, cards: int 
 @dataclass(frozen=True)
 class _Way:
     """A way to do a job: bytes of weights that must be held, of `least` of them on a card, and what each card keeps
-    free."""
+    free. With weights in host memory a card also keeps room for the `coming` ones."""
 
     how: str
     command: str
     held: int
     room: int
     least: int | None = None  # None: all of it on one card
+    coming: int = 0
 
     def needs(self, memory_bytes: int | None, cards: int) -> tuple[int, int, bool]:
         """Bytes on each card, bytes of host memory, and whether that fits."""
@@ -145,6 +146,7 @@ class _Way:
         away = self.held - max(0, cards * free)
         if "host" not in self.how:
             return self.held // cards + self.room, 0, away <= 0
+        away += self.coming if away > 0 else 0
         return min(self.held // cards, max(free, self.least)) + self.room, max(0, away), self.least <= free
 
 
@@ -154,7 +156,7 @@ def _ways(model: WholeModel, command: str, room: int, cards: int) -> Iterator[_W
     if cards > 1:
         yield _Way(_over(cards), f"{command} --device-map auto", model.weights(), room, least)
     yield _Way("in nf4", f"{command} --quantize nf4", model.weights("nf4"), room)
-    yield _Way(_HOST, f"{command} --device-map auto", model.weights(), room, least)
+    yield _Way(_HOST, f"{command} --device-map auto", model.weights(), room, least, int(model.cost.coming_bytes()))
 
 
 def _attack_ways(model: WholeModel, command: str, room: int, cards: int) -> Iterator[_Way]:
@@ -176,7 +178,8 @@ def _attack_ways(model: WholeModel, command: str, room: int, cards: int) -> Iter
             yield _Way(_over(cards) + asked_alone, spread, exact, room, least)
         yield _Way(how + asked_alone, asked + _but("relearn", "perturb"), one, room)
     spread = f"{command} --device-map auto{_but('relearn', 'quantize', 'perturb')}"
-    yield _Way(f"{_HOST}, but for relearn, quantize and perturb", spread, exact, room, least)
+    how = f"{_HOST}, but for relearn, quantize and perturb"
+    yield _Way(how, spread, exact, room, least, int(model.cost.coming_bytes()))
 
 
 def _but(*left_out: str) -> str:

@@ -3,25 +3,33 @@ which way each job fits a card."""
 
 import gc
 import json
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from accelerate import infer_auto_device_map
+from accelerate.utils import compute_module_sizes
+from bitsandbytes.functional import QuantState
 from safetensors.torch import save_file
 from test_planning import measured_peak, settings_for
-from transformers import AutoModelForImageTextToText
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from fastvkd.attacks.relearning import Attacker, relearning_curve
 from fastvkd.cli import main
-from fastvkd.devices import GIB, at_once
+from fastvkd.devices import GIB, WORKING_BYTES, at_once, usable_bytes
 from fastvkd.errors import ModelError
 from fastvkd.evaluation.asker import Asker
 from fastvkd.evaluation.inputs import Embedder, evaluating
 from fastvkd.models import placement
 from fastvkd.models.answers import Query
+from fastvkd.models.loading import load_model
 from fastvkd.models.prompts import chat_prompt
+from fastvkd.options import EvalOptions
+from fastvkd.paths import shipped
 from fastvkd.planning.architecture import architecture_of, find_architecture
-from fastvkd.planning.jobs import WholeModel, other_jobs
+from fastvkd.planning.jobs import WholeModel, _ways, other_jobs
 from fastvkd.planning.plan import plan
 from fastvkd.records import Choice, Profile, Questions
 
@@ -49,6 +57,10 @@ class Case:
         self.model = AutoModelForImageTextToText.from_config(self.config).eval().to(dtype)
         self.photos = [tiny.noise(SIDE, seed) for seed in range(PHOTOS)]
         self.whole = WholeModel(architecture_of(self.config.to_dict()), dtype.itemsize, asked_tokens=9)
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
 
     def queries(self, asked: tuple[str, ...]) -> list[Query]:
         prompts = [chat_prompt(self.processor, question, image=True) for question in asked]
@@ -109,6 +121,56 @@ def test_relearning_takes_no_more_than_planned(case: Case, weights, gently) -> N
     planned = case.whole.relearning(everything=weights == "all", gently=gently)
     measured = measured_peak(relearn)
     assert 0.5 * planned < measured < 1.10 * planned
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_planned_memory_of_quantised_weights_is_what_they_hold(case: Case, tmp_path, quantize) -> None:
+    case.save(tmp_path)
+    case.model = load_model(tmp_path, dtype=case.model.dtype, quantize_llm=quantize)
+    held = sum(held_storages(case.model).values())
+    assert held == pytest.approx(case.whole.weights(quantize), rel=0.10)
+    if quantize == "int8" or case.model.dtype == torch.bfloat16:
+        return  # bitsandbytes multiplies int8 on a CPU in float32, which no card does
+    embedder = Embedder(case.model, case.processor, PHOTOS)
+    with evaluating(case.model):
+        tokens = max(len(text.ids) for text in embedder.encode(case.queries(ASKED[:1])))
+    case.score()
+    gc.collect()
+    assert measured_peak(case.score) == pytest.approx(PHOTOS * embedder.pack_bytes(tokens + 18), rel=0.10)
+
+
+def held_storages(model: nn.Module) -> dict[int, int]:
+    """Bytes of all memory that a model's weights lie in, by address, with what says how they are rounded."""
+    found: dict[int, int] = {}
+    for owner in (*model.parameters(), *(module.state for module in model.modules() if hasattr(module, "state"))):
+        for part in (owner, *vars(owner).values()):
+            for value in (part, *(vars(part).values() if isinstance(part, QuantState) else ())):
+                nested = vars(value).values() if isinstance(value, QuantState) else ()
+                for tensor in filter(torch.is_tensor, (value, *nested)):
+                    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return found
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-13b", "llava-v1.6-34b", "qwen2.5-vl-72b"])
+def test_accelerate_spreads_a_model_as_planned(name: str) -> None:
+    """At real size: what accelerate puts on a card of 24 GB, and what into host memory."""
+    facts = json.loads(shipped(f"configs/architectures/{name}.json").read_text())
+    facts.pop("name_or_path")
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**facts), dtype=torch.bfloat16)
+    whole = WholeModel(find_architecture(name))
+    room = max(WORKING_BYTES, whole.asking(EvalOptions.batch_size))
+    free = usable_bytes(int(22.5 * GIB)) - room
+    spread = next(way for way in _ways(whole, "", room, 1) if "host" in way.how)
+    on_card, in_host, fits = spread.needs(int(22.5 * GIB), 1)
+    sizes = compute_module_sizes(model)
+    places = infer_auto_device_map(
+        model, max_memory={0: free, "cpu": 1000 * GIB}, no_split_module_classes=model._no_split_modules
+    )
+    lies = {where: sum(sizes[part] for part, place in places.items() if place == where) for where in (0, "cpu")}
+    coming = max(sizes["model.language_model.layers.0"], sizes["lm_head"])  # while it is at work
+    assert fits and on_card - room == pytest.approx(lies[0] + coming, rel=0.10)
+    assert in_host == pytest.approx(lies["cpu"], rel=0.10)
 
 
 def test_evaluation_goes_in_batches_that_its_memory_holds(monkeypatch) -> None:
