@@ -8,7 +8,7 @@ import torch
 
 from fastvkd import devices
 from fastvkd.cli import main
-from fastvkd.devices import at_once, pick_device, usable_bytes
+from fastvkd.devices import at_once, pick_device, usable_bytes, warn_of_slow_bfloat16
 from fastvkd.errors import SettingsError
 from fastvkd.unlearning.prefetch import prefetched
 
@@ -110,3 +110,18 @@ def test_a_full_gpu_is_one_line_with_the_mend(command, module, name, mends, erro
     error = RuntimeError("a mistake of ours")
     with pytest.raises(RuntimeError, match="of ours"):
         main(command)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "has", "lines"),
+    [
+        ("cpu", torch.bfloat16, False, 1),
+        ("cpu", torch.bfloat16, True, 0),
+        ("cpu", torch.float32, False, 0),
+        ("cuda", torch.bfloat16, False, 0),
+    ],
+)
+def test_bfloat16_on_a_cpu_without_it_is_said_to_be_slow(device, dtype, has, lines, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
+    warn_of_slow_bfloat16(torch.device(device), dtype)
+    assert len(caplog.messages) == lines and all("50 times" in message for message in caplog.messages)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from fastvkd.devices import QUANTIZED_BYTES, WORKING_BYTES, pick_device, usable_bytes
+from fastvkd.devices import QUANTIZED_BYTES, WORKING_BYTES, pick_device, usable_bytes, warn_of_slow_bfloat16
 from fastvkd.errors import SettingsError
 from fastvkd.models.foreign import read_config
 from fastvkd.models.loading import VISUAL_KEY, ModelPath, Quantize, load_model
@@ -81,6 +81,7 @@ def loading_of(options: ModelOptions, folder: Path) -> Loading:
     device = pick_device(options.device)
     bf16 = options.bf16 or (device.type == "cuda" and not options.fp32)
     dtype = torch.bfloat16 if bf16 else torch.float32
+    warn_of_slow_bfloat16(device, dtype)
     anywhere = options.device in ("auto", "cuda")
     if options.device_map == "auto":
         if not anywhere:

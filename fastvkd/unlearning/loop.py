@@ -72,6 +72,8 @@ def unlearn(settings: Settings, *, progress: Listener = lambda *_: None) -> Unle
     settings.check()
     device = pick_device(settings.device)
     first_of_all = settings.engine == "local" or os.environ.get("RANK", "0") == "0"
+    if first_of_all:
+        warn_of_slow_bfloat16(device, torch.bfloat16 if settings.bf16 else torch.float32)
     with held(Path(settings.output_dir), "output_dir") if first_of_all else contextlib.nullcontext():
         torch.manual_seed(settings.seed)
         started = time.perf_counter()

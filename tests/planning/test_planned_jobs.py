@@ -108,7 +108,7 @@ def test_planned_memory_of_evaluation_is_the_measured_peak(case: Case, monkeypat
 
 @pytest.mark.parametrize("gently", [False, True])
 @pytest.mark.parametrize("weights", ["visual", "all"])
-def test_relearning_takes_no_more_than_planned(case: Case, weights, gently) -> None:
+def test_relearning_takes_what_is_planned(case: Case, weights, gently) -> None:
     choice = Choice(ASKED[0], {"A": "A", "B": "B"}, "A")
     people = [Profile(str(i), (photo,) * 2, Questions(choice=(choice,))) for i, photo in enumerate(case.photos)]
 
@@ -119,8 +119,8 @@ def test_relearning_takes_no_more_than_planned(case: Case, weights, gently) -> N
         relearning_curve(case.model, case.processor, attacker, people, **told)
 
     planned = case.whole.relearning(everything=weights == "all", gently=gently)
-    measured = measured_peak(relearn)
-    assert 0.5 * planned < measured < 1.10 * planned
+    there = case.whole.weights()  # before, and trained where they lie
+    assert there + measured_peak(relearn) == pytest.approx(planned, rel=0.10)
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
