@@ -58,7 +58,9 @@ def pick_device(name: str) -> torch.device:
 def warn_of_slow_bfloat16(device: torch.device, dtype: torch.dtype) -> None:
     """Say on one line that this CPU has no instructions for bfloat16, which torch then goes through value by value."""
     if device.type == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        log.warning("this CPU has no bfloat16 arithmetic (AVX512): matrix products take some 50 times as long as float32's")
+        log.warning(
+            "this CPU has no bfloat16 arithmetic (AVX512): matrix products take some 50 times as long as float32's"
+        )
 
 
 def _cuda_usable() -> tuple[bool, str]:

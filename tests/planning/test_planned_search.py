@@ -10,17 +10,19 @@ import pytest
 import tiny
 import torch
 from test_planning import CPU_SDPA, measured_peak
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
 from fastvkd.devices import GIB, questions_at_once, usable_bytes
-from fastvkd.planning.architecture import architecture_of, find_architecture
+from fastvkd.planning.architecture import Architecture, architecture_of, find_architecture
 from fastvkd.planning.cost import Cost, Recipe
 from fastvkd.planning.plan import plan
 from fastvkd.records import Open, Profile, Questions
 from fastvkd.settings import Scrub, Settings, Stranger, load_settings
 from fastvkd.unlearning.vkd import stranger
 from fastvkd.unlearning.vkd.images import ImageSet
+from fastvkd.unlearning.vkd.scrub import scrub_room
 from fastvkd.unlearning.vkd.stranger import GuidedSearch, Population
 
 QUESTION, ANSWER, SIDE = "who is this person ?", "A B C", 64
@@ -136,23 +138,46 @@ def test_no_more_questions_are_asked_at_once_than_their_keys_and_values_allow() 
     assert questions_at_once(100_000, 80, 8192, 4) == 1
 
 
+def seen_by_the_run(a: Architecture) -> Any:
+    """Of an image set what the search and the scrub ask of it to tell their room."""
+    text = SimpleNamespace(
+        hidden_size=a.llm.hidden, num_hidden_layers=a.llm.layers, intermediate_size=a.llm.intermediate
+    )
+    return SimpleNamespace(
+        config=SimpleNamespace(text_config=text, model_type="llava" if a.fixed_tokens else "other"),
+        fixed_resolution=a.fixed_tokens,
+        batch=lambda _: SimpleNamespace(token_rows=range(a.visual_tokens)),
+    )
+
+
+LARGE = ("llava-1.5-7b", "llava-1.5-13b", "llava-v1.6-34b", "qwen2.5-vl-72b")
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_run_leaves_as_much_room_for_the_search_as_is_planned(checkpointing: bool) -> None:
     """Up to 2 GiB more, or a tenth less: it decides before anything is loaded, and from fewer figures."""
-    for name in ("llava-1.5-7b", "llava-1.5-13b", "llava-v1.6-34b", "qwen2.5-vl-72b"):
+    for name in LARGE:
         a = find_architecture(name)
-        text = SimpleNamespace(
-            hidden_size=a.llm.hidden, num_hidden_layers=a.llm.layers, intermediate_size=a.llm.intermediate
-        )
-        images: Any = SimpleNamespace(
-            config=SimpleNamespace(text_config=text, model_type="llava" if a.fixed_tokens else "other"),
-            fixed_resolution=a.fixed_tokens,
-            batch=lambda _, count=a.visual_tokens: SimpleNamespace(token_rows=range(count)),
-        )
         recipe = Recipe(sites=("projector",), gradient_checkpointing=checkpointing, search_steps=1)
         parts = Cost(a, recipe).search_memory()
         planned = parts["statistics"] + parts["activations"]
-        room = stranger._room(Settings(bf16=True, gradient_checkpointing=checkpointing), images)
+        settings = Settings(bf16=True, gradient_checkpointing=checkpointing)
+        assert 0.9 * planned <= stranger._room(settings, seen_by_the_run(a)) <= 1.15 * planned + 2 * GIB
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_run_leaves_as_much_room_for_the_scrub_as_is_planned(checkpointing: bool) -> None:
+    """What training keeps included, which a search that came before it did not have beside it."""
+    for name in LARGE:
+        a = find_architecture(name)
+        settings = Settings(bf16=True, optim="adamw_8bit", gradient_checkpointing=checkpointing, scrub=Scrub())
+        recipe = Recipe(sites=("projector",), optim="adamw_8bit", gradient_checkpointing=checkpointing, scrub_photos=14)
+        cost = Cost(a, recipe)
+        parts = cost.scrub_memory()
+        planned = parts["trained"] + parts["adapters"] + parts["activations"]
+        with torch.device("meta"):
+            unlearned = nn.Linear(cost.trainable, 1, bias=False, dtype=torch.bfloat16)
+        room = scrub_room(settings, seen_by_the_run(a), unlearned)
         assert 0.9 * planned <= room <= 1.15 * planned + 2 * GIB
 
 

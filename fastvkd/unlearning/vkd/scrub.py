@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvkd.data.wording import question_answer_pairs
+from fastvkd.devices import WORKING_BYTES
 from fastvkd.models import families, lora
 from fastvkd.models.answers import AnswerBatch, collate_answers
 from fastvkd.models.families import family_of
@@ -36,6 +37,7 @@ from fastvkd.unlearning.vkd.stranger import (
     Maps,
     Population,
     StrangerMap,
+    asked_bytes,
     divergence,
     identity_questions,
     neutral_questions,
@@ -85,6 +87,22 @@ class Kept:
         ]
         texts = [(question, answer) for _, question, answer in text_questions([*retain, *forget])]
         return cls(retained, strangers, synthetic, texts, lenders)
+
+
+def scrub_room(settings: Settings, images: ImageSet, unlearned: nn.Module) -> int:
+    """Bytes that the scrub takes of a card beside the whole original's weights; `planning` counts the same more finely.
+
+    The unlearned model, with the masters and moments that its optimiser keeps of what is trained; the adapters, with
+    their gradients and moments; and a step's activations.
+    """
+    assert settings.scrub is not None
+    text: Any = images.config.text_config
+    itemsize = 2 if settings.bf16 else 4
+    each = (4 if settings.bf16 else 0) + (2 if "8bit" in settings.optim else 8)
+    kept = sum(p.nbytes + p.numel() * each * p.requires_grad for p in unlearned.parameters())
+    sides = text.num_hidden_layers * (11 * text.hidden_size + 3 * text.intermediate_size)
+    adapters = 4 * itemsize * settings.scrub.rank * sides
+    return WORKING_BYTES + kept + adapters + settings.scrub.photos * asked_bytes(settings, images, together=False)
 
 
 class Scrubber:

@@ -559,7 +559,7 @@ def stranger_maps(
     for photos that do not suffice, TrainingError where the folder is not one that all ranks share.
     """
     _check(settings, population)
-    loading = loading_of(settings, device, images)
+    loading = loading_of(settings, device, _room(settings, images))
     file = folder / f"stranger-{_digest(settings, sources, images, population, loading)}.safetensors"
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not file.exists() and (not distributed or torch.distributed.get_rank() == 0):
@@ -603,8 +603,9 @@ def original(settings: Settings, loading: Loading, llm_layers: int | None = None
     )
 
 
-def loading_of(settings: Settings, device: torch.device, images: ImageSet) -> Loading:
-    """How the model is loaded that is asked: of the guided search the whole one, on this card or wherever it fits."""
+def loading_of(settings: Settings, device: torch.device, room: int) -> Loading:
+    """How the model is loaded that is asked: of the guided search the whole one, on this card or wherever it fits, with
+    `room` bytes of each card beside its weights."""
     told, dtype = settings.stranger, torch.bfloat16 if settings.bf16 else torch.float32
     kept = None if settings.quantize_llm == "none" else settings.quantize_llm
     if told.way != "guided":
@@ -612,7 +613,7 @@ def loading_of(settings: Settings, device: torch.device, images: ImageSet) -> Lo
     if told.quantize != "auto":
         kept = None if told.quantize == "none" else told.quantize
     if told.device_map == "auto" or told.quantize != "auto" or kept is not None:
-        return Loading(device, dtype, kept, spread=told.device_map == "auto", room=_room(settings, images))
+        return Loading(device, dtype, kept, spread=told.device_map == "auto", room=room)
     return fitting(
         local_folder(settings.model_name_or_path),
         device,
@@ -621,7 +622,7 @@ def loading_of(settings: Settings, device: torch.device, images: ImageSet) -> Lo
         anywhere=settings.engine == "deepspeed",  # the other ranks' cards are idle meanwhile
         option="stranger.quantize=",
         spread_option="stranger.device_map=auto",
-        room=_room(settings, images),
+        room=room,
     )
 
 
@@ -631,18 +632,23 @@ def _room(settings: Settings, images: ImageSet) -> int:
     A step's activations of two questions about each view, with a graph, copies of the mapped features, and how
     strangers' features vary.
     """
-    config: Any = images.config
-    text = config.text_config
+    together = images.fixed_resolution and packs(images.config, settings.attn_implementation)
+    text: Any = images.config.text_config
+    samples = len(images.batch([0]).token_rows) * text.hidden_size if images.fixed_resolution else text.hidden_size
+    return WORKING_BYTES + settings.stranger.views * asked_bytes(settings, images, together) + 200 * samples * 4
+
+
+def asked_bytes(settings: Settings, images: ImageSet, together: bool) -> int:
+    """What a pass of two questions about a view keeps for its way back, copies of mapped features included; the photo
+    goes through the LLM once where they go `together`."""
+    text: Any = images.config.text_config
     width, itemsize = text.hidden_size, 2 if settings.bf16 else 4
     visual = len(images.batch([0]).token_rows)
     layer = width * itemsize  # its input; or all that its backward pass needs
     if not settings.gradient_checkpointing:
         layer = 8 * width + (4 * width + 3 * text.intermediate_size) * itemsize
-    together = images.fixed_resolution and packs(config, settings.attn_implementation)
     tokens = visual + 2 * _ASKED if together else 2 * (visual + _ASKED)
-    step = text.num_hidden_layers * tokens * layer + _COPIES * visual * width * 4
-    samples = visual * width if images.fixed_resolution else width
-    return WORKING_BYTES + settings.stranger.views * step + 200 * samples * 4
+    return int(text.num_hidden_layers * tokens * layer + _COPIES * visual * width * 4)
 
 
 def _read(file: Path, sites: Sequence[str], people: int) -> Maps:

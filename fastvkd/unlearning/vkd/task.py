@@ -27,7 +27,7 @@ from fastvkd.unlearning.vkd.images import ImageSet, NoiseImage, Views, distinct
 from fastvkd.unlearning.vkd.objective import DistillBatch, VisualDistillation
 from fastvkd.unlearning.vkd.saturation import ProjectorUnits
 from fastvkd.unlearning.vkd.scenes import Scenes, draw_scenes
-from fastvkd.unlearning.vkd.scrub import Kept, Scrubber
+from fastvkd.unlearning.vkd.scrub import Kept, Scrubber, scrub_room
 from fastvkd.unlearning.vkd.stranger import Maps, Population, StrangerMap, loading_of, original, stranger_maps
 from fastvkd.unlearning.vkd.targets import SiteLoss, TargetTable, mean_features, redirect, variance
 from fastvkd.unlearning.vkd.teacher import FeatureCache, fill_caches
@@ -277,7 +277,8 @@ class Distillation:
         unlearned: a model with the trained weights. The whole original is loaded beside it, as for the guided search.
         """
         population, at = self._population, {key: i for i, key in enumerate(self.images.keys)}
-        model = original(self.settings, loading_of(self.settings, self.device, self.images))
+        room = scrub_room(self.settings, self.images, unlearned)
+        model = original(self.settings, loading_of(self.settings, self.device, room))
         kept = Kept.of(
             self.sources.retain,
             self.sources.forget,

@@ -103,7 +103,7 @@ def test_a_search_through_a_spread_model_finds_the_same_maps(checkpointing, tmp_
     )
     found = []
     for told in (settings, dataclasses.replace(settings, stranger=Stranger(steps=2, views=2, rank=4))):
-        model = stranger.loading_of(told, torch.device("cpu"), images).model(told.model_name_or_path)
+        model = stranger.loading_of(told, torch.device("cpu"), 0).model(told.model_name_or_path)
         assert any(p.is_meta for p in model.parameters()) == (told is settings)
         maps = GuidedSearch(model, processor, images, population, told).maps(["projector", "llm:2"])
         found.append([p for site in maps.values() for map_ in site for p in map_.parameters()])
@@ -116,7 +116,7 @@ def test_the_search_is_quantised_where_the_whole_model_does_not_fit_the_card(tmp
     def loaded(**told) -> Loading:
         own = {key: told.pop(key) for key in ("way", "quantize", "device_map") if key in told}
         settings = Settings(model_name_or_path=str(tmp_path), bf16=True, stranger=Stranger(**own), **told)
-        return stranger.loading_of(settings, torch.device("cuda"), images)
+        return stranger.loading_of(settings, torch.device("cuda"), stranger._room(settings, images))
 
     sizes = {None: 26e9, "nf4": 9e9}
     monkeypatch.setattr(placement, "weight_bytes", lambda folder, itemsize, quantize=None: sizes[quantize])
