@@ -22,7 +22,7 @@ from fastvkd_kernels import patch_frozen
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from fastvkd.devices import peak_memory_bytes, pick_device
+from fastvkd.devices import peak_memory_bytes, pick_device, warn_of_slow_bfloat16
 from fastvkd.engines.checkpoints import CheckpointWriter, go_back, load_checkpoint
 from fastvkd.engines.local import LocalEngine
 from fastvkd.engines.protocol import Engine
