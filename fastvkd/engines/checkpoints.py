@@ -16,9 +16,7 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import random
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,7 +31,7 @@ from torch import Tensor
 from fastvkd.engines.hashed_files import save_object, save_tensors
 from fastvkd.engines.protocol import Engine
 from fastvkd.errors import TrainingError, disk_is_full
-from fastvkd.files import read_json_object
+from fastvkd.files import UNFINISHED, delete_folder, delete_unfinished, read_json_object, sync
 from fastvkd.models.folder import BaseModel
 from fastvkd.models.shards import read_safetensors_header
 
@@ -41,7 +39,6 @@ FORMAT = 1
 MANIFEST = "checkpoint.json"
 WEIGHTS = "visual.safetensors"
 MASTERS = "masters.safetensors"
-_UNFINISHED = ".unfinished-"
 RUN = "run.json"  # in an output folder: which run it is of
 # What a run leaves in its output folder beside checkpoints, and another must not take for its own.
 _OF_A_RUN = (RUN, "metrics.jsonl", "trace.json", "tensorboard", "report.json", "report.html")
@@ -189,11 +186,10 @@ def _write(
     output_dir: Path, content: _Content, manifest: dict[str, Any], keep: int, any_rank: Callable[[bool], bool]
 ) -> Path:
     final = output_dir / f"checkpoint-{content.updates}"
-    unfinished = output_dir / f"{_UNFINISHED}{final.name}"
+    unfinished = output_dir / f"{UNFINISHED}{final.name}"
 
     def prepare() -> None:
-        for leftover in output_dir.glob(f"{_UNFINISHED}*"):  # of a run that was killed while saving
-            shutil.rmtree(leftover)
+        delete_unfinished(output_dir)  # of a run that was killed while saving or deleting
         unfinished.mkdir(parents=True)
 
     def write_own_part() -> None:
@@ -209,7 +205,7 @@ def _write(
         _publish(unfinished, final, manifest)
         older = [p for p in _checkpoints(output_dir) if _updates_of(p) < content.updates]
         for old in older[: max(0, len(older) + 1 - keep)] if keep > 0 else []:
-            shutil.rmtree(old)
+            delete_folder(old)
 
     first = content.rank == 0
     _together(any_rank, prepare if first else None, final)
@@ -227,14 +223,14 @@ def _publish(unfinished: Path, final: Path, manifest: dict[str, Any]) -> None:
     manifest = {**manifest, "sha256": dict(sorted(hashes.items()))}
     (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for file in (unfinished / MANIFEST, unfinished):
-        _fsync(file)
-    replaced = final.with_name(f"{_UNFINISHED}replaced-{final.name}")
+        sync(file)
+    replaced = final.with_name(f"{UNFINISHED}replaced-{final.name}")
     if final.exists():  # the same step saved again, say by a SIGTERM right after a regular save
         final.rename(replaced)
     unfinished.rename(final)
-    _fsync(final.parent)
+    sync(final.parent)
     if replaced.exists():
-        shutil.rmtree(replaced)
+        delete_folder(replaced)
 
 
 def _together(any_rank: Callable[[bool], bool], work: Callable[[], None] | None, final: Path) -> None:
@@ -246,7 +242,7 @@ def _together(any_rank: Callable[[bool], bool], work: Callable[[], None] | None,
         except OSError as caught:
             error = caught
     if any_rank(error is not None):
-        shutil.rmtree(final.parent / f"{_UNFINISHED}{final.name}", ignore_errors=True)
+        delete_folder(final.parent / f"{UNFINISHED}{final.name}", ignore_errors=True)
         if error is not None and disk_is_full(error):
             reason = "no space left on the device; free some, or lower `save_total_limit`"
         else:
@@ -267,7 +263,7 @@ def go_back(output_dir: Path, now: int, then: int, kept_in: Path) -> None:
     """
     for checkpoint in _checkpoints(output_dir):
         if then < _updates_of(checkpoint) <= now:
-            shutil.rmtree(checkpoint)
+            delete_folder(checkpoint)
     name = f"checkpoint-{then}"
     if (kept_in / name).exists() and not (output_dir / name).exists():
         (kept_in / name).rename(output_dir / name)
@@ -298,7 +294,7 @@ def set_aside(output_dir: Path, *, after: int = -1, delete: bool = False) -> Pat
         delete = delete or not has_checkpoints
     if delete or not found:
         for path in found:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            delete_folder(path) if path.is_dir() else path.unlink()
         return None
     aside = next(p for n in itertools.count(1) if not (p := output_dir / f"earlier-{n}").exists())
     aside.mkdir()
@@ -397,11 +393,3 @@ def _set_rng_state(state: dict[str, Any], device: torch.device) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -229,6 +230,29 @@ def test_none_goes_before_there_are_more_than_are_to_be_kept(tmp_path, keep):
         save(engine, tmp_path, keep=keep)
         newest = range(max(1, updates - keep + 1), updates + 1)
         assert {p.name for p in tmp_path.iterdir()} == {f"checkpoint-{number}" for number in newest}
+
+
+def test_a_kill_while_old_ones_are_deleted_leaves_no_half_of_one(tmp_path, monkeypatch):
+    engine = tiny_engine()
+    for updates in (1, 2):
+        train_to(engine, updates)
+        save(engine, tmp_path, keep=2)
+    train_to(engine, 3)
+
+    def killed(folder, *_, **__):
+        (Path(folder) / checkpoints.WEIGHTS).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(engine, tmp_path, keep=2)
+    for folder in tmp_path.glob("checkpoint-*"):
+        checkpoints.verify_checkpoint(folder)
+    assert find_latest(tmp_path).name == "checkpoint-3"
+    train_to(engine, 4)
+    save(engine, tmp_path, keep=2)
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-4"}
 
 
 @pytest.mark.parametrize("file", ["visual.safetensors", "masters.safetensors", "rank-0.pt"])
