@@ -6,7 +6,7 @@ A checkpoint folder `checkpoint-<updates>/` holds
 - `masters.safetensors`: their float32 masters, left out where the weights are float32 themselves;
 - `rank-<r>.pt`: optimiser moments and random-number states of one rank;
 - `checkpoint.json`: updates done, sampler position, what the run's watch had seen, settings, the run's identity, whom
-  it is to forget as salted hashes, the base model's fingerprint, and SHA-256 of the rest.
+  it is to forget as salted hashes, the base model's fingerprint, SHA-256 of the rest, and a digest of its own.
 
 No file holds frozen weights. In a run on the visual part these are the LLM's.
 """
@@ -29,16 +29,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastvkd.engines.hashed_files import save_object, save_tensors
+from fastvkd.engines.manifests import MANIFEST, MASTERS, WEIGHTS, rank_file, read_manifest, write_manifest
 from fastvkd.engines.protocol import Engine
 from fastvkd.errors import TrainingError, disk_is_full
-from fastvkd.files import UNFINISHED, delete_folder, delete_unfinished, read_json_object, sync
+from fastvkd.files import UNFINISHED, delete_folder, delete_unfinished, sync
 from fastvkd.models.folder import BaseModel
 from fastvkd.models.shards import read_safetensors_header
 
-FORMAT = 1
-MANIFEST = "checkpoint.json"
-WEIGHTS = "visual.safetensors"
-MASTERS = "masters.safetensors"
 RUN = "run.json"  # in an output folder: which run it is of
 # What a run leaves in its output folder beside checkpoints, and another must not take for its own.
 _OF_A_RUN = (RUN, "metrics.jsonl", "trace.json", "tensorboard", "report.json", "report.html")
@@ -170,7 +167,6 @@ def _about(
     """The manifest, but for the hashes."""
     noted = {} if forgotten is None else {"forgotten": forgotten}
     return {
-        "format": FORMAT,
         "updates": engine.updates,
         "world_size": engine.world_size,
         "sampler": sampler,
@@ -193,7 +189,7 @@ def _write(
         unfinished.mkdir(parents=True)
 
     def write_own_part() -> None:
-        name = f"rank-{content.rank}.pt"
+        name = rank_file(content.rank)
         hashes = {name: save_object(content.own, unfinished / name)}
         if content.rank == 0:
             hashes[WEIGHTS] = save_tensors(content.weights, unfinished / WEIGHTS)
@@ -220,10 +216,8 @@ def _publish(unfinished: Path, final: Path, manifest: dict[str, Any]) -> None:
     for told in sorted(unfinished.glob(f"{_HASHES}*")):
         hashes |= json.loads(told.read_text())
         told.unlink()
-    manifest = {**manifest, "sha256": dict(sorted(hashes.items()))}
-    (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for file in (unfinished / MANIFEST, unfinished):
-        sync(file)
+    write_manifest(unfinished, {**manifest, "sha256": dict(sorted(hashes.items()))})
+    sync(unfinished)
     replaced = final.with_name(f"{UNFINISHED}replaced-{final.name}")
     if final.exists():  # the same step saved again, say by a SIGTERM right after a regular save
         final.rename(replaced)
@@ -303,17 +297,6 @@ def set_aside(output_dir: Path, *, after: int = -1, delete: bool = False) -> Pat
     return aside
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """`checkpoint.json` as a dict. Raises TrainingError when the folder is not a checkpoint of a known format."""
-    path = checkpoint / MANIFEST
-    if not path.is_file():
-        raise TrainingError(f"{checkpoint}: no {MANIFEST}, so not a checkpoint; name a folder checkpoint-<step>")
-    manifest = read_json_object(path, TrainingError, "delete the folder and resume from an older one")
-    if manifest.get("format") != FORMAT:
-        raise TrainingError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}")
-    return manifest
-
-
 def verify_checkpoint(checkpoint: Path) -> dict[str, Any]:
     """Compare every file with its checksum and return the manifest. Raises TrainingError naming the damaged file."""
     manifest = read_manifest(checkpoint)
@@ -338,19 +321,19 @@ def load_checkpoint(checkpoint: Path, engine: Engine, *, base_model: BaseModel) 
     base model that is not the one the run started from.
     """
     manifest = verify_checkpoint(checkpoint)
-    known = BaseModel(**manifest["base_model"])
+    known = BaseModel(manifest["base_model"]["path"], manifest["base_model"]["fingerprint"])
     if known.fingerprint != base_model.fingerprint:
         raise TrainingError(
             f"{checkpoint}: trained from {known.path} (fingerprint {known.fingerprint[:12]}), but the base model is "
             f"now {base_model.path} ({base_model.fingerprint[:12]}); give the original as model_name_or_path"
         )
     same_world = manifest["world_size"] == engine.world_size
-    own = checkpoint / f"rank-{engine.rank if same_world else 0}.pt"
+    own = checkpoint / rank_file(engine.rank if same_world else 0)
     part = torch.load(own, map_location="cpu", weights_only=True)
     state = part["engine"]
-    not_its_own = set(manifest.get("beside", ()))
+    not_its_own = set(manifest["beside"])
     state["masters"] = {name: w for name, w in load_weights(checkpoint).items() if name not in not_its_own}
-    if (checkpoint / MASTERS).is_file():
+    if MASTERS in manifest["sha256"]:
         state["masters"] |= load_file(checkpoint / MASTERS)
     moments_restored = engine.load_state_dict(state)
     if same_world:
@@ -361,7 +344,7 @@ def load_checkpoint(checkpoint: Path, engine: Engine, *, base_model: BaseModel) 
             f"{checkpoint}: written by {manifest['world_size']} rank(s) with layout {state['layout']!r}, resumed by "
             f"{engine.world_size}: weights and masters are restored, optimiser moments start from zero"
         )
-    return Resumed(manifest["updates"], manifest["sampler"], manifest.get("watch", {}), manifest["settings"], notice)
+    return Resumed(manifest["updates"], manifest["sampler"], manifest["watch"], manifest["settings"], notice)
 
 
 def bytes_per_trainable_parameter(checkpoint: Path) -> float:

@@ -7,11 +7,11 @@ link is followed.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fastvkd.engines.checkpoints import MANIFEST, find_latest
-from fastvkd.errors import DataError, TrainingError
-from fastvkd.files import UNFINISHED, delete_folder, read_json
+from fastvkd.engines.checkpoints import find_latest
+from fastvkd.engines.manifests import read_manifest
+from fastvkd.errors import TrainingError
+from fastvkd.files import UNFINISHED, delete_folder
 
 # Patterns in an output folder, and what they hold of the photos, questions or names.
 REMOVED = (
@@ -87,9 +87,8 @@ def _shared_cache(run: Path, newest: Path | None) -> Iterator[Path]:
     """The parts of a teacher cache outside the folder: those that say of themselves that they are one."""
     if newest is None:
         return
-    manifest: dict[str, Any] = read_json(newest / MANIFEST, DataError, "delete the checkpoint")
-    folder = manifest.get("settings", {}).get("cache_dir")
-    if not folder or not Path(folder).is_dir() or Path(folder).resolve().is_relative_to(run.resolve()):
+    folder = read_manifest(newest)["settings"].get("cache_dir")
+    if not isinstance(folder, str) or not Path(folder).is_dir() or Path(folder).resolve().is_relative_to(run.resolve()):
         return
     for path in sorted(Path(folder).iterdir()):
         is_cache = (path / "ingredients.json").is_file()

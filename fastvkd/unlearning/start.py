@@ -179,5 +179,5 @@ def _refuse_to_resume(checkpoint: Path, manifest: dict[str, Any], other: str | N
             f"{checkpoint}: has {manifest['updates']} updates, more than max_steps={settings.max_steps}; raise "
             "max_steps, or leave resume_from_checkpoint out to start anew"
         )
-    if settings.learning_rate == "auto" and manifest.get("watch", {}).get("learning_rate") is None:
+    if settings.learning_rate == "auto" and manifest["watch"].get("learning_rate") is None:
         raise SettingsError(f"{checkpoint}: has no rate for learning_rate=auto to go on with: set one")
