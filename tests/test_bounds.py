@@ -30,7 +30,7 @@ KEYS = list(whole_numbers(Settings))
 
 def test_all_are_known() -> None:
     assert {"max_steps", "seed", "rmu_layer", "saliency.batches", "stranger.steps", "scrub.rank"} <= set(KEYS)
-    assert len(KEYS) > 25 and Stranger and Scrub
+    assert len(KEYS) > 20 and Stranger and Scrub
 
 
 @pytest.mark.parametrize("value", [*LARGE, -1, -(2**63)])
@@ -51,10 +51,11 @@ def test_an_option_out_of_all_bounds_is_one_line() -> None:
     checked = 0
     for cls in [Budget, *every(Options)]:
         for option in options_of(cls):
-            if option.kind is int:
+            if option.kind is int and option.name != "local_rank":  # launchers give -1 for none
                 for value in (*LARGE, -1, -(2**63)):
                     with pytest.raises(SettingsError, match=f"{value}: "):
                         option.check(value)
+                        pytest.fail(f"{cls.__name__}.{option.name}={value} is taken")
                     checked += 1
     assert checked > 50
 
