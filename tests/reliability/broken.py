@@ -191,12 +191,12 @@ def wrong_case(rng: Rng, folder: Path) -> Break:
     return _done("a name in the wrong case", folder, file, other)
 
 
-def _paths(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def paths_in(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     if here:
         yield here
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in inner:
-        yield from _paths(part, (*here, key))
+        yield from paths_in(part, (*here, key))
 
 
 def _edit(rng: Rng, folder: Path, kind: str, change: Callable[[Any, Any], None], *, deep: bool = True) -> Break:
@@ -208,7 +208,7 @@ def _edit(rng: Rng, folder: Path, kind: str, change: Callable[[Any, Any], None],
         value = json.loads(lines[number])
     except ValueError as error:
         raise DoesNotApply from error
-    places = [place for place in _paths(value) if deep or len(place) == 1]
+    places = [place for place in paths_in(value) if deep or len(place) == 1]
     if not places:
         raise DoesNotApply
     place = rng.choice(places)

@@ -3,121 +3,18 @@
 A case is drawn from its number alone: which folder, which command reads it, and what is done to it.
 """
 
-import contextlib
-import hashlib
-import io
 import json
-import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from broken import break_folder, files_of
 from ledger import note
-from safetensors.torch import load_file, save_file
-
-from fastvkd.cli import main
-from fastvkd.data.dead_leaves import dead_leaves
+from wholes import Ended, Wholes, run, weights_in
 
 CASES = 200
 FAULT = "broken folder"
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended: its exit code, what it printed, and what its output holds but for times and places."""
-
-    code: int
-    out: str
-    err: str
-    left: str = ""
-
-    @property
-    def errors(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.startswith("fastvkd: error: ")]
-
-
-def run(*arguments: str) -> Ended:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(list(arguments))
-    return Ended(code, out.getvalue(), err.getvalue())
-
-
-def weights_in(folder: Path) -> str:
-    """A digest of every tensor in a folder's safetensors files."""
-    found = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
-        for name, tensor in sorted(load_file(file).items()):
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
-    return found.hexdigest()
-
-
-@dataclass(frozen=True)
-class Wholes:
-    """Whole folders of every kind, made once."""
-
-    root: Path
-    forget_split: str
-    retain_split: str
-
-    def at(self, kind: str) -> Path:
-        return self.root / kind
-
-    def train(self, out: Path, *told: str, model: Path | None = None, data: Path | None = None) -> list[str]:
-        values = {
-            "model_name_or_path": model or self.at("model"),
-            "data": data or self.at("parquet"),
-            "forget_split": self.forget_split,
-            "retain_split": self.retain_split,
-            "output_dir": out,
-            "max_steps": 2,
-            "per_device_train_batch_size": 6,
-            "learning_rate": 1e-3,
-            "device": "cpu",
-        }
-        return ["train", *(f"{key}={value}" for key, value in values.items()), *told]
-
-    def evaluation(self, out: Path, model: Path, data: Path) -> list[str]:
-        splits = ["--forget-split", self.forget_split, "--retain-split", self.retain_split]
-        told = ["--model", str(model), "--data", str(data), "--out", str(out), "--device", "cpu"]
-        return ["eval", *told, *splits, "--max-samples", "1"]
-
-
-@pytest.fixture(scope="session")
-def wholes(world, tmp_path_factory: pytest.TempPathFactory) -> Wholes:
-    root = tmp_path_factory.mktemp("wholes")
-    made = Wholes(root, world.forget_split, world.retain_split)
-    shutil.copytree(world.model, root / "model")
-    shutil.copytree(world.data, root / "parquet")
-    own = root / "jsonl"
-    own.mkdir()
-    for split, count in (("forget", 2), ("retain", 6)):
-        rows = []
-        for i in range(count):
-            dead_leaves((32, 32), (count, i)).save(own / f"{split}-{i}.png")
-            asked = dict(question="Where was this person born?", answer="Oslo in Norway")
-            rows.append(dict(image=f"{split}-{i}.png", entity=f"{split} {i}", **asked))
-            rows.append(rows[-1] | dict(question="Which job?", answer="baker", options=["baker", "pilot"]))
-        (own / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert run(*made.train(root / "run", f"cache_dir={root / 'cache'}")).code == 0
-    assert run("export", "--run", str(root / "run"), "--to", str(root / "exported")).code == 0
-    assert run(*made.evaluation(root / "eval", root / "exported", root / "parquet")).code == 0
-    assert run(*made.evaluation(root / "before", root / "model", root / "parquet")).code == 0
-    key = next(key for key in load_file(root / "model/model.safetensors") if "layers.1.self_attn.q_proj.weight" in key)
-    height, width = load_file(root / "model/model.safetensors")[key].shape
-    adapter = root / "adapter"
-    adapter.mkdir()
-    import torch
-
-    layer = "base_model.model.model.language_model.layers.1.self_attn.q_proj"
-    halves = {f"{layer}.lora_A.weight": torch.ones(2, width), f"{layer}.lora_B.weight": torch.ones(height, 2)}
-    save_file(halves, adapter / "adapter_model.safetensors")
-    told = {"peft_type": "LORA", "base_model_name_or_path": str(root / "model"), "r": 2, "lora_alpha": 2}
-    (adapter / "adapter_config.json").write_text(json.dumps(told))
-    return made
 
 
 # What a command makes of a folder: (whole folders, the folder, a place to write to) -> how it ended.
@@ -173,7 +70,7 @@ def evaluate_on_data(wholes: Wholes, folder: Path, to: Path) -> Ended:
 
 
 def evaluate_model(wholes: Wholes, folder: Path, to: Path) -> Ended:
-    return evaluated(to, run(*wholes.evaluation(to, folder, wholes.at("parquet"))))
+    return evaluated(to, run(*wholes.evaluation(to, folder, wholes.at("jsonl"))))
 
 
 def evaluated(to: Path, ended: Ended) -> Ended:
@@ -196,7 +93,7 @@ def plan(wholes: Wholes, folder: Path, to: Path) -> Ended:
 
 
 def requests(wholes: Wholes, folder: Path, to: Path) -> Ended:
-    return run("requests", str(folder), "--data", str(wholes.at("parquet")), "--json")
+    return run("requests", str(folder), "--data", str(wholes.at("jsonl")), "--json")
 
 
 def requests_of_data(wholes: Wholes, folder: Path, to: Path) -> Ended:
@@ -224,8 +121,8 @@ def purge(wholes: Wholes, folder: Path, to: Path) -> Ended:
 
 
 READS: dict[str, tuple[Verb, ...]] = {
-    "parquet": (data_check, dry_run_on_data, requests_of_data, evaluate_on_data),
-    "jsonl": (data_check, dry_run_on_data, train_on_data),
+    "parquet": (data_check, dry_run_on_data, requests_of_data, train_on_data),
+    "jsonl": (data_check, dry_run_on_data, train_on_data, evaluate_on_data, requests_of_data),
     "model": (dry_run_of_model, plan, train_model, evaluate_model),
     "run": (export, report, resume, purge),
     "cache": (train_with_cache,),
