@@ -139,7 +139,7 @@ def rows(file: Path, required: Collection[str | tuple[str, ...]], wanted: Collec
             pointer = lfs_pointer(opened.read(64))
         if pointer:
             raise DataError(f"{file}: {pointer}")
-        parquet = pq.ParquetFile(file)
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)  # of files that have checksums
     except _PARQUET_ERRORS as error:
         raise DataError(f"{file}: not a readable parquet file ({one_line(error)}); download it again") from error
     with parquet:

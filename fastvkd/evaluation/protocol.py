@@ -445,8 +445,10 @@ class _Log:
             for line in file:
                 try:
                     content = json.loads(line)
-                except json.JSONDecodeError:
+                except (ValueError, RecursionError):
                     continue  # torn when a run was killed: its cell has no closing line
+                if not isinstance(content, dict):
+                    continue  # nothing that is written here
                 lines.append(line)
                 if "finished" in content:
                     if content["finished"] in keep:

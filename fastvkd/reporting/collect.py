@@ -6,6 +6,7 @@ compared. A part that no folder holds is left out of the page, and named there.
 
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -131,10 +132,18 @@ def _training(folder: Path, found: Collected) -> None:
         manifest = read_manifest(checkpoint)
         _made_by(found, manifest, folder)
     rows = _lines(folder / "metrics.jsonl")
+    for number, row in enumerate(rows, 1):
+        wrong = [key for key, value in {"step": None, **row}.items() if not _is_number(value)]
+        if wrong:
+            raise ValueError(f"line {number}: {wrong[0]} is no number")
     found.put("log", rows, folder)
     if rows and rows[-1].get("peak_memory_bytes"):
         found.put("peak_memory_bytes", rows[-1]["peak_memory_bytes"], folder)
     found.contents.append(f"{folder}: a training run")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _made_by(found: Collected, record: Mapping[str, Any], folder: Path) -> None:

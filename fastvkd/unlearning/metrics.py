@@ -13,6 +13,7 @@ from torch import Tensor
 from fastvkd.devices import peak_memory_bytes
 from fastvkd.engines.protocol import Engine
 from fastvkd.errors import SettingsError, TrainingError
+from fastvkd.files import parse_json, read_text
 from fastvkd.settings import Settings
 from fastvkd.unlearning.phases import Spans
 from fastvkd.unlearning.phases import seconds as phase_seconds
@@ -109,10 +110,19 @@ class Metrics:
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:
+    """The whole lines of steps up to `step`; what a kill left of a last one goes. Raises TrainingError for others."""
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    mend = "delete the file, and the log begins at the next step"
+    *lines, _ = read_text(path, TrainingError, mend).split("\n")
+    kept = []
+    for number, line in enumerate(lines, 1):
+        row = parse_json(line, f"{path}:{number}", TrainingError, mend)
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise TrainingError(f"{path}:{number}: has no step; {mend}")
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    return kept
 
 
 class _TensorBoard:

@@ -4,6 +4,7 @@ A case is drawn from its number alone: which folder, which command reads it, and
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -115,9 +116,10 @@ def compare_paired(wholes: Wholes, folder: Path, to: Path) -> Ended:
 
 
 def purge(wholes: Wholes, folder: Path, to: Path) -> Ended:
+    there = set(files_of(folder))
     ended = run("purge", str(folder))
-    left = " ".join(path.relative_to(folder).as_posix() for path in files_of(folder)) if ended.code == 0 else ""
-    return Ended(ended.code, "", ended.err, left)
+    gone = sorted(path.relative_to(folder).as_posix() for path in there - set(files_of(folder)))
+    return Ended(ended.code, "", ended.err, " ".join(gone))
 
 
 READS: dict[str, tuple[Verb, ...]] = {
@@ -149,8 +151,9 @@ def unbroken(wholes: Wholes, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 
 def without_places(ended: Ended, root: Path) -> Ended:
-    """Without the path of the case, which is another one each time."""
-    return Ended(ended.code, *(part.replace(str(root), "ROOT") for part in (ended.out, ended.err, ended.left)))
+    """Without the path of the case, which is another one each time, and by whose length columns are set."""
+    parts = (part.replace(str(root), "ROOT") for part in (ended.out, ended.err, ended.left))
+    return Ended(ended.code, *(re.sub(" +", " ", part) for part in parts))
 
 
 def judged(number: int, wholes: Wholes, unbroken: Callable[[str, Verb], Ended], root: Path) -> str:

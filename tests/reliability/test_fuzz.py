@@ -283,7 +283,7 @@ def folder_of_images(content: bytes, wholes: Wholes, folder: Path) -> None:
 
 # Settings and the command line.
 
-SETTINGS = sorted(Settings().to_dict()) + ["saliency.fraction", "stranger.steps", "certificate.x", "sites.llm:1", ""]
+SETTINGS = [*sorted(Settings().to_dict()), "saliency.fraction", "stranger.steps", "certificate.x", "sites.llm:1", ""]
 
 
 @st.composite

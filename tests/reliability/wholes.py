@@ -81,7 +81,8 @@ def make_wholes(world: Any, root: Path) -> Wholes:
     """Whole folders below `root`, of the model and the data of `world`."""
     made = Wholes(root, world.forget_split, world.retain_split)
     shutil.copytree(world.model, root / "model")
-    shutil.copytree(world.data, root / "parquet")
+    for split in (world.forget_split, world.retain_split):
+        shutil.copytree(world.data / split, root / "parquet" / split)
     own = root / "jsonl"
     own.mkdir()
     for split, count in (("forget", 2), ("retain", 6)):
