@@ -88,7 +88,9 @@ def family_of_type(model_type: str, place: str = "") -> Family:
         return _BY_TYPE[model_type]
     known = ", ".join(_BY_TYPE)
     if model_type in REFUSED:
-        raise ModelError(f"{where}model_type {model_type!r} is not supported: {REFUSED[model_type]}; use one of {known}")
+        raise ModelError(
+            f"{where}model_type {model_type!r} is not supported: {REFUSED[model_type]}; use one of {known}"
+        )
     near = difflib.get_close_matches(model_type, _BY_TYPE, n=1)
     hint = f"did you mean {near[0]!r}? Supported" if near else "supported"
     raise ModelError(f"{where}model_type {model_type!r} is not a known vision-language family; {hint}: {known}")
