@@ -1,6 +1,6 @@
 """Rows of a benchmark folder `<folder>/<split>/*.parquet` (or `*.json`, `*.jsonl`), the layout of public data sets.
 
-Two layouts of the hub are read too: `<folder>/data/<split>-00000-of-00001.parquet` and `<folder>/<split>/data/*.parquet`.
+Two layouts of the hub are read too: `<folder>/data/<split>-00000-of-00001.parquet`, `<folder>/<split>/data/*.parquet`.
 
 The readers know what the columns mean. Pickles are never opened.
 """

@@ -121,7 +121,7 @@ def _wrong_scale(processor: Any) -> Iterable[str]:
         value = getattr(processor.image_processor, key, None)
         values = value if isinstance(value, list | tuple) else [] if value is None else [value]
         if not all(isinstance(one, int | float) and math.isfinite(one) and abs(one) < 1e6 for one in values):
-            yield f"its image processor's {key} is {str(value)[:60]}; copy preprocessor_config.json of this very model there"
+            yield f"its image processor's {key} is {str(value)[:60]}; copy preprocessor_config.json of this model there"
 
 
 def _wrong_pixels(processor: Any, config: Any) -> Iterable[str]:
