@@ -14,7 +14,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b
 Rng = random.Random
 # Keys that may be left out or changed, and the file then says something else that is as good: what a user asked for,
 # and of a question whether it has a photo, options or a name.
-_NOBODY_CAN_TELL = {"settings", "image", "options", "name", "description"}
+_NOBODY_CAN_TELL = {"settings", "image", "options", "name", "description", "entity", "lora_alpha"}
 
 
 class DoesNotApply(Exception):

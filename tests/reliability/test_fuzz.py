@@ -40,7 +40,7 @@ from fastvkd.models.folder import identify_base
 from fastvkd.models.shards import header_of, read_safetensors_header, samples_of, shards_of
 from fastvkd.photos import decode_image
 from fastvkd.planning.plan import plan
-from fastvkd.reporting.collect import collect
+from fastvkd.reporting.collect import collect, write_page
 from fastvkd.reporting.report import build_report, read_report
 from fastvkd.settings import Settings, load_settings
 from fastvkd.unlearning.vkd.teacher import FeatureCache
@@ -486,6 +486,8 @@ def evaluation_log(content: bytes, wholes: Wholes, folder: Path) -> None:
         paired_table(paired_tests(base, other), "text")
 
     taken_or_refused(paired, str(file), str(folder))
+    written(folder / "results.json", (wholes.at("eval") / "results.json").read_bytes())
+    taken_or_refused(lambda: write_page([folder], folder / "page.html"), str(folder))
     keep = {line["finished"] for line in answers(wholes) if "finished" in line}
     log = _Log(file, keep)
     assert set(log.finished) <= keep
@@ -495,7 +497,7 @@ def evaluation_log(content: bytes, wholes: Wholes, folder: Path) -> None:
 def evaluation_results(content: bytes, wholes: Wholes, folder: Path) -> None:
     file = written(folder / "results.json", content)
     taken_or_refused(lambda: comparison_table(read_runs([folder]), "text"), str(file))
-    taken_or_refused(lambda: collect([folder]), str(folder))
+    taken_or_refused(lambda: write_page([folder], folder / "page.html"), str(folder))
 
 
 def a_report() -> dict[str, Any]:
@@ -506,7 +508,7 @@ def a_report() -> dict[str, Any]:
 def report_json(content: bytes, wholes: Wholes, folder: Path) -> None:
     file = written(folder / "report.json", content)
     taken_or_refused(lambda: read_report(file), str(file))
-    taken_or_refused(lambda: collect([folder]), str(folder))
+    taken_or_refused(lambda: write_page([folder], folder / "page.html"), str(folder))
     taken_or_refused(lambda: comparison_table(read_runs([folder]), "text"), str(file))
 
 
@@ -530,13 +532,13 @@ ATTACKS = {
 @drawn_from(lambda wholes: text_of_json(ATTACKS), 200)
 def attacks_json(content: bytes, wholes: Wholes, folder: Path) -> None:
     written(folder / "attacks.json", content)
-    taken_or_refused(lambda: collect([folder]), str(folder))
+    taken_or_refused(lambda: write_page([folder], folder / "page.html"), str(folder))
 
 
 @drawn_from(lambda wholes: lines_of_json(lines_in(wholes.at("run") / "metrics.jsonl")), 100)
 def training_log(content: bytes, wholes: Wholes, folder: Path) -> None:
     written(folder / "metrics.jsonl", content)
-    taken_or_refused(lambda: collect([folder]), str(folder))
+    taken_or_refused(lambda: write_page([folder], folder / "page.html"), str(folder))
 
 
 @dataclass
