@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from PIL import Image
@@ -83,7 +84,7 @@ def complete(processor: Any, config: Any, path: Any) -> None:
         known = _CLASS_TOKENS.get(config.vision_config.model_type)
         if known is not None and hasattr(processor, "num_additional_image_tokens"):
             processor.num_additional_image_tokens = known
-    for problem in (*_wrong_tokens(processor, config), *_wrong_scale(processor), *_wrong_pixels(processor, config)):
+    for problem in chain(_wrong_tokens(processor, config), _wrong_scale(processor), _wrong_pixels(processor, config)):
         raise ModelError(f"{path}: {problem}")
 
 
