@@ -170,7 +170,8 @@ def judged(number: int, wholes: Wholes, unbroken: Callable[[str, Verb], Ended], 
     found = without_places(ended, root)
     assert found.err.isprintable() or all(line.isprintable() for line in found.err.splitlines()), what
     if ended.code == 0:
-        if any(name in found.out and name not in whole.out for name in done.names):
+        new = set(found.out.splitlines()) - set(whole.out.splitlines())
+        if any(name in line for name in done.names for line in new):
             return "read, and said what is missing"
         assert (found.code, found.out, found.left) == (whole.code, whole.out, whole.left), what
         return "read as if whole"
