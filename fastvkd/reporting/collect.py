@@ -102,7 +102,8 @@ class Collected:
         """Raise DataError for the first value that a report must not hold, naming its folder."""
         for problem in validate(self.report, cells=(), partial=True)[:1]:
             part = problem.partition(":")[0].partition(".")[0].partition("[")[0]
-            raise DataError(f"{self._owners.get(part, 'report')}: {problem}; run it again with this version of fastvkd")
+            owners = [self._owners[part]] if part in self._owners else dict.fromkeys(self._owners.values())
+            raise DataError(f"{', '.join(map(str, owners))}: {problem}; run it again with this version of fastvkd")
 
 
 def _short(value: Any) -> str:

@@ -46,7 +46,7 @@ from fastvkd.settings import Settings, load_settings
 from fastvkd.unlearning.vkd.teacher import FeatureCache
 
 FAULT = "fuzz executions"
-THOROUGH = 25  # times as many examples in `make proofs`
+THOROUGH = 10  # times as many examples in `make proofs`
 
 ODD = (
     *(10**400, -1, 0, 2**63, 1e308, -0.0, True, None, [], {}, "", " ", "\x1b[2J", "a\u2028b", "\ud83d", "<image>"),
@@ -178,7 +178,7 @@ def read_all(folder: Path, forget_split: str, retain_split: str) -> None:
     assert all(line.isprintable() for line in report.lines())
 
 
-@drawn_from(lambda wholes: lines_of_json(lines_in(wholes.at("jsonl") / "forget.jsonl")), 150)
+@drawn_from(lambda wholes: lines_of_json(lines_in(wholes.at("jsonl") / "forget.jsonl")), 45)
 def own_data(content: bytes, wholes: Wholes, folder: Path) -> None:
     for file in wholes.at("jsonl").iterdir():
         if not (link := folder / file.name).exists():
@@ -193,7 +193,7 @@ def one_row(wholes: Wholes) -> list[Any]:
     return [row | {"image": "forget-0.png"}]
 
 
-@drawn_from(lambda wholes: text_of_json(one_row(wholes)), 150)
+@drawn_from(lambda wholes: text_of_json(one_row(wholes)), 45)
 def tables_in_json(content: bytes, wholes: Wholes, folder: Path) -> None:
     written(folder / "forget_5/rows.json", content)
     if not (folder / "retain_95").exists():
@@ -215,7 +215,7 @@ def own_parquet(wholes: Wholes) -> bytes:
     return next((wholes.at("parquet") / wholes.forget_split).glob("*.parquet")).read_bytes()
 
 
-@drawn_from(lambda wholes: damaged(own_parquet(wholes)) | st.binary(max_size=40), 150)
+@drawn_from(lambda wholes: damaged(own_parquet(wholes)) | st.binary(max_size=40), 45)
 def parquet_bytes(content: bytes, wholes: Wholes, folder: Path) -> None:
     file = written(folder / "forget_5/train.parquet", content)
     taken_or_refused(lambda: mllmu.read_split(folder, "forget_5"), str(file))
@@ -244,7 +244,7 @@ def columns_of_any_kind() -> SearchStrategy[bytes]:
     return st.dictionaries(st.sampled_from(names), st.sampled_from(cells), min_size=1).map(of)
 
 
-@drawn_from(lambda wholes: columns_of_any_kind(), 150)
+@drawn_from(lambda wholes: columns_of_any_kind(), 45)
 def parquet_columns(content: bytes, wholes: Wholes, folder: Path) -> None:
     file = written(folder / "forget_5/train.parquet", content)
     for read in (mllmu.read_split, mllmu.training_split):
@@ -252,7 +252,7 @@ def parquet_columns(content: bytes, wholes: Wholes, folder: Path) -> None:
     taken_or_refused(lambda: check_data(folder), str(folder))
 
 
-@drawn_from(lambda wholes: st.binary(max_size=60) | st.text(max_size=60).map(str.encode), 40)
+@drawn_from(lambda wholes: st.binary(max_size=60) | st.text(max_size=60).map(str.encode), 15)
 def comma_separated(content: bytes, wholes: Wholes, folder: Path) -> None:
     written(folder / "forget_5/train.csv", content)
     with pytest.raises(FastVKDError, match=r"train\.csv") as refused:
@@ -274,7 +274,7 @@ def pictures() -> list[bytes]:
     return found
 
 
-@drawn_from(lambda wholes: st.sampled_from(pictures()).flatmap(damaged) | st.binary(max_size=60), 400)
+@drawn_from(lambda wholes: st.sampled_from(pictures()).flatmap(damaged) | st.binary(max_size=60), 120)
 def folder_of_images(content: bytes, wholes: Wholes, folder: Path) -> None:
     file = written(folder / "ann/photo.png", content)
     (photos,) = read_strangers(folder)
@@ -307,7 +307,7 @@ def writable(value: Any) -> bool:
     return True
 
 
-@drawn_from(some_yaml, 200)
+@drawn_from(some_yaml, 60)
 def yaml_settings(content: bytes, wholes: Wholes, folder: Path) -> None:
     file = written(folder / "settings.yaml", content)
     taken_or_refused(lambda: load_settings(file, ["model_name_or_path=m", "data=d"]))
@@ -323,7 +323,7 @@ VALUES = st.sampled_from(
         st.builds("{}={}".format, st.sampled_from(SETTINGS), VALUES | st.text(max_size=12)) | st.text(max_size=12),
         max_size=3,
     ),
-    300,
+    90,
 )
 def overrides(texts: list[str], wholes: Wholes, folder: Path) -> None:
     taken_or_refused(lambda: load_settings(None, ["model_name_or_path=m", "data=d", *texts]))
@@ -366,7 +366,7 @@ def arguments(draw: DrawFn, wholes: Wholes) -> list[str]:
     return told
 
 
-@drawn_from(arguments, 200)
+@drawn_from(arguments, 60)
 def command_line(told: list[str], wholes: Wholes, folder: Path) -> None:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -394,7 +394,7 @@ def headers() -> SearchStrategy[bytes]:
     return st.builds(file, text_of_json(whole), st.sampled_from((0, 0, 0, 1, 100, 2**62)))
 
 
-@drawn_from(lambda wholes: headers(), 300)
+@drawn_from(lambda wholes: headers(), 90)
 def safetensors_header(content: bytes, wholes: Wholes, folder: Path) -> None:
     file = written(folder / "model.safetensors", content)
     for read in (read_safetensors_header, header_of, samples_of):
@@ -404,13 +404,13 @@ def safetensors_header(content: bytes, wholes: Wholes, folder: Path) -> None:
 INDEX = {"metadata": {"total_size": 4}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
 
 
-@drawn_from(lambda wholes: text_of_json(INDEX), 150)
+@drawn_from(lambda wholes: text_of_json(INDEX), 45)
 def index_of_shards(content: bytes, wholes: Wholes, folder: Path) -> None:
     file = written(folder / "model.safetensors.index.json", content)
     taken_or_refused(lambda: shards_of(folder), str(file), str(folder))
 
 
-@drawn_from(lambda wholes: text_of_json(json.loads((wholes.at("model") / "config.json").read_text())), 150)
+@drawn_from(lambda wholes: text_of_json(json.loads((wholes.at("model") / "config.json").read_text())), 45)
 def model_config(content: bytes, wholes: Wholes, folder: Path) -> None:
     file = written(folder / "config.json", content)
     if not (folder / "model.safetensors").exists():
@@ -429,7 +429,7 @@ def manifest_of(wholes: Wholes) -> dict[str, Any]:
     return json.loads((checkpoint / "checkpoint.json").read_text())
 
 
-@drawn_from(lambda wholes: text_of_json(manifest_of(wholes)), 200)
+@drawn_from(lambda wholes: text_of_json(manifest_of(wholes)), 60)
 def checkpoint_manifest(content: bytes, wholes: Wholes, folder: Path) -> None:
     checkpoint = folder / "checkpoint-2"
     whole = find_latest(wholes.at("run"))
@@ -445,7 +445,7 @@ def checkpoint_manifest(content: bytes, wholes: Wholes, folder: Path) -> None:
     taken_or_refused(lambda: collect([folder]), str(folder))
 
 
-@drawn_from(lambda wholes: text_of_json(json.loads((wholes.at("exported") / "unlearning.json").read_text())), 200)
+@drawn_from(lambda wholes: text_of_json(json.loads((wholes.at("exported") / "unlearning.json").read_text())), 60)
 def record_of_an_export(content: bytes, wholes: Wholes, folder: Path) -> None:
     file = written(folder / "unlearning.json", content)
     taken_or_refused(lambda: [request.line() for request in requests_of(folder)], str(file))
@@ -456,7 +456,7 @@ def index_of_cache(wholes: Wholes) -> tuple[Path, dict[str, Any]]:
     return file, json.loads(file.read_text())
 
 
-@drawn_from(lambda wholes: text_of_json(index_of_cache(wholes)[1]), 200)
+@drawn_from(lambda wholes: text_of_json(index_of_cache(wholes)[1]), 60)
 def teacher_cache(content: bytes, wholes: Wholes, folder: Path) -> None:
     """A damaged index is passed over: what it names is missing, and what is not missing is whole."""
     file, index = index_of_cache(wholes)
@@ -476,7 +476,7 @@ def answers(wholes: Wholes) -> list[Any]:
     return lines_in(wholes.at("eval") / "samples.jsonl")
 
 
-@drawn_from(lambda wholes: lines_of_json(answers(wholes)), 150)
+@drawn_from(lambda wholes: lines_of_json(answers(wholes)), 45)
 def evaluation_log(content: bytes, wholes: Wholes, folder: Path) -> None:
     file = written(folder / "samples.jsonl", content)
 
@@ -493,7 +493,7 @@ def evaluation_log(content: bytes, wholes: Wholes, folder: Path) -> None:
     assert set(log.finished) <= keep
 
 
-@drawn_from(lambda wholes: text_of_json(json.loads((wholes.at("eval") / "results.json").read_text())), 200)
+@drawn_from(lambda wholes: text_of_json(json.loads((wholes.at("eval") / "results.json").read_text())), 60)
 def evaluation_results(content: bytes, wholes: Wholes, folder: Path) -> None:
     file = written(folder / "results.json", content)
     taken_or_refused(lambda: comparison_table(read_runs([folder]), "text"), str(file))
@@ -504,7 +504,7 @@ def a_report() -> dict[str, Any]:
     return build_report(**example_run.report_parts())
 
 
-@drawn_from(lambda wholes: text_of_json(a_report()), 150)
+@drawn_from(lambda wholes: text_of_json(a_report()), 45)
 def report_json(content: bytes, wholes: Wholes, folder: Path) -> None:
     file = written(folder / "report.json", content)
     taken_or_refused(lambda: read_report(file), str(file))
@@ -529,13 +529,13 @@ ATTACKS = {
 }
 
 
-@drawn_from(lambda wholes: text_of_json(ATTACKS), 200)
+@drawn_from(lambda wholes: text_of_json(ATTACKS), 60)
 def attacks_json(content: bytes, wholes: Wholes, folder: Path) -> None:
     written(folder / "attacks.json", content)
     taken_or_refused(lambda: write_page([folder], folder / "page.html"), str(folder))
 
 
-@drawn_from(lambda wholes: lines_of_json(lines_in(wholes.at("run") / "metrics.jsonl")), 100)
+@drawn_from(lambda wholes: lines_of_json(lines_in(wholes.at("run") / "metrics.jsonl")), 30)
 def training_log(content: bytes, wholes: Wholes, folder: Path) -> None:
     written(folder / "metrics.jsonl", content)
     taken_or_refused(lambda: write_page([folder], folder / "page.html"), str(folder))
