@@ -148,8 +148,8 @@ def read_log(file: Path) -> list[dict[str, float]]:
     if not file.is_file():
         return []
     rows = []
-    *lines, _ = read_text(file, DataError, mend).split("\n")
-    for number, line in enumerate(lines, 1):
+    *lines, last = read_text(file, DataError, mend).split("\n")
+    for number, line in enumerate([*lines, last] if last.endswith("}") else lines, 1):
         row = parse_json(line, f"{file}:{number}", DataError, mend)
         if not isinstance(row, dict) or "step" not in row:
             raise DataError(f"{file}:{number}: no object with a step; {mend}")
