@@ -461,8 +461,8 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 class _Log:
     """Per-sample JSON lines, and after each cell's a line with its key, figures and the SHA-256 of its samples' lines.
 
-    On opening, the cells whose key is in `keep` stay and everything else goes: other settings' cells, damaged ones, what
-    a killed run left of an unfinished one."""
+    On opening, the cells whose key is in `keep` stay and everything else goes: other settings' cells, damaged ones,
+    what a killed run left of an unfinished one."""
 
     def __init__(self, path: Path | None, keep: set[str]) -> None:
         self.path = path

@@ -434,16 +434,16 @@ def write_page(folders: Sequence[Path], out: Path, data: str | None = None) -> l
     cannot be written.
     """
     found = collect(folders)
-    examples: list[dict[str, Any]] = []
     cells: Mapping[str, Sequence[Profile]] = {}
     if data is not None:
         found.agree("data", data, Path("--data"))
         defaults = Settings()
         forget, retain = (found.fact(key) or getattr(defaults, key) for key in ("forget_split", "retain_split"))
         cells = evaluation_cells(data, forget, retain)
-        examples = gallery(cells, found.samples)
-    missing = found.missing() + ([] if examples or (found.whole and data) else ["photos"])
-    write_html(found.report, examples, found.log, out, missing, people(cells, found.samples))
+    with _as_written(*folders):  # answers and figures of which the schema does not ask everything
+        examples = gallery(cells, found.samples) if cells else []
+        missing = found.missing() + ([] if examples or (found.whole and data) else ["photos"])
+        write_html(found.report, examples, found.log, out, missing, people(cells, found.samples))
     lines = [*found.contents, f"Left out, since none of the folders holds it: {', '.join(missing)}"]
     if not examples:
         lines.append("Photos are shown with --data DATA, beside an evaluation's samples.jsonl")

@@ -92,9 +92,10 @@ class FeatureCache:
                 continue
             try:
                 index = json.loads(file.read_text())
-                width = int(index["width"])
+                width = index["width"]
                 places = {key: _Place(writer, *place) for key, place in index["places"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError):
+                _refuse_no_rows(places.values(), width)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 log.warning("%s: damaged, so what it names is computed again", file)
                 continue
             self._widths[writer] = width
@@ -130,7 +131,7 @@ class FeatureCache:
 
     def _is_whole(self, place: _Place) -> bool:
         file, width = self._data_file(place.writer), self._widths[place.writer] * self.dtype.itemsize
-        if min(place.first, place.count) < 0 or not file.is_file():
+        if not file.is_file() or file.stat().st_size < (place.first + place.count) * width:
             return False
         with file.open("rb") as opened:
             opened.seek(place.first * width)
@@ -183,6 +184,13 @@ class FeatureCache:
                 torch.from_numpy(raw[: len(raw) // width * width]).view(-1, width).view(self.dtype)
             )
         return self._rows[place.writer][place.first : place.first + place.count]
+
+
+def _refuse_no_rows(places: Iterable[_Place], width: Any) -> None:
+    """Raises ValueError where an index names other things than rows of some width."""
+    whole = (*(one for place in places for one in (place.first, place.count)), width)
+    if not all(type(one) is int and one >= 0 for one in whole) or width < 1:
+        raise ValueError("an index of other things than rows")
 
 
 def _disk_error(folder: Path, error: OSError) -> TrainingError:
