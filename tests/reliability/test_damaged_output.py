@@ -20,7 +20,7 @@ from fastvkd.models.prompts import visual_prefix
 from fastvkd.records import Photo
 from fastvkd.reporting.collect import collect
 from fastvkd.reporting.report import read_log
-from fastvkd.unlearning.metrics import _lines_up_to
+from fastvkd.unlearning.metrics import lines_up_to
 
 pytestmark = pytest.mark.fault("damaged output of a command")
 
@@ -68,16 +68,16 @@ def test_a_damaged_training_log_is_named_with_its_line(tmp_path: Path, kind: str
         collect([tmp_path])
     if kind in ("a list for a number", "NaN"):
         return  # a resumed run keeps the lines as they are
-    with pytest.raises(TrainingError, match=r"metrics.jsonl:2: .*; delete the file, and the log begins"):
-        _lines_up_to(file, 5)
+    with pytest.raises(TrainingError, match=r"metrics.jsonl:2: .*; delete that line"):
+        lines_up_to(file, 5)
 
 
 def test_what_a_kill_left_of_the_last_line_is_passed_over(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text(LINE + '{"step": 2, "lo')
     assert read_log(file) == [{"step": 1, "loss": 0.5}]
-    assert _lines_up_to(file, 5) == [LINE]
-    assert _lines_up_to(file, 0) == []
+    assert lines_up_to(file, 5) == [LINE]
+    assert lines_up_to(file, 0) == []
 
 
 def changed(results: dict[str, Any], value: Any) -> dict[str, Any]:
