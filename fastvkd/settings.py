@@ -473,9 +473,8 @@ class _OneOfEachKey(yaml.SafeLoader):
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; SettingsError where it cannot be read or is none."""
     try:
-        values = yaml.load(
-            read_text(path, SettingsError, "give the path of a YAML file"), _OneOfEachKey
-        )  # a SafeLoader
+        text = read_text(path, SettingsError, "give the path of a YAML file")
+        values = yaml.load(text, _OneOfEachKey)  # noqa: S506 - it is a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SettingsError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if values is None:
@@ -491,7 +490,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not sign:
         raise SettingsError(f"{text!r} is not an override: write key=value, for example learning_rate=1e-4")
     try:
-        return key.strip(), yaml.load(raw, _OneOfEachKey)
+        return key.strip(), yaml.load(raw, _OneOfEachKey)  # noqa: S506 - it is a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SettingsError(f"{key}: {raw!r} is not a YAML value") from error
 

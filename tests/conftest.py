@@ -8,6 +8,7 @@ import tempfile
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: spinning threads stall each other on a busy machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from filelock import FileLock
 from launching import kind_of_cpu
+from ledger import note
 
 # DeepSpeed's operation and compiled graphs are made for this very kind of CPU (-march=native) and kept under names that
 # do not tell: in a home or temporary folder that several machines use, one would run what another had compiled.
@@ -69,6 +71,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     others = [item for item in items if item.path.name != "test_launched_runs.py"]
     middle = next((i for i, item in enumerate(others) if item.path.parent.name == "models"), len(others))
     items[:] = [*others[:middle], *waiting, *others[middle:]]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """The outcome of a test that is marked as a case of a fault goes to the ledger."""
+    report = yield
+    fault = item.get_closest_marker("fault")
+    if fault is not None and (report.when == "call" or not report.passed):
+        note(fault.args[0], item.nodeid, "as wanted" if report.passed else report.outcome)
+    return report
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ from fastvkd.records import Photo, Profile
 from fastvkd.settings import load_settings
 from fastvkd.unlearning.vkd.teacher import FeatureCache
 
+pytestmark = pytest.mark.fault("bad input")
+
 
 def refused(capsys, *arguments: str) -> str:
     """The one-line error of a command that must exit with 2."""

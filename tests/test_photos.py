@@ -44,6 +44,7 @@ def test_exif_orientation_is_applied():
     assert decode_image(buffer.getvalue(), "x").size == (12, 20)
 
 
+@pytest.mark.fault("damaged data")
 @pytest.mark.parametrize(
     ("data", "needle"),
     [
@@ -62,6 +63,7 @@ def test_bad_bytes_are_one_line_errors(data, needle):
     assert str(caught.value).startswith("forget.parquet:3: ") and "\n" not in str(caught.value)
 
 
+@pytest.mark.fault("damaged data")
 def test_a_flipped_byte_never_escapes_as_another_error():
     whole = {fmt: encoded("RGB", fmt, (24, 24)) for fmt in FORMATS}
     for data in whole.values():
@@ -97,6 +99,7 @@ def saved(pixels: np.ndarray, fmt: str) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.fault("damaged data")
 @pytest.mark.parametrize(("pixels", "fmt"), DEEP, ids=[f"{fmt}-{pixels.dtype}" for pixels, fmt in DEEP])
 def test_pixels_of_more_than_eight_bits_are_scaled(pixels, fmt):
     read = np.asarray(decode_image(saved(pixels, fmt), "x"))
@@ -104,6 +107,7 @@ def test_pixels_of_more_than_eight_bits_are_scaled(pixels, fmt):
     np.testing.assert_allclose(read[..., 0], RAMP * 255, atol=1.0)
 
 
+@pytest.mark.fault("damaged data")
 @pytest.mark.parametrize("pixels", [RAMP - 0.5, RAMP * 1e9, np.full((4, 4), np.nan)])
 def test_pixels_of_no_known_range_are_refused(pixels):
     with pytest.raises(DataError, match=r"whose range is unknown.*save the photo with 8 bits"):

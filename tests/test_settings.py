@@ -36,6 +36,7 @@ def test_settings_round_trip() -> None:
     assert load_settings(None, settings.to_dict()) == settings
 
 
+@pytest.mark.fault("bad input")
 @pytest.mark.parametrize(
     ("override", "names"),
     [
@@ -91,6 +92,7 @@ def test_weight_decay_would_move_masked_weights() -> None:
         load_settings(None, {**BASE, "weight_decay": 0.1, "saliency.granularity": "neuron", "saliency.fraction": 0.5})
 
 
+@pytest.mark.fault("bad input")
 @pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1\n", None])
 def test_unreadable_yaml_is_one_line(tmp_path: Path, content: str | None) -> None:
     file = tmp_path / "x.yaml"

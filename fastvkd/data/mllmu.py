@@ -258,8 +258,9 @@ def write_split(folder: str | os.PathLike[str], split: str, profiles: Sequence[P
     partial = target.with_suffix(".partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Small row groups: a reader then never holds more than a few dozen images at once.
-        pq.write_table(table, partial, compression="zstd", row_group_size=256)
+        # Small row groups: a reader then never holds more than a few dozen images at once. Checksums: of bits that are
+        # flipped in a photo nothing else would tell.
+        pq.write_table(table, partial, compression="zstd", row_group_size=256, write_page_checksum=True)
         os.replace(partial, target)
     except OSError as error:
         partial.unlink(missing_ok=True)

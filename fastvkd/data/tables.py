@@ -1,5 +1,7 @@
 """Rows of a benchmark folder `<folder>/<split>/*.parquet` (or `*.json`, `*.jsonl`), the layout of public data sets.
 
+Two layouts of the hub are read too: `<folder>/data/<split>-00000-of-00001.parquet`, `<folder>/<split>/data/*.parquet`.
+
 The readers know what the columns mean. Pickles are never opened.
 """
 
@@ -36,19 +38,46 @@ _NOT_ROWS = (
 
 
 def splits(folder: Folder) -> list[str]:
-    """Names of the sub-folders that hold parquet or JSON files, sorted."""
-    root = Path(folder)
+    """The names of the splits that have parquet or JSON files, sorted."""
+    return sorted(_files_by_split(Path(folder)))
+
+
+def _files_by_split(root: Path) -> dict[str, list[Path]]:
+    """Raises `DataError` where there is no folder, and where two places hold the same split."""
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give the folder that holds Full_Set/, forget_10/ ...")
-    return sorted(child.name for child in visible(root) if child.is_dir() and table_files(child))
+    found: dict[str, list[Path]] = {}
+    for child in (child for child in visible(root) if child.is_dir()):
+        files = table_files(child)
+        parts = _splits_of_one_folder(files) if child.name == "data" else {child.name: files}
+        if not files:
+            parts = {child.name: table_files(child / "data")}
+        for name, part in parts.items():
+            if name in found:
+                raise DataError(f"{root}: split {name} is in both {found[name][0]} and {part[0]}; keep one of them")
+            if part:
+                found[name] = part
+    return found
+
+
+def _splits_of_one_folder(files: list[Path]) -> dict[str, list[Path]]:
+    """Of the files of `data/` by split, where their names say one: `forget_5-00000-of-00001.parquet`. A data set of one
+    split has `train-...` alone, or names of its owner's; there the split is called as the folder."""
+    named = [match[1] if (match := _SHARD.fullmatch(file.name)) else "" for file in files]
+    if "" in named or set(named) <= {"train"}:
+        return {"data": files}
+    return {
+        name: [file for file, its in zip(files, named, strict=True) if its == name] for name in dict.fromkeys(named)
+    }
 
 
 def split_files(folder: Folder, split: str) -> list[Path]:
     """The data files of a split, sorted; `DataError` with the nearest name when there is none, and where one of several
     shards is missing."""
-    files = table_files(Path(folder) / split)
+    by_split = _files_by_split(Path(folder))
+    files = by_split.get(split, [])
     if not files:
-        known = splits(folder)
+        known = sorted(by_split)
         nearest = difflib.get_close_matches(split, known, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         here = Path(folder) / split
@@ -104,7 +133,7 @@ def is_output(folder: Path) -> bool:
 
 def first_file(folder: Folder, split: str) -> Path:
     """A file of a split, by which the split is recognised."""
-    return table_files(Path(folder) / split)[0]
+    return _files_by_split(Path(folder))[split][0]
 
 
 def columns(file: Path) -> set[str]:
@@ -139,7 +168,7 @@ def rows(file: Path, required: Collection[str | tuple[str, ...]], wanted: Collec
             pointer = lfs_pointer(opened.read(64))
         if pointer:
             raise DataError(f"{file}: {pointer}")
-        parquet = pq.ParquetFile(file)
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)  # of files that have checksums
     except _PARQUET_ERRORS as error:
         raise DataError(f"{file}: not a readable parquet file ({one_line(error)}); download it again") from error
     with parquet:

@@ -250,6 +250,22 @@ def find_latest(output_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def find_newest(output_dir: Path) -> Path | None:
+    """As `find_latest`, for whoever goes on from it: an older one is not taken for the newest.
+
+    Raises TrainingError where a folder of more updates has lost its manifest. No kill leaves one like that behind.
+    """
+    latest = find_latest(output_dir)
+    done = -1 if latest is None else _updates_of(latest)
+    for path in sorted(output_dir.glob("checkpoint-*")):
+        if path.name[11:].isdigit() and _updates_of(path) > done:
+            raise TrainingError(
+                f"{path}: has no {MANIFEST}, so part of it was lost; copy it anew, or delete the folder to go on "
+                f"{'from the beginning' if latest is None else f'from {latest.name}'}"
+            )
+    return latest
+
+
 def go_back(output_dir: Path, now: int, then: int, kept_in: Path) -> None:
     """Delete a run's checkpoints from after `then` to `now` updates, and move the one of `then` here from `kept_in`.
 

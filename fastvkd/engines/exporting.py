@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastvkd.engines.checkpoints import find_latest, load_weights, trained_shapes, verify_checkpoint
+from fastvkd.engines.checkpoints import find_newest, load_weights, trained_shapes, verify_checkpoint
 from fastvkd.engines.manifests import WEIGHTS
 from fastvkd.errors import ModelError, TrainingError
 from fastvkd.files import new_folder, read_json, read_json_object
@@ -78,7 +78,7 @@ def export(run_dir: Path, to: Path, *, model_card: str, base: Path | None = None
     Raises TrainingError for a damaged or missing checkpoint, a folder `to` that is not empty, and a full disk;
     ModelError when the base is not the one that the run started from, or has no tensor for a trained weight.
     """
-    checkpoint = run_dir if run_dir.name.startswith("checkpoint-") else find_latest(run_dir)
+    checkpoint = run_dir if run_dir.name.startswith("checkpoint-") else find_newest(run_dir)
     if checkpoint is None:
         raise TrainingError(f"{run_dir}: no checkpoint-<step> folder in it; give the output_dir of a training run")
     manifest = verify_checkpoint(checkpoint)

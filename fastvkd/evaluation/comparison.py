@@ -1,12 +1,14 @@
 """One table over several runs: results of `fastvkd eval` and reports of `fastvkd demo`."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from fastvkd.errors import DataError, SettingsError
+from fastvkd.errors import DataError, SettingsError, one_line
+from fastvkd.files import read_json
 from fastvkd.options import TableFormat
 
 FORMATS = get_args(TableFormat)
@@ -58,20 +60,24 @@ def read_runs(paths: Sequence[str | Path]) -> list[Row]:
                 f"{path}: holds neither results.json (of fastvkd eval) nor report.json (of fastvkd demo); give the "
                 "--out folder of a finished run"
             )
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{file}: cannot be read ({' '.join(str(error).split())}); run it again") from error
+        content = read_json(file, DataError, "run it again")
         name = path.name if path.is_dir() else path.parent.name
-        if isinstance(content, dict) and isinstance(content.get("cells"), dict):
-            measured = f"{content.get('benchmark')} {content.get('mode')}"
-            rows.append(_row(name, measured, content["cells"], content.get("summary") or {}, content))
-        elif isinstance(content, dict) and "unlearned" in content:
-            models = [model for model in ("vanilla", "unlearned", "gold") if model in content]
-            rows += [_row(f"{name}/{model}", "demo corrected", *_split(content[model])) for model in models]
-        else:
-            raise DataError(f"{file}: neither a result of fastvkd eval nor a report of fastvkd demo")
+        try:
+            rows += _rows_of(content, name)
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise DataError(f"{file}: not as fastvkd writes it ({one_line(error, 80)}); run it again") from error
     return rows
+
+
+def _rows_of(content: Any, name: str) -> list[Row]:
+    """Raises ValueError and others of its kind where a result is damaged, or is none."""
+    if "cells" in content:
+        measured = f"{content.get('benchmark')} {content.get('mode')}"
+        return [_row(name, measured, content["cells"], content.get("summary") or {}, content)]
+    if "unlearned" not in content:
+        raise ValueError("neither a result of fastvkd eval nor a report of fastvkd demo")
+    models = [model for model in ("vanilla", "unlearned", "gold") if model in content]
+    return [_row(f"{name}/{model}", "demo corrected", *_split(content[model])) for model in models]
 
 
 def _split(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Mapping[str, Any]]:
@@ -87,10 +93,11 @@ def _row(
 
     def add(title: str, values: Mapping[str, Any], figure: str) -> None:
         if values.get(figure) is not None:
-            figures[title] = float(values[figure])
+            figures[title] = _number(values[figure])
             interval = values.get(_INTERVALS.get(figure, f"{figure}_ci95"))
             if interval is not None:
-                intervals[title] = interval
+                low, high = interval
+                intervals[title] = [_number(low), _number(high)]
 
     for cell in (*(one for one in _CELLS if one in cells), *(one for one in cells if one not in _CELLS)):
         for kind, title in _KINDS.items():
@@ -111,6 +118,12 @@ def _row(
         elif key != "utility_missing":
             add(key, summary, key)
     return Row(name, measured, figures, intervals)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no number")
+    return float(value)
 
 
 def comparison_table(rows: Sequence[Row], format: str) -> str:

@@ -81,16 +81,19 @@ def family_of(model_or_config: Any) -> Family:
     return family_of_type(model_type)
 
 
-def family_of_type(model_type: str) -> Family:
-    """As `family_of`, by the `model_type` string of a config.json."""
+def family_of_type(model_type: str, place: str = "") -> Family:
+    """As `family_of`, by the `model_type` string of a config.json; `place`, where it stands, opens the message."""
+    where = f"{place}: " if place else ""
     if model_type in _BY_TYPE:
         return _BY_TYPE[model_type]
     known = ", ".join(_BY_TYPE)
     if model_type in REFUSED:
-        raise ModelError(f"model_type {model_type!r} is not supported: {REFUSED[model_type]}; use one of {known}")
+        raise ModelError(
+            f"{where}model_type {model_type!r} is not supported: {REFUSED[model_type]}; use one of {known}"
+        )
     near = difflib.get_close_matches(model_type, _BY_TYPE, n=1)
     hint = f"did you mean {near[0]!r}? Supported" if near else "supported"
-    raise ModelError(f"model_type {model_type!r} is not a known vision-language family; {hint}: {known}")
+    raise ModelError(f"{where}model_type {model_type!r} is not a known vision-language family; {hint}: {known}")
 
 
 def base_model(model: nn.Module) -> nn.Module:

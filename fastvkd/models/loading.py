@@ -76,7 +76,7 @@ def load_config(path: ModelPath) -> PreTrainedConfig:
         _require_folder(path, "config.json", "a model folder as save_pretrained writes it")
     found = _resolve(path, "config.json")
     raw = read_config(Path(path) if found is None else Path(found).parent)
-    family_of_type(str(raw.get("model_type")))
+    family_of_type(str(raw.get("model_type")), f"{path}")
     try:
         config = AutoConfig.from_pretrained(str(path))
     except _LOADING_ERRORS as error:

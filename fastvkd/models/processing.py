@@ -1,7 +1,9 @@
 """A processor made to fit its model, and the one way to ask it: what it refuses is named with the photo it refused."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from PIL import Image
@@ -82,7 +84,7 @@ def complete(processor: Any, config: Any, path: Any) -> None:
         known = _CLASS_TOKENS.get(config.vision_config.model_type)
         if known is not None and hasattr(processor, "num_additional_image_tokens"):
             processor.num_additional_image_tokens = known
-    for problem in (*_wrong_tokens(processor, config), *_wrong_pixels(processor, config)):
+    for problem in chain(_wrong_tokens(processor, config), _wrong_scale(processor), _wrong_pixels(processor, config)):
         raise ModelError(f"{path}: {problem}")
 
 
@@ -112,6 +114,15 @@ def _wrong_tokens(processor: Any, config: Any) -> Iterable[str]:
             f"its tokenizer has token ids up to {largest}, but the model's vocabulary (vocab_size) has {rows}; copy "
             "the tokenizer's files of this very model there"
         )
+
+
+def _wrong_scale(processor: Any) -> Iterable[str]:
+    """Photos are multiplied and shifted by these numbers: one that is none would make every feature NaN."""
+    for key in ("rescale_factor", "image_mean", "image_std"):
+        value = getattr(processor.image_processor, key, None)
+        values = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        if not all(isinstance(one, int | float) and math.isfinite(one) and abs(one) < 1e6 for one in values):
+            yield f"its image processor's {key} is {str(value)[:60]}; copy preprocessor_config.json of this model there"
 
 
 def _wrong_pixels(processor: Any, config: Any) -> Iterable[str]:

@@ -33,7 +33,7 @@ def chat_prompt(processor: Any, question: str, *, image: bool) -> str:
 
 def _rendered(tokenizer: Any, template: str, content: list[dict[str, str]]) -> str:
     """The user's turn as a chat template writes it. Raises ModelError where the template raises, or writes nothing."""
-    mend = "use the chat_template.jinja that belongs to this model"
+    place, mend = tokenizer.name_or_path, "use the chat_template.jinja that belongs to this model"
     try:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], chat_template=template, add_generation_prompt=True, tokenize=False
@@ -47,9 +47,9 @@ def _rendered(tokenizer: Any, template: str, content: list[dict[str, str]]) -> s
         ArithmeticError,
         RecursionError,
     ) as error:
-        raise ModelError(f"the model's chat template cannot be rendered ({one_line(error, 160)}); {mend}") from error
+        raise ModelError(f"{place}: the chat template cannot be rendered ({one_line(error, 160)}); {mend}") from error
     if not text.strip():
-        raise ModelError(f"the model's chat template writes nothing for a user's turn; {mend}")
+        raise ModelError(f"{place}: the chat template writes nothing for a user's turn; {mend}")
     return text
 
 
@@ -59,8 +59,8 @@ def visual_prefix(processor: Any) -> str:
     end = prompt.rfind(placeholder)
     if end < 0:
         raise ModelError(
-            f"the chat template writes no {placeholder!r} for an image ({prompt[:80]!r}): use the template that "
-            "belongs to this processor"
+            f"{processor.tokenizer.name_or_path}: the chat template writes no {placeholder!r} for an image "
+            f"({prompt[:80]!r}): use the template that belongs to this processor"
         )
     return prompt[: end + len(placeholder)]
 

@@ -35,7 +35,7 @@ def notes_on(model_name_or_path: str) -> list[str]:
         if pickles and pickles[0].suffix != ".bin":
             notes.append(f"{folder}: weights in {pickles[0].name} only; write them once with save_pretrained")
         elif not pickles and not adapter.is_file():
-            notes.append(f"{folder}: no weights in it; training needs them")
+            notes.append(f"{folder}: no weights in it, neither {_ONE} nor {_INDEX}; training needs them")
     elif (folder / _INDEX).is_file():
         from fastvkd.models.shards import weight_map_of  # late: it imports torch
 

@@ -4,10 +4,11 @@ A folder is known by the files in it. Folders must be about one model and one da
 compared. A part that no folder holds is left out of the page, and named there.
 """
 
+import contextlib
 import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from fastvkd.data.sources import evaluation_cells
 from fastvkd.engines.checkpoints import find_latest
 from fastvkd.engines.exporting import read_record
 from fastvkd.engines.manifests import read_manifest
-from fastvkd.errors import DataError
+from fastvkd.errors import DataError, one_line
 from fastvkd.files import json_lines
 from fastvkd.methods import method_of
 from fastvkd.models.folder import identify_base
@@ -24,7 +25,7 @@ from fastvkd.models.shards import shards_of
 from fastvkd.photos import decode_image
 from fastvkd.records import Photo, Profile
 from fastvkd.reporting.html import write_html
-from fastvkd.reporting.report import certificate_summary, read_report
+from fastvkd.reporting.report import certificate_summary, read_log, read_report
 from fastvkd.reporting.schema import FIGURES, MODELS, PLAIN, validate
 from fastvkd.settings import Settings
 
@@ -39,6 +40,7 @@ _PARTS = {
     "certificate": "a certificate",
 }
 _ROUNDED = "how the LLM was quantised"
+_SAMPLES = "samples.jsonl"  # goes with `fastvkd purge`
 _PHOTOS_A_GROUP = 5
 _THUMBNAIL = 256  # px; larger photos are shown smaller
 
@@ -101,7 +103,8 @@ class Collected:
         """Raise DataError for the first value that a report must not hold, naming its folder."""
         for problem in validate(self.report, cells=(), partial=True)[:1]:
             part = problem.partition(":")[0].partition(".")[0].partition("[")[0]
-            raise DataError(f"{self._owners.get(part, 'report')}: {problem}; run it again with this version of fastvkd")
+            owners = [self._owners[part]] if part in self._owners else dict.fromkeys(self._owners.values())
+            raise DataError(f"{', '.join(map(str, owners))}: {problem}; run it again with this version of fastvkd")
 
 
 def _short(value: Any) -> str:
@@ -133,7 +136,7 @@ def _training(folder: Path, found: Collected) -> None:
     if checkpoint is not None:
         manifest = read_manifest(checkpoint)
         _made_by(found, manifest, folder)
-    rows = _lines(folder / "metrics.jsonl")
+    rows = read_log(folder / "metrics.jsonl")
     found.put("log", rows, folder)
     if rows and rows[-1].get("peak_memory_bytes"):
         found.put("peak_memory_bytes", rows[-1]["peak_memory_bytes"], folder)
@@ -162,7 +165,7 @@ def _data(found: Collected, content: Mapping[str, Any], folder: Path) -> None:
 def _demo(folder: Path, found: Collected) -> None:
     for part, value in read_report(folder / "report.json", cells=()).items():
         found.put(part, value, folder)
-    found.put("log", _lines(folder / "run" / "metrics.jsonl"), folder)
+    found.put("log", read_log(folder / "run" / "metrics.jsonl"), folder)
     found.samples = {model: _lines(folder / f"samples-{model}.jsonl") for model in MODELS}
     checkpoint = find_latest(folder / "run")
     if checkpoint is not None:
@@ -293,7 +296,7 @@ def _identity(fingerprint: str, steering: str | None) -> str:
 
 
 def _evaluation(folder: Path, found: Collected) -> None:
-    one = _Evaluation(folder, _results(folder / "results.json"), _lines(folder / "samples.jsonl"))
+    one = _Evaluation(folder, _results(folder / "results.json"), _lines(folder / _SAMPLES))
     for key in ("model", "model_fingerprint", "made_by", "steering", "cells"):
         if key not in one.results:
             raise KeyError(key)
@@ -339,7 +342,8 @@ def _place_evaluations(found: Collected) -> None:
         beside = {name: one.results[name] for name in FIGURES if name in one.results}
         found.put(role, one.results["cells"] | beside, one.folder)
         found.samples[role] = one.samples
-        found.contents.append(f"{one.folder}: an evaluation {_ROLES[role]}")
+        no_samples = "" if (one.folder / _SAMPLES).is_file() else f", without its {_SAMPLES}: the page shows no answers"
+        found.contents.append(f"{one.folder}: an evaluation {_ROLES[role]}{no_samples}")
         first = found.evaluations[0]
         if one.asked and first.asked and one.asked != first.asked:
             raise DataError(
@@ -374,6 +378,18 @@ def _role(one: _Evaluation, found: Collected) -> str:
     )
 
 
+@contextlib.contextmanager
+def _as_written(*files: Path) -> Iterator[None]:
+    """What comes of reading files of another make, or damaged ones, as a DataError that names them."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        told = f"no {error}" if isinstance(error, KeyError) else one_line(error, 120)
+        raise DataError(
+            f"{', '.join(map(str, files))}: not as this version of fastvkd writes it ({told}); run that again"
+        ) from error
+
+
 def collect(folders: Sequence[Path]) -> Collected:
     """Read the folders of any number of runs, in any order.
 
@@ -391,18 +407,14 @@ def collect(folders: Sequence[Path]) -> Collected:
                 f"demo ({', '.join(_READERS)})"
             )
         for name in names:
-            try:
+            with _as_written(folder / name):
                 _READERS[name](folder, found)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                told = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-                raise DataError(
-                    f"{folder / name}: not as this version of fastvkd writes it ({told}); run that again"
-                ) from error
-    _place_evaluations(found)
-    if "chance" not in found.report:
-        asked = [one for samples in found.samples.values() for one in _choices(samples).values()]
-        chances = [1 / len(one["options"]) for one in asked if one["cell"] == "forget"]
-        found.report |= {"chance": _mean(chances)} if chances else {}
+    with _as_written(*(one.folder / _SAMPLES for one in found.evaluations)):
+        _place_evaluations(found)
+        if "chance" not in found.report:
+            asked = [one for samples in found.samples.values() for one in _choices(samples).values()]
+            chances = [1 / len(one["options"]) for one in asked if one["cell"] == "forget"]
+            found.report |= {"chance": _mean(chances)} if chances else {}
     if found.fact(_ROUNDED) not in (None, "none"):
         note = f"All models were asked with the weights of their LLM rounded to {found.fact(_ROUNDED)} (--quantize)."
         found.report.setdefault("notes", []).append(note)
@@ -422,16 +434,16 @@ def write_page(folders: Sequence[Path], out: Path, data: str | None = None) -> l
     cannot be written.
     """
     found = collect(folders)
-    examples: list[dict[str, Any]] = []
     cells: Mapping[str, Sequence[Profile]] = {}
     if data is not None:
         found.agree("data", data, Path("--data"))
         defaults = Settings()
         forget, retain = (found.fact(key) or getattr(defaults, key) for key in ("forget_split", "retain_split"))
         cells = evaluation_cells(data, forget, retain)
-        examples = gallery(cells, found.samples)
-    missing = found.missing() + ([] if examples or (found.whole and data) else ["photos"])
-    write_html(found.report, examples, found.log, out, missing, people(cells, found.samples))
+    with _as_written(*folders):  # answers and figures of which the schema does not ask everything
+        examples = gallery(cells, found.samples) if cells else []
+        missing = found.missing() + ([] if examples or (found.whole and data) else ["photos"])
+        write_html(found.report, examples, found.log, out, missing, people(cells, found.samples))
     lines = [*found.contents, f"Left out, since none of the folders holds it: {', '.join(missing)}"]
     if not examples:
         lines.append("Photos are shown with --data DATA, beside an evaluation's samples.jsonl")

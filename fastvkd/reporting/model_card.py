@@ -8,14 +8,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fastvkd.engines.checkpoints import find_latest
+from fastvkd.engines.checkpoints import find_newest
 from fastvkd.engines.exporting import history_of
 from fastvkd.engines.manifests import read_manifest
 from fastvkd.errors import TrainingError
-from fastvkd.files import json_lines
 from fastvkd.methods import method_of
 from fastvkd.reporting.html import TEMPLATES
-from fastvkd.reporting.report import cells_of, models_of, read_report
+from fastvkd.reporting.report import cells_of, models_of, read_log, read_report
 from fastvkd.reporting.sentences import limits
 from fastvkd.reporting.stranger import not_measured
 from fastvkd.reporting.verdict import criteria, headline_sentence
@@ -67,7 +66,7 @@ def run_card(run: Path, base: Path | None = None) -> str:
         TrainingError: no checkpoint there. DataError: a report.json that cannot be used. ModelError: the record of the
         base cannot be read.
     """
-    checkpoint = run if run.name.startswith("checkpoint-") else find_latest(run)
+    checkpoint = run if run.name.startswith("checkpoint-") else find_newest(run)
     if checkpoint is None:
         raise TrainingError(f"{run}: no checkpoint-<step> folder in it; give the output_dir of a training run")
     manifest = read_manifest(checkpoint)
@@ -76,9 +75,7 @@ def run_card(run: Path, base: Path | None = None) -> str:
     for file in (checkpoint.parent / "report.json", checkpoint.parent.parent / "report.json"):
         if file.is_file() and (report := read_report(file))["settings"] == settings:
             return model_card(report, history)
-    metrics = checkpoint.parent / "metrics.jsonl"
-    mend = "delete the damaged line"
-    written = [line for _, line in json_lines(metrics, TrainingError, mend)] if metrics.is_file() else []
+    written = read_log(checkpoint.parent / "metrics.jsonl")
     return _CARDS.get_template("card/run.md").render(
         hub_id=None,
         name=_name_of(settings),

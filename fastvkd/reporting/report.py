@@ -4,6 +4,7 @@ Nothing here measures, judges or draws: `fastvkd.evaluation` measures, `verdict`
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from pydantic_core import to_jsonable_python
 
 from fastvkd.environment import describe_hardware, library_versions
 from fastvkd.errors import DataError
-from fastvkd.files import write_atomically
+from fastvkd.files import parse_json, read_json, read_text, write_atomically
 from fastvkd.reporting.schema import CELLS, KINDS, MODELS, SCHEMA_VERSION, SETS, validate
 from fastvkd.settings import Certificate
 
@@ -131,18 +132,32 @@ def write_report(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Non
 
 def read_report(path: str | os.PathLike[str], *, cells: Iterable[tuple[str, str]] = CELLS) -> dict[str, Any]:
     """Read and check report.json. Raises DataError, naming the first thing that is wrong with it."""
-    try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; give the report.json of a finished run") from error
-    except ValueError as error:
-        raise DataError(f"{path}: is not JSON ({error}); give the report.json of a finished run") from error
+    report = read_json(Path(path), DataError, "give the report.json of a finished run")
     problems = validate(report, cells=cells)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise DataError(f"{path}: {problems[0]}{more}; make the report anew with this version of fastvkd")
     checked: dict[str, Any] = report
     return checked
+
+
+def read_log(file: Path) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl, numbers by name, each with its step; [] where there is no file, and without what a
+    kill left of a last line. Raises DataError, naming the line, for anything else."""
+    mend = "delete the file, and the page has no curves"
+    if not file.is_file():
+        return []
+    rows = []
+    *lines, last = read_text(file, DataError, mend).split("\n")
+    for number, line in enumerate([*lines, last] if last.endswith("}") else lines, 1):
+        row = parse_json(line, f"{file}:{number}", DataError, mend)
+        if not isinstance(row, dict) or "step" not in row:
+            raise DataError(f"{file}:{number}: no object with a step; {mend}")
+        for key, value in row.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise DataError(f"{file}:{number}: {key} is no number; {mend}")
+        rows.append(row)
+    return rows
 
 
 def thresholds(report: Mapping[str, Any]) -> Certificate:

@@ -116,6 +116,18 @@ class Accuracy(BaseModel):
 
 class Area(BaseModel):
     auc: Fraction
+    ci95: Interval
+
+
+class Answered(Accuracy):
+    ci95: Interval
+    n: Count
+
+
+class Found(Accuracy):
+    """By a linear probe; `chance`: of guessing."""
+
+    chance: Fraction
 
 
 class Figures(_Part):
@@ -124,16 +136,22 @@ class Figures(_Part):
     gold: Accuracy = _ABSENT
 
 
+class Questioned(_Part):
+    unlearned: Answered
+    vanilla: Answered = _ABSENT
+    gold: Answered = _ABSENT
+
+
 class Question(BaseModel):
     kind: Text
     variant: Text
     chance: Fraction
-    figures: Figures
+    figures: Questioned
 
 
 class Probe(BaseModel):
     sites: list[Text]
-    models: dict[str, dict[str, dict[str, Accuracy]]]
+    models: dict[str, dict[str, dict[str, Found]]]
 
 
 class Perturbed(BaseModel):

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastvkd.engines.checkpoints import RUN, find_latest, set_aside, verify_checkpoint
+from fastvkd.engines.checkpoints import RUN, find_latest, find_newest, set_aside, verify_checkpoint
 from fastvkd.engines.ds_config import read_ds_config
 from fastvkd.engines.requests import Asked, Request, asked_before, note_of, refuse_kept, requests_of
 from fastvkd.engines.schedule import Schedule
@@ -123,7 +123,7 @@ def begin(settings: Settings) -> Start:
     start = _after_earlier_requests(gathered, identify_run(settings, gathered.sources))
     identity = start.identity
     wanted = settings.resume_from_checkpoint
-    checkpoint = find_latest(Path(settings.output_dir)) if wanted == "auto" else Path(wanted) if wanted else None
+    checkpoint = find_newest(Path(settings.output_dir)) if wanted == "auto" else Path(wanted) if wanted else None
     if checkpoint is None:
         return start
     manifest = verify_checkpoint(checkpoint)

@@ -20,6 +20,8 @@ from fastvkd.data.texts import PLACEHOLDERS
 from fastvkd.errors import DataError
 from fastvkd.photos import decode_image
 
+pytestmark = pytest.mark.fault("damaged data")
+
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12345\n"
 
 

@@ -29,6 +29,8 @@ from fastvkd.photos import decode_image
 from fastvkd.records import Open, Profile, Questions
 from fastvkd.unlearning.answers import read_answers
 
+pytestmark = pytest.mark.fault("damaged model")
+
 
 def edited(source: Path, to: Path, file: str, change: Callable[[dict[str, Any]], object]) -> Path:
     """A copy of a model folder in which `change` has had a JSON file."""
@@ -323,14 +325,19 @@ def test_a_model_is_the_same_in_bin_files(pickled) -> None:
 class _Runs:
     """What a pickle could do to whoever loads it."""
 
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
     def __reduce__(self) -> Any:
-        return (Path.touch, (Path("/tmp/fastvkd-was-here"),))
+        return (Path.touch, (self.trace,))
 
 
-@pytest.mark.parametrize("content", [{"weight": _Runs()}, [1, 2], {"weight": "text"}])
-def test_a_bin_file_that_holds_anything_else_is_refused(pickled, tmp_path: Path, content: object) -> None:
+@pytest.mark.parametrize(
+    "make", [lambda trace: {"weight": _Runs(trace)}, lambda _: [1, 2], lambda _: {"weight": "text"}]
+)
+def test_a_bin_file_that_holds_anything_else_is_refused(pickled, tmp_path: Path, make: Callable) -> None:
     folder = tmp_path / "model"
     shutil.copytree(pickled.folder, folder)
-    torch.save(content, folder / "pytorch_model-00001-of-00002.bin")
+    torch.save(make(tmp_path / "was-here"), folder / "pytorch_model-00001-of-00002.bin")
     refused(folder, "pytorch_model-00001-of-00002.bin: .*take safetensors")
-    assert not Path("/tmp/fastvkd-was-here").exists()
+    assert not (tmp_path / "was-here").exists()

@@ -338,7 +338,7 @@ def test_folders_that_contradict_are_refused_in_one_line(
         ("results.json", [], "not as this version of fastvkd writes it"),
         ("results.json", {"model": "m", "cells": {}}, "no 'model_fingerprint'"),
         ("attacks.json", {"certificate": {}}, "no 'models'"),
-        ("metrics.jsonl", "step 1", "metrics.jsonl:1: holds a str and not an object"),
+        ("metrics.jsonl", ["step 1", {"step": 2}], "metrics.jsonl:1: no object with a step"),
     ],
 )
 def test_a_folder_that_is_no_run_is_refused_in_one_line(

@@ -27,6 +27,8 @@ from fastvkd.unlearning.loop import unlearn
 from fastvkd.unlearning.start import begin
 from fastvkd.unlearning.tasks import gather
 
+pytestmark = pytest.mark.fault("another run in the same folder")
+
 
 @pytest.fixture(scope="module")
 def second(world, tmp_path_factory) -> Path:

@@ -95,10 +95,8 @@ class FeatureCache:
                 index = json.loads(file.read_text())
                 width = index["width"]
                 places = {key: _Place(writer, *place) for key, place in index["places"].items()}
-                sizes = [width, *(size for place in places.values() for size in (place.first, place.count))]
-                if not all(type(size) is int and size >= 0 for size in sizes):
-                    raise ValueError("sizes that are none")
-            except (ValueError, KeyError, TypeError, AttributeError):
+                _refuse_no_rows(places.values(), width)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 log.warning("%s: damaged, so what it names is computed again", file)
                 continue
             self._widths[writer] = width
@@ -134,7 +132,7 @@ class FeatureCache:
 
     def _is_whole(self, place: _Place) -> bool:
         file, width = self._data_file(place.writer), self._widths[place.writer] * self.dtype.itemsize
-        if not file.is_file():
+        if not file.is_file() or file.stat().st_size < (place.first + place.count) * width:
             return False
         with file.open("rb") as opened:
             opened.seek(place.first * width)
@@ -193,6 +191,13 @@ class FeatureCache:
                 torch.from_numpy(raw[: len(raw) // width * width]).view(-1, width).view(self.dtype)
             )
         return self._rows[place.writer][place.first : place.first + place.count]
+
+
+def _refuse_no_rows(places: Iterable[_Place], width: Any) -> None:
+    """Raises ValueError where an index names other things than rows of some width."""
+    whole = (*(one for place in places for one in (place.first, place.count)), width)
+    if not all(type(one) is int and one >= 0 for one in whole) or width < 1:
+        raise ValueError("an index of other things than rows")
 
 
 def _disk_error(folder: Path, error: OSError) -> TrainingError:

@@ -2,7 +2,7 @@
 
 import json
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,8 @@ import torch.multiprocessing as mp
 
 from fastvkd.models.visual_path import SiteFeatures
 from fastvkd.unlearning.vkd.teacher import FeatureCache, fill_caches
+
+pytestmark = pytest.mark.fault("shared or damaged teacher cache")
 
 KEYS = [f"image-{i}" for i in range(9)]  # with two ranks and batches of two, one has none left in the last round
 
@@ -96,11 +98,20 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
+def change_index(made: FeatureCache, change: Callable[[dict], dict]) -> None:
+    file = next(made.folder.glob("index-*.json"))
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
 DAMAGE = {
     "flipped": lambda made: flip(data_file(made)),
     "truncated": lambda made: data_file(made).write_bytes(data_file(made).read_bytes()[:40]),
     "gone": lambda made: data_file(made).unlink(),
     "index": lambda made: next(made.folder.glob("index-*.json")).write_text('{"width": 4, "pl'),
+    "index of no rows": lambda made: change_index(made, lambda index: index | {"width": 1.5}),
+    "index of too many rows": lambda made: change_index(
+        made, lambda index: index | {"places": {key: [0, 10**30, told] for key, (*_, told) in index["places"].items()}}
+    ),
     "index of another kind": lambda made: next(made.folder.glob("index-*.json")).write_text("[1, 2]"),
 }
 
