@@ -115,6 +115,57 @@ def read_json_object(path: Path, kind: type[FastVKDError], mend: str) -> dict[st
 
 log = logging.getLogger("fastvkd")
 _LOCK = ".lock"
+UNFINISHED = ".unfinished-"  # how the name of a folder begins that is being filled or deleted
+_EXPORTING = ".exporting-"
+
+
+def delete_folder(folder: Path, *, ignore_errors: bool = False) -> None:
+    """Delete a folder, or the link in its place, so that a kill in the middle leaves no half of it under its name.
+
+    What is left then has the name of an unfinished one: `delete_unfinished` removes it. Raises OSError, unless
+    told to leave what cannot be deleted.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    if not folder.name.startswith(UNFINISHED):
+        doomed = folder.with_name(f"{UNFINISHED}deleted-{folder.name}")
+        if doomed.exists():  # of a deletion that was killed
+            delete_folder(doomed)
+        folder = folder.rename(doomed)
+        sync(folder.parent)  # else the disk may lose the name later than the content
+    shutil.rmtree(folder, ignore_errors=ignore_errors)
+
+
+def delete_unfinished(parent: Path) -> None:
+    """Remove what commands that were killed left in `parent`, but for an export that another one fills right now."""
+    for leftover in parent.glob(f"{UNFINISHED}*"):
+        if not _is_held(parent / f"{_EXPORTING}{leftover.name.removeprefix(UNFINISHED)}"):
+            delete_folder(leftover, ignore_errors=True)  # ranks may do so together
+
+
+def sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a process, this one included, holds the folder."""
+    try:
+        descriptor = os.open(folder / _LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:  # held, or a file system without locks: then nobody can tell
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 @contextlib.contextmanager
@@ -147,9 +198,9 @@ def new_folder(to: Path, key: str, needed: str) -> Iterator[Path]:
     key: as in `held`. needed: how much room, for the message of a full disk. Raises TrainingError for that, and where
     another process writes to `to`.
     """
-    with held(to.with_name(f".exporting-{to.name}"), key):
-        unfinished = to.with_name(f".unfinished-{to.name}")
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with held(to.with_name(f"{_EXPORTING}{to.name}"), key):
+        unfinished = to.with_name(f"{UNFINISHED}{to.name}")
+        delete_folder(unfinished, ignore_errors=True)  # of a command that was killed
         unfinished.mkdir(parents=True)
         try:
             yield unfinished
@@ -161,7 +212,7 @@ def new_folder(to: Path, key: str, needed: str) -> Iterator[Path]:
                 raise TrainingError(f"{to}: no space left on the device; {needed}") from error
             raise
         finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            delete_folder(unfinished, ignore_errors=True)
 
 
 def _lock(file: Path, folder: Path, key: str) -> int:

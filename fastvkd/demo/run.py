@@ -5,7 +5,6 @@ import hashlib
 import inspect
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +36,7 @@ from fastvkd.engines.requests import judged, requests_of
 from fastvkd.environment import library_versions
 from fastvkd.evaluation.inputs import PreparedPhotos
 from fastvkd.evaluation.people import examine, likeness
+from fastvkd.files import delete_folder, delete_unfinished
 from fastvkd.models.folder import identify_base, language_model_sha256
 from fastvkd.models.loading import VISUAL_KEY, load_model, load_processor
 from fastvkd.options import Budget, DemoOptions
@@ -159,6 +159,7 @@ def demo(options: DemoOptions) -> dict[str, Any]:
     transformers.logging.disable_progress_bar()
     seconds: dict[str, float] = {}
     out.mkdir(parents=True, exist_ok=True)
+    delete_unfinished(out)  # of a demo that was killed
 
     with _timed(seconds, "data"), Progress("Drawing people, strangers and flags"):
         data, folder = build_data(spec, seed, out, options.photos)
@@ -263,7 +264,7 @@ def trained_model(
     except OSError:
         if not (folder / "config.json").exists():
             raise
-        shutil.rmtree(unfinished)  # another demo was faster
+        delete_folder(unfinished)  # another demo was faster
     return folder
 
 
@@ -326,7 +327,7 @@ def _settings(options: DemoOptions, data: DemoData, folder: Path, vanilla_dir: P
 
 def _remove(folder: Path) -> None:
     if folder.exists():
-        shutil.rmtree(folder)
+        delete_folder(folder)
 
 
 def _show(bar: Progress) -> Callable[[str, int, int, dict[str, float]], None]:

@@ -6,7 +6,7 @@ A checkpoint folder `checkpoint-<updates>/` holds
 - `masters.safetensors`: their float32 masters, left out where the weights are float32 themselves;
 - `rank-<r>.pt`: optimiser moments and random-number states of one rank;
 - `checkpoint.json`: updates done, sampler position, what the run's watch had seen, settings, the run's identity, whom
-  it is to forget as salted hashes, the base model's fingerprint, and SHA-256 of the rest.
+  it is to forget as salted hashes, the base model's fingerprint, SHA-256 of the rest, and a digest of its own.
 
 No file holds frozen weights. In a run on the visual part these are the LLM's.
 """
@@ -16,9 +16,7 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import random
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,17 +29,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastvkd.engines.hashed_files import save_object, save_tensors
+from fastvkd.engines.manifests import MANIFEST, MASTERS, WEIGHTS, rank_file, read_manifest, write_manifest
 from fastvkd.engines.protocol import Engine
 from fastvkd.errors import TrainingError, disk_is_full
-from fastvkd.files import read_json_object
+from fastvkd.files import UNFINISHED, delete_folder, delete_unfinished, sync
 from fastvkd.models.folder import BaseModel
 from fastvkd.models.shards import read_safetensors_header
 
-FORMAT = 1
-MANIFEST = "checkpoint.json"
-WEIGHTS = "visual.safetensors"
-MASTERS = "masters.safetensors"
-_UNFINISHED = ".unfinished-"
 RUN = "run.json"  # in an output folder: which run it is of
 # What a run leaves in its output folder beside checkpoints, and another must not take for its own.
 _OF_A_RUN = (RUN, "metrics.jsonl", "trace.json", "tensorboard", "report.json", "report.html")
@@ -173,7 +167,6 @@ def _about(
     """The manifest, but for the hashes."""
     noted = {} if forgotten is None else {"forgotten": forgotten}
     return {
-        "format": FORMAT,
         "updates": engine.updates,
         "world_size": engine.world_size,
         "sampler": sampler,
@@ -189,15 +182,14 @@ def _write(
     output_dir: Path, content: _Content, manifest: dict[str, Any], keep: int, any_rank: Callable[[bool], bool]
 ) -> Path:
     final = output_dir / f"checkpoint-{content.updates}"
-    unfinished = output_dir / f"{_UNFINISHED}{final.name}"
+    unfinished = output_dir / f"{UNFINISHED}{final.name}"
 
     def prepare() -> None:
-        for leftover in output_dir.glob(f"{_UNFINISHED}*"):  # of a run that was killed while saving
-            shutil.rmtree(leftover)
+        delete_unfinished(output_dir)  # of a run that was killed while saving or deleting
         unfinished.mkdir(parents=True)
 
     def write_own_part() -> None:
-        name = f"rank-{content.rank}.pt"
+        name = rank_file(content.rank)
         hashes = {name: save_object(content.own, unfinished / name)}
         if content.rank == 0:
             hashes[WEIGHTS] = save_tensors(content.weights, unfinished / WEIGHTS)
@@ -209,7 +201,7 @@ def _write(
         _publish(unfinished, final, manifest)
         older = [p for p in _checkpoints(output_dir) if _updates_of(p) < content.updates]
         for old in older[: max(0, len(older) + 1 - keep)] if keep > 0 else []:
-            shutil.rmtree(old)
+            delete_folder(old)
 
     first = content.rank == 0
     _together(any_rank, prepare if first else None, final)
@@ -224,17 +216,15 @@ def _publish(unfinished: Path, final: Path, manifest: dict[str, Any]) -> None:
     for told in sorted(unfinished.glob(f"{_HASHES}*")):
         hashes |= json.loads(told.read_text())
         told.unlink()
-    manifest = {**manifest, "sha256": dict(sorted(hashes.items()))}
-    (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for file in (unfinished / MANIFEST, unfinished):
-        _fsync(file)
-    replaced = final.with_name(f"{_UNFINISHED}replaced-{final.name}")
+    write_manifest(unfinished, {**manifest, "sha256": dict(sorted(hashes.items()))})
+    sync(unfinished)
+    replaced = final.with_name(f"{UNFINISHED}replaced-{final.name}")
     if final.exists():  # the same step saved again, say by a SIGTERM right after a regular save
         final.rename(replaced)
     unfinished.rename(final)
-    _fsync(final.parent)
+    sync(final.parent)
     if replaced.exists():
-        shutil.rmtree(replaced)
+        delete_folder(replaced)
 
 
 def _together(any_rank: Callable[[bool], bool], work: Callable[[], None] | None, final: Path) -> None:
@@ -246,7 +236,7 @@ def _together(any_rank: Callable[[bool], bool], work: Callable[[], None] | None,
         except OSError as caught:
             error = caught
     if any_rank(error is not None):
-        shutil.rmtree(final.parent / f"{_UNFINISHED}{final.name}", ignore_errors=True)
+        delete_folder(final.parent / f"{UNFINISHED}{final.name}", ignore_errors=True)
         if error is not None and disk_is_full(error):
             reason = "no space left on the device; free some, or lower `save_total_limit`"
         else:
@@ -267,7 +257,7 @@ def go_back(output_dir: Path, now: int, then: int, kept_in: Path) -> None:
     """
     for checkpoint in _checkpoints(output_dir):
         if then < _updates_of(checkpoint) <= now:
-            shutil.rmtree(checkpoint)
+            delete_folder(checkpoint)
     name = f"checkpoint-{then}"
     if (kept_in / name).exists() and not (output_dir / name).exists():
         (kept_in / name).rename(output_dir / name)
@@ -298,24 +288,13 @@ def set_aside(output_dir: Path, *, after: int = -1, delete: bool = False) -> Pat
         delete = delete or not has_checkpoints
     if delete or not found:
         for path in found:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            delete_folder(path) if path.is_dir() else path.unlink()
         return None
     aside = next(p for n in itertools.count(1) if not (p := output_dir / f"earlier-{n}").exists())
     aside.mkdir()
     for path in found:
         path.rename(aside / path.name)
     return aside
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """`checkpoint.json` as a dict. Raises TrainingError when the folder is not a checkpoint of a known format."""
-    path = checkpoint / MANIFEST
-    if not path.is_file():
-        raise TrainingError(f"{checkpoint}: no {MANIFEST}, so not a checkpoint; name a folder checkpoint-<step>")
-    manifest = read_json_object(path, TrainingError, "delete the folder and resume from an older one")
-    if manifest.get("format") != FORMAT:
-        raise TrainingError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}")
-    return manifest
 
 
 def verify_checkpoint(checkpoint: Path) -> dict[str, Any]:
@@ -342,19 +321,19 @@ def load_checkpoint(checkpoint: Path, engine: Engine, *, base_model: BaseModel) 
     base model that is not the one the run started from.
     """
     manifest = verify_checkpoint(checkpoint)
-    known = BaseModel(**manifest["base_model"])
+    known = BaseModel(manifest["base_model"]["path"], manifest["base_model"]["fingerprint"])
     if known.fingerprint != base_model.fingerprint:
         raise TrainingError(
             f"{checkpoint}: trained from {known.path} (fingerprint {known.fingerprint[:12]}), but the base model is "
             f"now {base_model.path} ({base_model.fingerprint[:12]}); give the original as model_name_or_path"
         )
     same_world = manifest["world_size"] == engine.world_size
-    own = checkpoint / f"rank-{engine.rank if same_world else 0}.pt"
+    own = checkpoint / rank_file(engine.rank if same_world else 0)
     part = torch.load(own, map_location="cpu", weights_only=True)
     state = part["engine"]
-    not_its_own = set(manifest.get("beside", ()))
+    not_its_own = set(manifest["beside"])
     state["masters"] = {name: w for name, w in load_weights(checkpoint).items() if name not in not_its_own}
-    if (checkpoint / MASTERS).is_file():
+    if MASTERS in manifest["sha256"]:
         state["masters"] |= load_file(checkpoint / MASTERS)
     moments_restored = engine.load_state_dict(state)
     if same_world:
@@ -365,7 +344,7 @@ def load_checkpoint(checkpoint: Path, engine: Engine, *, base_model: BaseModel) 
             f"{checkpoint}: written by {manifest['world_size']} rank(s) with layout {state['layout']!r}, resumed by "
             f"{engine.world_size}: weights and masters are restored, optimiser moments start from zero"
         )
-    return Resumed(manifest["updates"], manifest["sampler"], manifest.get("watch", {}), manifest["settings"], notice)
+    return Resumed(manifest["updates"], manifest["sampler"], manifest["watch"], manifest["settings"], notice)
 
 
 def bytes_per_trainable_parameter(checkpoint: Path) -> float:
@@ -397,11 +376,3 @@ def _set_rng_state(state: dict[str, Any], device: torch.device) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,7 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastvkd.engines.checkpoints import WEIGHTS, find_latest, load_weights, verify_checkpoint
+from fastvkd.engines.checkpoints import find_latest, load_weights, verify_checkpoint
+from fastvkd.engines.manifests import WEIGHTS
 from fastvkd.errors import ModelError, TrainingError
 from fastvkd.files import new_folder, read_json, read_json_object
 from fastvkd.models import lora, sine
@@ -95,7 +96,7 @@ def export(run_dir: Path, to: Path, *, model_card: str, base: Path | None = None
         exported = _write(checkpoint / WEIGHTS, base, folder, to, model_card, lora_alpha=alpha)
         kept = ("updates", "settings", "base_model", "forgotten")
         record = {key: manifest[key] for key in kept if key in manifest} | {
-            "edited": sorted(lora.adapted(manifest.get("beside", ()))),
+            "edited": sorted(lora.adapted(manifest["beside"])),
             "history": history_of(base),
         }
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")

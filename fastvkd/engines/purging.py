@@ -4,15 +4,14 @@ What proves the work stays: the newest checkpoint, figures, certificates. No fil
 link is followed.
 """
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fastvkd.engines.checkpoints import MANIFEST, find_latest
-from fastvkd.errors import DataError, TrainingError
-from fastvkd.files import read_json
+from fastvkd.engines.checkpoints import find_latest
+from fastvkd.engines.manifests import read_manifest
+from fastvkd.errors import TrainingError
+from fastvkd.files import UNFINISHED, delete_folder
 
 # Patterns in an output folder, and what they hold of the photos, questions or names.
 REMOVED = (
@@ -70,8 +69,8 @@ def purge(run: Path, *, cache: bool = False, dry_run: bool = False) -> Purged:
         if (run / name).exists()
     ]
     for one in [] if dry_run else removed:
-        if one.path.is_dir() and not one.path.is_symlink():
-            shutil.rmtree(one.path)
+        if one.path.is_dir():
+            delete_folder(one.path)
         else:
             one.path.unlink()
     return Purged(removed, kept)
@@ -88,13 +87,13 @@ def _shared_cache(run: Path, newest: Path | None) -> Iterator[Path]:
     """The parts of a teacher cache outside the folder: those that say of themselves that they are one."""
     if newest is None:
         return
-    manifest: dict[str, Any] = read_json(newest / MANIFEST, DataError, "delete the checkpoint")
-    folder = manifest.get("settings", {}).get("cache_dir")
-    if not folder or not Path(folder).is_dir() or Path(folder).resolve().is_relative_to(run.resolve()):
+    folder = read_manifest(newest)["settings"].get("cache_dir")
+    if not isinstance(folder, str) or not Path(folder).is_dir() or Path(folder).resolve().is_relative_to(run.resolve()):
         return
     for path in sorted(Path(folder).iterdir()):
         is_cache = (path / "ingredients.json").is_file()
-        if not path.is_symlink() and (is_cache or path.match("stranger-*.safetensors")):
+        ours = is_cache or path.name.startswith(UNFINISHED) or path.match("stranger-*.safetensors")
+        if not path.is_symlink() and ours:
             yield path
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from fastvkd.data.sources import evaluation_cells
-from fastvkd.engines.checkpoints import find_latest, read_manifest
+from fastvkd.engines.checkpoints import find_latest
 from fastvkd.engines.exporting import read_record
+from fastvkd.engines.manifests import read_manifest
 from fastvkd.errors import DataError
 from fastvkd.methods import method_of
 from fastvkd.models.folder import identify_base

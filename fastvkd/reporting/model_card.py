@@ -8,8 +8,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fastvkd.engines.checkpoints import find_latest, read_manifest
+from fastvkd.engines.checkpoints import find_latest
 from fastvkd.engines.exporting import history_of
+from fastvkd.engines.manifests import read_manifest
 from fastvkd.errors import TrainingError
 from fastvkd.methods import method_of
 from fastvkd.reporting.html import TEMPLATES

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import logging
 import os
-import shutil
 import signal
 import threading
 import time
@@ -27,7 +26,7 @@ from fastvkd.engines.checkpoints import CheckpointWriter, go_back, load_checkpoi
 from fastvkd.engines.local import LocalEngine
 from fastvkd.engines.protocol import Engine
 from fastvkd.errors import SettingsError, TrainingError
-from fastvkd.files import held
+from fastvkd.files import UNFINISHED, delete_folder, held
 from fastvkd.methods import METHODS
 from fastvkd.models.compiled import compiled_blocks
 from fastvkd.settings import Settings
@@ -315,9 +314,9 @@ class _Run:
     def discard(self, folder: Path) -> None:
         """Delete a folder of checkpoints, once no rank reads it any more; one that holds anything else stays."""
         self.engine.any_rank(False)
-        ours = ("checkpoint-", ".unfinished-")
+        ours = ("checkpoint-", UNFINISHED)
         if self.engine.rank == 0 and folder.is_dir() and all(p.name.startswith(ours) for p in folder.iterdir()):
-            shutil.rmtree(folder, ignore_errors=True)
+            delete_folder(folder, ignore_errors=True)
 
 
 def _join_deepspeed(settings: Settings, device: torch.device) -> tuple[dict[str, Any], Any]:

@@ -13,7 +13,7 @@ from fastvkd.engines.ds_config import read_ds_config
 from fastvkd.engines.requests import Asked, Request, asked_before, note_of, refuse_kept, requests_of
 from fastvkd.engines.schedule import Schedule
 from fastvkd.errors import ModelError, SettingsError
-from fastvkd.files import write_atomically
+from fastvkd.files import delete_unfinished, write_atomically
 from fastvkd.methods import METHODS
 from fastvkd.models.answers import collate_answers
 from fastvkd.models.families import image_token_id
@@ -87,6 +87,8 @@ class Start:
         """Put what an earlier run left in the output folder aside, or delete it where settings say so, and note which
         run the folder is of from now on. For one rank only."""
         output = Path(self.settings.output_dir)
+        for folder in (output, output / "best", output / "trials"):
+            delete_unfinished(folder)  # of a run that was killed
         if self.resume_from is not None and self.resume_from.resolve().parent == output.resolve():
             aside = set_aside(output, after=self.updates)
         else:
@@ -177,5 +179,5 @@ def _refuse_to_resume(checkpoint: Path, manifest: dict[str, Any], other: str | N
             f"{checkpoint}: has {manifest['updates']} updates, more than max_steps={settings.max_steps}; raise "
             "max_steps, or leave resume_from_checkpoint out to start anew"
         )
-    if settings.learning_rate == "auto" and manifest.get("watch", {}).get("learning_rate") is None:
+    if settings.learning_rate == "auto" and manifest["watch"].get("learning_rate") is None:
         raise SettingsError(f"{checkpoint}: has no rate for learning_rate=auto to go on with: set one")

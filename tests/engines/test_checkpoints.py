@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from fastvkd.engines import checkpoints
 from fastvkd.engines.checkpoints import CheckpointWriter, find_latest, load_checkpoint, save_checkpoint
 from fastvkd.engines.hashed_files import save_object, save_tensors
 from fastvkd.engines.local import LocalEngine
+from fastvkd.engines.manifests import MANIFEST, read_manifest, write_manifest
 from fastvkd.errors import ModelError, TrainingError
 from fastvkd.models.folder import BaseModel, identify_base, local_folder
 
@@ -231,6 +233,29 @@ def test_none_goes_before_there_are_more_than_are_to_be_kept(tmp_path, keep):
         assert {p.name for p in tmp_path.iterdir()} == {f"checkpoint-{number}" for number in newest}
 
 
+def test_a_kill_while_old_ones_are_deleted_leaves_no_half_of_one(tmp_path, monkeypatch):
+    engine = tiny_engine()
+    for updates in (1, 2):
+        train_to(engine, updates)
+        save(engine, tmp_path, keep=2)
+    train_to(engine, 3)
+
+    def killed(folder, *_, **__):
+        (Path(folder) / checkpoints.WEIGHTS).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(engine, tmp_path, keep=2)
+    for folder in tmp_path.glob("checkpoint-*"):
+        checkpoints.verify_checkpoint(folder)
+    assert find_latest(tmp_path).name == "checkpoint-3"
+    train_to(engine, 4)
+    save(engine, tmp_path, keep=2)
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-4"}
+
+
 @pytest.mark.parametrize("file", ["visual.safetensors", "masters.safetensors", "rank-0.pt"])
 def test_one_flipped_bit_is_found(tmp_path, file):
     engine = tiny_engine()
@@ -243,6 +268,85 @@ def test_one_flipped_bit_is_found(tmp_path, file):
     (folder / file).unlink()
     with pytest.raises(TrainingError, match=f"{file}: missing"):
         load_checkpoint(folder, engine, base_model=BASE)
+
+
+def test_one_flipped_bit_of_the_manifest_is_found(tmp_path):
+    folder = save(tiny_engine(), tmp_path)
+    file, whole = folder / MANIFEST, read_manifest(folder)
+    content = file.read_bytes()
+    for place in range(len(content) * 8):
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        file.write_bytes(flipped)
+        try:
+            found = read_manifest(folder)
+        except TrainingError as error:
+            assert str(file) in str(error) and "\n" not in str(error)
+        else:
+            assert found == whole, flipped.decode()
+
+
+def without_digest(folder):
+    """The manifest as the version before wrote it, whose mistakes no digest finds."""
+    manifest = json.loads((folder / MANIFEST).read_text()) | {"format": 1}
+    del manifest["digest"]
+    return manifest
+
+
+def test_a_manifest_of_the_version_before_is_read(tmp_path):
+    folder = save(tiny_engine(), tmp_path)
+    whole = read_manifest(folder)
+    (folder / MANIFEST).write_text(json.dumps(without_digest(folder)))
+    assert read_manifest(folder) == whole | {"format": 1}
+    load_checkpoint(folder, tiny_engine(), base_model=BASE)
+    (folder / MANIFEST).write_text(json.dumps(without_digest(folder) | {"format": 2}))
+    with pytest.raises(TrainingError, match="its digest differs"):
+        read_manifest(folder)
+
+
+WRONG = [
+    *(
+        ({key: None}, f"has no {key}")
+        for key in ("updates", "world_size", "sampler", "settings", "base_model", "sha256")
+    ),
+    ({"updates": "4"}, "updates is not a whole number"),
+    ({"updates": True}, "updates is not a whole number"),
+    ({"updates": -1}, "updates is -1, less than 0"),
+    ({"world_size": 0}, "world_size is 0, less than 1"),
+    ({"world_size": 10**30}, "has no SHA-256 of rank-1.pt"),
+    ({"settings": []}, "settings is not an object"),
+    ({"settings": {"lora_alpha": "x"}}, "settings.lora_alpha is not a number"),
+    ({"base_model": {"path": "x"}}, "base_model has no text fingerprint"),
+    ({"base_model": {"path": 3, "fingerprint": "x"}}, "base_model has no text path"),
+    ({"sha256": {"../x": "0"}}, "which is no file of its own folder"),
+    ({"sha256": {"rank-0.pt": "0" * 64}}, "has no SHA-256 of visual.safetensors"),
+    ({"sha256": {"visual.safetensors": 1, "rank-0.pt": "0"}}, "has no SHA-256 of visual.safetensors"),
+    ({"watch": 3}, "watch is not an object"),
+    ({"beside": [3]}, "beside is not a list of names"),
+    ({"forgotten": []}, "forgotten is not an object"),
+    ({"format": 3}, "format 3, this version reads 1 and 2"),
+    ({"format": True}, "format True, this version reads 1 and 2"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), WRONG)
+def test_what_a_manifest_must_say_is_asked_where_it_is_read(tmp_path, change, said):
+    folder = save(tiny_engine(), tmp_path)
+    manifest = without_digest(folder) | change
+    (folder / MANIFEST).write_text(json.dumps({key: value for key, value in manifest.items() if value is not None}))
+    for read in (read_manifest, lambda folder: load_checkpoint(folder, tiny_engine(), base_model=BASE)):
+        with pytest.raises(TrainingError) as error:
+            read(folder)
+        assert str(error.value).startswith(f"{folder / MANIFEST}: ") and said in str(error.value)
+
+
+def test_a_file_that_the_manifest_does_not_name_is_not_read(tmp_path):
+    folder = save(tiny_engine(torch.float32), tmp_path)
+    assert not (folder / checkpoints.MASTERS).exists()
+    save_tensors({"0.weight": torch.zeros(128, 64)}, folder / checkpoints.MASTERS)
+    engine = tiny_engine(torch.float32)
+    load_checkpoint(folder, engine, base_model=BASE)
+    assert engine.weights()["0.weight"].any()
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -262,10 +366,11 @@ def test_other_world_size_restores_weights_and_masters_and_says_that_moments_are
     part = torch.load(folder / "rank-0.pt", weights_only=True)
     part["engine"] |= {"layout": "zero2", "world_size": 2}
     torch.save(part, folder / "rank-0.pt")
-    manifest = json.loads((folder / "checkpoint.json").read_text())
+    manifest = read_manifest(folder)
     manifest["world_size"] = 2
-    manifest["sha256"]["rank-0.pt"] = checkpoints._sha256(folder / "rank-0.pt")
-    (folder / "checkpoint.json").write_text(json.dumps(manifest))
+    manifest["sha256"] |= {f"rank-{rank}.pt": checkpoints._sha256(folder / "rank-0.pt") for rank in range(2)}
+    shutil.copy(folder / "rank-0.pt", folder / "rank-1.pt")
+    write_manifest(folder, manifest)
     other = tiny_engine()
     notice = load_checkpoint(folder, other, base_model=BASE).notice
     assert "2 rank(s)" in notice and "moments start from zero" in notice

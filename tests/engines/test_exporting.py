@@ -15,6 +15,7 @@ from transformers import LlavaForConditionalGeneration as Llava
 from fastvkd.engines.checkpoints import save_checkpoint
 from fastvkd.engines.exporting import copy_file, export, match_keys, read_record
 from fastvkd.engines.local import LocalEngine
+from fastvkd.engines.manifests import read_manifest, write_manifest
 from fastvkd.errors import ModelError, TrainingError
 from fastvkd.models.folder import identify_base
 from fastvkd.reporting.model_card import run_card
@@ -187,10 +188,10 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     save_file(load_file(shard) | big, shard)
     del big
     gc.collect()
-    manifest_file = tmp_path / "run" / "checkpoint-1" / "checkpoint.json"
-    manifest = json.loads(manifest_file.read_text())
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    manifest = read_manifest(checkpoint)
     manifest["base_model"]["fingerprint"] = identify_base(base).fingerprint
-    manifest_file.write_text(json.dumps(manifest))
+    write_manifest(checkpoint, manifest)
     child = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path / "run"), str(tmp_path / "merged")],
         check=True,

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 
 from fastvkd import EvalOptions, evaluate
 from fastvkd.cli import main
-from fastvkd.engines.checkpoints import find_latest, load_weights, read_manifest
+from fastvkd.engines.checkpoints import find_latest, load_weights
 from fastvkd.engines.exporting import export
+from fastvkd.engines.manifests import read_manifest
 
 SEVERAL_RUNS = Path(__file__).with_name("several_runs.py")
 PRESETS = ["zero0", "zero2", "zero3"]

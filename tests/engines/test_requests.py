@@ -9,8 +9,9 @@ import pytest
 
 from fastvkd.cli import main
 from fastvkd.data import mllmu
-from fastvkd.engines.checkpoints import find_latest, read_manifest
+from fastvkd.engines.checkpoints import find_latest
 from fastvkd.engines.exporting import export, history_of, read_record
+from fastvkd.engines.manifests import read_manifest
 from fastvkd.engines.requests import Request, found_in, judged, note_of, requests_of
 from fastvkd.errors import AlreadyForgotten, DataError
 from fastvkd.records import Photo, Profile

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from test_golden import normalised
 
 from fastvkd.cli import main
-from fastvkd.engines.checkpoints import FORMAT
+from fastvkd.engines.manifests import write_manifest
 from fastvkd.errors import DataError
 from fastvkd.models.folder import identify_base
 from fastvkd.records import Photo, Profile
@@ -42,7 +42,9 @@ def write(folder: Path, name: str, content: Any) -> Path:
 
 
 def training(folder: Path, **changes: Any) -> Path:
-    write(folder, "checkpoint-3/checkpoint.json", {"format": FORMAT, **RECORD, **changes})
+    (folder / "checkpoint-3").mkdir(parents=True, exist_ok=True)
+    files = {"visual.safetensors": "0" * 64, "rank-0.pt": "0" * 64}
+    write_manifest(folder / "checkpoint-3", {"world_size": 1, "sampler": {}, "sha256": files, **RECORD, **changes})
     rows = [row | {"peak_memory_bytes": 3 << 20} for row in training_log(3)]
     return write(folder, "metrics.jsonl", rows)
 

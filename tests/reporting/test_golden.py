@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from example_run import cell, examples, people, report_parts, training_log, with_strangers
 
-from fastvkd.engines.checkpoints import FORMAT
+from fastvkd.engines.manifests import write_manifest
 from fastvkd.reporting import build_report, model_card
 from fastvkd.reporting.html import render
 from fastvkd.reporting.model_card import run_card, with_certificate
@@ -184,8 +184,10 @@ def cards() -> dict[str, str]:
             checkpoint = Path(folder) / "checkpoint-7"
             checkpoint.mkdir()
             settings = report_parts()["settings"] | {"forget_split": "forget_5", "trainable": "lora"} | changes
-            manifest = {"format": FORMAT, "settings": settings, "updates": 7, "base_model": {"path": folder}}
-            (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
+            base = {"path": folder, "fingerprint": "f" * 64}
+            files = {"visual.safetensors": "0" * 64, "rank-0.pt": "0" * 64}
+            manifest = {"settings": settings, "updates": 7, "base_model": base, "world_size": 1, "sha256": files}
+            write_manifest(checkpoint, manifest | {"sampler": {}})
             if name != "gd":
                 rows = [json.dumps({"step": step, "loss_a|b": 0.5 / step, "loss": 1.0}) + "\n" for step in (6, 7, 8)]
                 (checkpoint.parent / "metrics.jsonl").write_text("".join(rows))

@@ -14,8 +14,9 @@ import pytest
 
 from fastvkd.cli import main
 from fastvkd.data import mllmu
-from fastvkd.engines.checkpoints import RUN, find_latest, read_manifest, set_aside
+from fastvkd.engines.checkpoints import RUN, find_latest, set_aside
 from fastvkd.engines.exporting import export, read_record
+from fastvkd.engines.manifests import read_manifest
 from fastvkd.errors import SettingsError, TrainingError
 from fastvkd.files import held
 from fastvkd.models.folder import identify_base

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from fastvkd.cli import main
-from fastvkd.engines.checkpoints import find_latest, load_weights, read_manifest
+from fastvkd.engines.checkpoints import find_latest, load_weights
+from fastvkd.engines.manifests import read_manifest
 from fastvkd.errors import SettingsError, TrainingError
 from fastvkd.settings import Settings, load_settings
 from fastvkd.unlearning import rates

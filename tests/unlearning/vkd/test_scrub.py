@@ -9,8 +9,9 @@ import torch
 from test_stranger import QUICK, WHAT, WHO, strangers, tiny_population
 
 from fastvkd import cli
-from fastvkd.engines.checkpoints import load_weights, read_manifest
+from fastvkd.engines.checkpoints import load_weights
 from fastvkd.engines.exporting import edited_of, export, load_trained, read_record
+from fastvkd.engines.manifests import read_manifest
 from fastvkd.errors import SettingsError
 from fastvkd.models.families import all_parameters, family_of, visual_parameters
 from fastvkd.models.loading import load_model
