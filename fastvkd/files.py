@@ -4,6 +4,7 @@ kept to one process."""
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import logging
 import os
@@ -13,6 +14,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
+
+import psutil
 
 from fastvkd.errors import FastVKDError, TrainingError, disk_is_full, one_line
 
@@ -238,6 +241,14 @@ def _lock(file: Path, folder: Path, key: str) -> int:
         os.close(descriptor)  # its holder took it away between our opening and locking it
 
 
+def _remove_rests(folder: Path, beginning: str) -> None:
+    """Remove what processes of this machine that were killed in `write_atomically` have left of a file."""
+    for rest in folder.glob(f"{glob.escape(beginning)}*.tmp"):
+        number = rest.name.removeprefix(beginning).removesuffix(".tmp")
+        if number.isdecimal() and len(number) < 10 and not psutil.pid_exists(int(number)):
+            rest.unlink(missing_ok=True)
+
+
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` so that `path` holds all of it or what it held before, never a part.
 
@@ -245,9 +256,11 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         TrainingError: the folder cannot be written, or the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    here = f".{path.name}.{socket.gethostname()}-"
+    temporary = path.with_name(f"{here}{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_rests(path.parent, here)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from forked import Ended, Fault, Server
 
 # Fields that say when or how fast, and not what was found.
-_OF_THE_MOMENT = {"seconds", "images_per_second", "peak_memory_bytes", "created", "date", "time"}
+_OF_THE_MOMENT = {"seconds", "created", "date", "time", "digest"}
+_LEARNT = ("step", "loss", "loss_forget", "loss_retain", "grad_norm", "learning_rate")
 _UNFINISHED = (".unfinished", ".partial", ".tmp", ".exporting", ".lock")
 PARTS = ("train", "stranger", "export", "eval", "attack", "report", "steer", "purge", "demo-data")
 
@@ -169,9 +171,10 @@ def _of_training(run: Path) -> Any:
     figures = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
         "files": sorted(path.name for path in run.iterdir()),
-        "bytes": {name: value for name, value in digest(newest).items() if name != "checkpoint.json"},
+        "weights": digest(newest)["visual.safetensors"],
+        "moments": _described(torch.load(newest / "rank-0.pt", weights_only=True)["engine"]),
         "manifest": _figures(run, "checkpoint-2/checkpoint.json", "run.json"),
-        "metrics": [{key: row[key] for key in row if key.startswith(("step", "loss", "grad", "learn"))} for row in figures],
+        "metrics": [{key: row[key] for key in row if key in _LEARNT} for row in figures],
     }
 
 
@@ -185,7 +188,19 @@ def _figures(folder: Path, *names: str) -> Any:
     return found
 
 
+def _described(value: Any) -> Any:
+    """Tensors by their bytes."""
+    if isinstance(value, torch.Tensor):
+        return hashlib.sha256(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    if isinstance(value, dict):
+        return {key: _described(each) for key, each in value.items()}
+    return list(map(_described, value)) if isinstance(value, list | tuple) else value
+
+
 def _lasting(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _lasting(each) for key, each in value.items() if key not in _OF_THE_MOMENT}
+        lasting = {key: _lasting(each) for key, each in value.items() if key not in _OF_THE_MOMENT}
+        if isinstance(lasting.get("sha256"), dict):  # of a checkpoint: its random-number states are Python's own too
+            lasting["sha256"].pop("rank-0.pt", None)
+        return lasting
     return list(map(_lasting, value)) if isinstance(value, list) else value
