@@ -201,21 +201,30 @@ def new_folder(to: Path, key: str, needed: str) -> Iterator[Path]:
     key: as in `held`. needed: how much room, for the message of a full disk. Raises TrainingError for that, and where
     another process writes to `to`.
     """
-    with held(to.with_name(f"{_EXPORTING}{to.name}"), key):
-        unfinished = to.with_name(f"{UNFINISHED}{to.name}")
-        delete_folder(unfinished, ignore_errors=True)  # of a command that was killed
-        unfinished.mkdir(parents=True)
-        try:
-            yield unfinished
-            if to.exists():
-                to.rmdir()
-            unfinished.rename(to)
-        except OSError as error:
-            if disk_is_full(error):
-                raise TrainingError(f"{to}: no space left on the device; {needed}") from error
-            raise
-        finally:
-            delete_folder(unfinished, ignore_errors=True)
+    lock = to.with_name(f"{_EXPORTING}{to.name}")
+    try:
+        with held(lock, key):
+            yield from _filled(to, needed)
+    finally:
+        with contextlib.suppress(OSError):  # left by a command that was killed, or held by another one
+            lock.rmdir()
+
+
+def _filled(to: Path, needed: str) -> Iterator[Path]:
+    unfinished = to.with_name(f"{UNFINISHED}{to.name}")
+    delete_folder(unfinished, ignore_errors=True)  # of a command that was killed
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        if to.exists():
+            to.rmdir()
+        unfinished.rename(to)
+    except OSError as error:
+        if disk_is_full(error):
+            raise TrainingError(f"{to}: no space left on the device; {needed}") from error
+        raise
+    finally:
+        delete_folder(unfinished, ignore_errors=True)
 
 
 def _lock(file: Path, folder: Path, key: str) -> int:

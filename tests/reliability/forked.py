@@ -76,7 +76,7 @@ class Server:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        self._disk = disk
+        self.given_disk = Path() if disk is None else disk  # the disk as commands see it
         self.has_disk = self._reply()["has_disk"]
 
     def __enter__(self) -> "Server":
@@ -113,7 +113,7 @@ class Server:
     @property
     def disk(self) -> Path:
         """The disk as this process sees it."""
-        return Path(f"/proc/{self._process.pid}/root{self._disk}")
+        return Path(f"/proc/{self._process.pid}/root{self.given_disk}")
 
 
 # --- within the server -----------------------------------------------------------------------------------------------

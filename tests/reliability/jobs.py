@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,15 +74,17 @@ class Bench:
         part.before(folder)
         return folder, self.server.run(part.arguments(folder), folder, fault)
 
-    def goes_on(self, name: str, folder: Path) -> None:
-        """The same command once more must end as if nothing had happened."""
+    def goes_on(self, name: str, folder: Path, seen: Path | None = None) -> None:
+        """The same command once more must end as if nothing had happened. `seen`: the folder as this process sees it,
+        where it lies on the server's own disk. It is deleted."""
         part, (straight, expected) = self.part(name), self.straight(name)
         again = self.server.run(part.arguments(folder), folder)
         assert again.code == straight.code, again.err
-        assert part.result(folder) == expected
-        assert leftovers(folder) == []
+        seen = folder if seen is None else seen
+        assert part.result(seen) == expected
+        assert not (left := leftovers(seen)), left
         assert digest(self.root / "model") == self.base
-        shutil.rmtree(folder)
+        shutil.rmtree(seen)
 
     def part(self, name: str) -> Part:
         return _part(self, name)
@@ -135,8 +138,10 @@ def _part(bench: Bench, name: str) -> Part:
         )
     if name == "attack":
         return Part(
-            lambda folder: ["attack", "--model", folder / "merged", "--before", root / "model", *asked]
-            + ["--max-samples", "2", "--kind", "reverse", "membership", "--out", folder / "attack"],
+            lambda folder: (
+                ["attack", "--model", folder / "merged", "--before", root / "model", *asked]
+                + ["--max-samples", "2", "--kind", "reverse", "membership", "--out", folder / "attack"]
+            ),
             with_merged,
             lambda folder: (
                 _figures(folder, "attack/attacks.json", "attack/certificate.json", "merged/certificate.json"),
@@ -152,8 +157,10 @@ def _part(bench: Bench, name: str) -> Part:
         )
     if name == "steer":
         return Part(
-            lambda folder: ["steer", "--model", root / "model", *asked, "--layers", "1", "--questions", "2"]
-            + ["--out", folder / "steering.safetensors"],
+            lambda folder: (
+                ["steer", "--model", root / "model", *asked, "--layers", "1", "--questions", "2"]
+                + ["--out", folder / "steering.safetensors"]
+            ),
             nothing,
             lambda folder: digest(folder),
         )
@@ -162,7 +169,9 @@ def _part(bench: Bench, name: str) -> Part:
             lambda folder: ["purge", folder / "run"], with_run, lambda folder: sorted(digest(folder / "run").keys())
         )
     assert name == "demo-data"
-    return Part(lambda folder: ["@demo-data", root / "data", folder / "data"], nothing, lambda folder: digest(folder / "data"))
+    return Part(
+        lambda folder: ["@demo-data", root / "data", folder / "data"], nothing, lambda folder: digest(folder / "data")
+    )
 
 
 def _of_training(run: Path) -> Any:
@@ -181,10 +190,11 @@ def _of_training(run: Path) -> Any:
 def _figures(folder: Path, *names: str) -> Any:
     """JSON files, or files of JSON lines in any order, without what differs from one time or place to another."""
     found = []
+    named = Path(re.sub(r"^/proc/\d+/root", "", str(folder)))  # as the command was told
     for name in names:
-        text = (folder / name).read_text().replace(str(folder), "FOLDER").replace(str(folder.parent), "FOLDER")
+        text = (folder / name).read_text().replace(str(named), "FOLDER").replace(str(named.parent), "FOLDER")
         rows = map(json.loads, text.splitlines()) if name.endswith(".jsonl") else [json.loads(text)]
-        found.append(sorted((json.dumps(_lasting(row), sort_keys=True) for row in rows)))
+        found.append(sorted(json.dumps(_lasting(row), sort_keys=True) for row in rows))
     return found
 
 

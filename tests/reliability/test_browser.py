@@ -1,4 +1,4 @@
-"""A person whose name, question and answers are markup: in a real browser the page shows them as text, and runs nothing.
+"""A person whose name, question and answers are markup: a real browser shows them as text, and runs nothing.
 
 The browser is Chromium, where it is installed; what holds for any reader of the page is checked everywhere.
 """
@@ -15,10 +15,10 @@ import pytest
 from ledger import note
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "reporting"))  # the example run of the page's own tests
-from example_run import examples, people, training_log, with_strangers  # noqa: E402
+from example_run import examples, people, training_log, with_strangers
 
-from fastvkd.reporting import build_report  # noqa: E402
-from fastvkd.reporting.html import render  # noqa: E402
+from fastvkd.reporting import build_report
+from fastvkd.reporting.html import render
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 HOSTILE = {
@@ -28,7 +28,7 @@ HOSTILE = {
     "end of the title": '</title><script>document.title="hit"</script>',
     "end of the style": '</style><script>document.title="hit"</script>',
     "comment": '--><script>document.title="hit"</script><!--',
-    "link": '<a href="javascript:document.title=\'hit\'">x</a>',
+    "link": "<a href=\"javascript:document.title='hit'\">x</a>",
     "template": "{{7*7}}{% set x = 1 %}${7*7}",
     "entity": "&lt;script&gt;&#60;script&#62;",
     "direction": "\u202e<script>document.title='hit'</script>\u2066",
