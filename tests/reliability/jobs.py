@@ -138,14 +138,14 @@ def _part(bench: Bench, name: str) -> Part:
         )
     if name == "attack":
         return Part(
-            lambda folder: (
-                ["attack", "--model", folder / "merged", "--before", root / "model", *asked]
-                + ["--max-samples", "2", "--kind", "reverse", "membership", "--out", folder / "attack"]
-            ),
+            lambda folder: [
+                *("attack", "--model", folder / "merged", "--before", root / "model", *asked),
+                *("--max-samples", "2", "--kind", "reverse", "membership", "--out", folder / "attack"),
+            ],
             with_merged,
             lambda folder: (
                 _figures(folder, "attack/attacks.json", "attack/certificate.json", "merged/certificate.json"),
-                digest(folder / "merged").keys(),
+                sorted(digest(folder / "merged")),
             ),
         )
     if name == "report":
@@ -157,12 +157,12 @@ def _part(bench: Bench, name: str) -> Part:
         )
     if name == "steer":
         return Part(
-            lambda folder: (
-                ["steer", "--model", root / "model", *asked, "--layers", "1", "--questions", "2"]
-                + ["--out", folder / "steering.safetensors"]
-            ),
+            lambda folder: [
+                *("steer", "--model", root / "model", *asked, "--layers", "1", "--questions", "2"),
+                *("--out", folder / "steering.safetensors"),
+            ],
             nothing,
-            lambda folder: digest(folder),
+            digest,
         )
     if name == "purge":
         return Part(
