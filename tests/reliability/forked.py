@@ -106,6 +106,11 @@ class Server:
         told = None if fault is None else fault.__dict__
         return Ended(**self._ask(arguments=[str(each) for each in arguments], watched=str(watched), fault=told))
 
+    def together(self, commands: Sequence[Sequence[str | Path]], watched: Path) -> list[Ended]:
+        """Several commands that begin at the same moment."""
+        reply = self._ask(together=[[str(each) for each in one] for one in commands], watched=str(watched))
+        return [Ended(**one) for one in reply["ended"]]
+
     def resize(self, size: int) -> None:
         """Give the disk so many bytes. What lies on it stays."""
         self._ask(size=size)
@@ -216,6 +221,17 @@ def _as_a_command() -> Iterator[None]:
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:
     fault = None if request["fault"] is None else Fault(**request["fault"])
+    return _ended(_begin(request["arguments"], Path(request["watched"]), fault), fault)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    pid: int
+    pipes: list[int]
+    since: float
+
+
+def _begin(arguments: list[str], watched: Path, fault: Fault | None) -> _Begun:
     pipes = [os.pipe() for _ in range(3)]  # its output, its errors, its points: no files, which a limit would end
     began = time.monotonic()
     pid = os.fork()
@@ -224,9 +240,9 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
         try:
             for descriptor, (_, write) in zip((1, 2), pipes, strict=False):
                 os.dup2(write, descriptor)
-            points = _Points(Path(request["watched"]), fault)
+            points = _Points(watched, fault)
             try:
-                code = _child(request["arguments"], points)
+                code = _child(arguments, points)
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -241,9 +257,13 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
             os._exit(code)
     for _, write in pipes:
         os.close(write)
-    said = _read([read for read, _ in pipes], pid, fault, began)
-    _, status = os.waitpid(pid, 0)
-    seconds = time.monotonic() - began
+    return _Begun(pid, [read for read, _ in pipes], began)
+
+
+def _ended(begun: _Begun, fault: Fault | None) -> dict[str, Any]:
+    said = _read(begun.pipes, begun.pid, fault, begun.since)
+    _, status = os.waitpid(begun.pid, 0)
+    seconds = time.monotonic() - begun.since
     out, err, points = (text.decode(errors="replace") for text in said)
     code = os.waitstatus_to_exitcode(status)
     return {"code": code, "out": out, "err": err, "points": json.loads(points or "[]"), "seconds": seconds}
@@ -317,6 +337,9 @@ def _serve(disk: Path | None) -> None:
         if "size" in request:
             assert disk is not None
             reply(done=_mount(disk, request["size"], again=True))
+        elif "together" in request:
+            begun = [_begin(arguments, Path(request["watched"]), None) for arguments in request["together"]]
+            reply(ended=[_ended(one, None) for one in begun])
         else:
             reply(**_run(request))
     os._exit(0)  # nothing is open, and taking torch apart takes seconds
