@@ -12,9 +12,9 @@ from forked import Fault
 from jobs import PARTS, Bench
 from ledger import note
 
-QUICK = ("export", "purge", "steer", "report", "demo-data")
+QUICK = ("export", "purge", "steer", "report")
 LONG = ("train", "eval")
-LONGEST = ("stranger", "attack")  # their points are tried by draw
+LONGEST = ("stranger", "attack", "demo-data")  # their points are tried by draw
 MOMENTS = 20
 
 
