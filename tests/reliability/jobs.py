@@ -185,7 +185,7 @@ def _of_training(run: Path) -> Any:
         "files": sorted(path.name for path in run.iterdir()),
         "weights": digest(newest)["visual.safetensors"],
         "moments": _described(torch.load(newest / "rank-0.pt", weights_only=True)["engine"]),
-        "manifest": _figures(run, "checkpoint-2/checkpoint.json", "run.json"),
+        "manifest": _figures(run.parent, "run/checkpoint-2/checkpoint.json", "run/run.json"),
         "metrics": [{key: row[key] for key in row if key in _LEARNT} for row in figures],
     }
 
@@ -195,7 +195,7 @@ def _figures(folder: Path, *names: str) -> Any:
     found = []
     named = Path(re.sub(r"^/proc/\d+/root", "", str(folder)))  # as the command was told
     for name in names:
-        text = (folder / name).read_text().replace(str(named), "FOLDER").replace(str(named.parent), "FOLDER")
+        text = (folder / name).read_text().replace(str(named), "FOLDER")
         rows = map(json.loads, text.splitlines()) if name.endswith(".jsonl") else [json.loads(text)]
         found.append(sorted(json.dumps(_lasting(row), sort_keys=True) for row in rows))
     return found
