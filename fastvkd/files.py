@@ -103,6 +103,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def json_lines(path: Path, kind: type[FastVKDError], mend: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every object of a file of JSON lines with its place, file and line; raises `kind` as `read_text` and `parse_json`
+    do, and for a line that is no object."""
+    for number, line in text_lines(read_text(path, kind, mend)):
+        place = f"{path}:{number}"
+        value = parse_json(line, place, kind, mend)
+        if not isinstance(value, dict):
+            raise kind(f"{place}: holds a {type(value).__name__} and not an object; {mend}")
+        yield place, value
+
+
 def read_json(path: Path, kind: type[FastVKDError], mend: str) -> Any:
     """The value in a JSON file; raises as `read_text` and `parse_json`."""
     return parse_json(read_text(path, kind, mend), str(path), kind, mend)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-from fastvkd.bounds import Bound, NotNegative, Positive, Seed
+from fastvkd.bounds import WHOLE, Bound, NotNegative, Positive, Seed
 from fastvkd.errors import SettingsError
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ class Option:
         name = ((self.flag and self.flag.name) or self.name).lstrip("-")
         if typing.get_origin(self.kind) is Literal and value not in typing.get_args(self.kind):
             raise SettingsError(f"{name}={value!r}: allowed are {', '.join(typing.get_args(self.kind))}")
-        for bound in self.bounds:
+        for bound in (*self.bounds, WHOLE):
             if not bound.holds(value):
                 raise SettingsError(f"{name}={value}: {bound.message}")
 
@@ -245,7 +245,7 @@ class Budget(Options):
 
     max_samples: Annotated[Count[int | None], Flag("questions a variant")] = 400
     batch_size: Annotated[Count[int], Flag("questions at once")] = 64
-    shots: tuple[int, ...] = (1, 3, 5)
+    shots: tuple[NotNegative[int], ...] = (1, 3, 5)
     relearning_shares: Annotated[
         tuple[Share, ...], Flag("relearning: shares of the forget photos", name="--shares")
     ] = (0.1, 0.2, 0.5, 1.0)
@@ -256,7 +256,7 @@ class Budget(Options):
         tuple[RelearningVariant, ...],
         Flag("relearning: further ways, with the largest share and the first seed", name="--variants"),
     ] = get_args(RelearningVariant)
-    relearning_seeds: Annotated[tuple[NotNegative[int], ...], Flag("relearning: seeds", name="--seeds")] = (0, 1, 2)
+    relearning_seeds: Annotated[tuple[Seed[int], ...], Flag("relearning: seeds", name="--seeds")] = (0, 1, 2)
     relearning_weights: Annotated[
         tuple[RelearningWeights, ...], Flag("relearning: what is trained", name="--weights")
     ] = get_args(RelearningWeights)
@@ -266,8 +266,8 @@ class Budget(Options):
     learning_rates: Annotated[
         tuple[Positive[float], ...], Flag("relearning: learning rates; the strongest attack counts")
     ] = (1e-5, 1e-4, 1e-3)
-    relearning_samples: int | None = None
-    relearning_retained: int = 100
+    relearning_samples: Count[int | None] = None
+    relearning_retained: NotNegative[int] = 100
     perturbations: Annotated[tuple[Count[int], ...], Flag("perturbation of all pixels: at most so many 255ths")] = (
         8,
         16,

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
-from fastvkd.bounds import Bound, NotNegative, Positive, Seed
+from fastvkd.bounds import WHOLE, Bound, NotNegative, Positive, Seed
 from fastvkd.errors import SettingsError
 from fastvkd.files import read_text
 from fastvkd.methods import METHODS, answer_losses, feature_methods
@@ -421,7 +421,7 @@ def _out_of_bounds(section: Any, prefix: str) -> Iterator[str]:
         value = getattr(section, key)
         if dataclasses.is_dataclass(value):
             yield from _out_of_bounds(value, f"{prefix}{key}.")
-        for rule in getattr(hint, "__metadata__", ()):
+        for rule in (*getattr(hint, "__metadata__", ()), WHOLE):
             if isinstance(rule, OneOf):
                 yield from _not_among(value, list(rule.names()), prefix + key)
             elif isinstance(value, int | float) and not rule.holds(value):

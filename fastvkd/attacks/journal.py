@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvkd.errors import TrainingError
-from fastvkd.files import write_atomically
+from fastvkd.files import text_lines, write_atomically
 
 
 class Journal:
@@ -16,7 +16,7 @@ class Journal:
 
     Args:
         path: lines that are there are used again where `common` and the figure's own facts are the same. Others stay:
-            they may be wanted again. A last line that was cut off is dropped.
+            they may be wanted again. A line that was cut off, or whose digest differs, is dropped.
         common: what every figure depends on, as JSON, such as the data and the code.
     """
 
@@ -25,7 +25,7 @@ class Journal:
         self._found: dict[str, Any] = {}
         if path is None or not path.is_file():
             return
-        lines = list(filter(None, map(_read, path.read_text("utf-8").splitlines())))
+        lines = [row for _, line in text_lines(path.read_text("utf-8", errors="replace")) if (row := _read(line))]
         self._found = {line["key"]: line["found"] for line in lines}
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
@@ -36,9 +36,9 @@ class Journal:
         """
         key = hashlib.sha256(json.dumps([self._common, facts], sort_keys=True).encode()).hexdigest()
         if key not in self._found:
-            text = json.dumps({"key": key, **facts, "found": measure()})
-            self._append(text)
-            self._found[key] = json.loads(text)["found"]  # the same whether measured now or read
+            row = json.loads(json.dumps({"key": key, **facts, "found": measure()}))
+            self._append(json.dumps({**row, "digest": _digest(row)}))
+            self._found[key] = row["found"]  # the same whether measured now or read
         return self._found[key]
 
     def _append(self, text: str) -> None:
@@ -57,6 +57,13 @@ class Journal:
 def _read(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and {"key", "found"} <= set(row) else None
+    if not isinstance(row, dict) or not {"key", "found"} <= set(row) or not isinstance(row["key"], str):
+        return None
+    said = {name: value for name, value in row.items() if name != "digest"}
+    return row if row.get("digest", _digest(said)) == _digest(said) else None  # versions before wrote none
+
+
+def _digest(row: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()

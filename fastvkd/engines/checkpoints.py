@@ -31,10 +31,10 @@ from torch import Tensor
 from fastvkd.engines.hashed_files import save_object, save_tensors
 from fastvkd.engines.manifests import MANIFEST, MASTERS, WEIGHTS, rank_file, read_manifest, write_manifest
 from fastvkd.engines.protocol import Engine
-from fastvkd.errors import TrainingError, disk_is_full
+from fastvkd.errors import ModelError, TrainingError, disk_is_full, one_line
 from fastvkd.files import UNFINISHED, delete_folder, delete_unfinished, sync
 from fastvkd.models.folder import BaseModel
-from fastvkd.models.shards import read_safetensors_header
+from fastvkd.models.shards import UNPICKLING_ERRORS, read_safetensors_header
 
 RUN = "run.json"  # in an output folder: which run it is of
 # What a run leaves in its output folder beside checkpoints, and another must not take for its own.
@@ -309,8 +309,57 @@ def verify_checkpoint(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The trained weights of a checkpoint on the CPU, HF live names, in their working dtype."""
-    return load_file(checkpoint / WEIGHTS)
+    """The trained weights of a checkpoint on the CPU, HF live names, in their working dtype. Raises TrainingError where
+    the file holds something else."""
+    return _load_tensors(checkpoint / WEIGHTS)
+
+
+def trained_shapes(checkpoint: Path) -> dict[str, list[int]]:
+    """The shapes of the trained weights by their names; only a header is read. Raises as `load_weights` does."""
+    return _shapes(checkpoint / WEIGHTS)
+
+
+def _load_tensors(file: Path) -> dict[str, Tensor]:
+    _shapes(file)  # names the file if it is damaged
+    return load_file(file)
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    try:
+        header, _ = read_safetensors_header(file)
+    except (ModelError, OSError) as error:
+        raise _of_another_kind(file, one_line(error)) from error
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+
+
+# What of `Engine.state_dict` lies in a rank's file.
+_OF_AN_ENGINE = {"names": list, "optim": str, "updates": int, "world_size": int, "layout": str}
+
+
+def _read_part(file: Path) -> dict[str, Any]:
+    """What one rank wrote for itself. Raises TrainingError where the file holds anything else."""
+    try:
+        part = torch.load(file, map_location="cpu", weights_only=True)
+    except UNPICKLING_ERRORS as error:
+        raise _of_another_kind(file, one_line(error, 120)) from error
+    if not isinstance(part, dict) or not all(isinstance(part.get(key), dict) for key in ("engine", "rng")):
+        raise _of_another_kind(file, "no engine and rng in it")
+    state = part["engine"]
+    for key, kind in _OF_AN_ENGINE.items():
+        if not isinstance(state.get(key), kind):
+            raise _of_another_kind(file, f"engine has no {key} of the type {kind.__name__}")
+    if not all(isinstance(name, str) for name in state["names"]):
+        raise _of_another_kind(file, "the names of parameters are no texts")
+    if not isinstance(state.get("moments", 0), dict | None):
+        raise _of_another_kind(file, "the moments are of no optimiser")
+    return part
+
+
+def _of_another_kind(file: Path, what: str) -> TrainingError:
+    return TrainingError(
+        f"{file}: is not what a checkpoint holds ({what}); delete the folder {file.parent.name} and resume from an "
+        "older one"
+    )
 
 
 def load_checkpoint(checkpoint: Path, engine: Engine, *, base_model: BaseModel) -> Resumed:
@@ -329,15 +378,22 @@ def load_checkpoint(checkpoint: Path, engine: Engine, *, base_model: BaseModel) 
         )
     same_world = manifest["world_size"] == engine.world_size
     own = checkpoint / rank_file(engine.rank if same_world else 0)
-    part = torch.load(own, map_location="cpu", weights_only=True)
+    part = _read_part(own)
     state = part["engine"]
     not_its_own = set(manifest["beside"])
     state["masters"] = {name: w for name, w in load_weights(checkpoint).items() if name not in not_its_own}
     if MASTERS in manifest["sha256"]:
-        state["masters"] |= load_file(checkpoint / MASTERS)
+        masters = _load_tensors(checkpoint / MASTERS)
+        for name, master in masters.items():
+            if name not in state["masters"] or state["masters"][name].shape != master.shape:
+                raise _of_another_kind(checkpoint / MASTERS, f"{name} is no weight of {WEIGHTS}, or of another shape")
+        state["masters"] |= masters
     moments_restored = engine.load_state_dict(state)
     if same_world:
-        _set_rng_state(part["rng"], engine.device)
+        try:
+            _set_rng_state(part["rng"], engine.device)
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            raise _of_another_kind(own, f"random-number states: {one_line(error, 120)}") from error
     notice = ""
     if not moments_restored:
         notice = (
@@ -349,8 +405,7 @@ def load_checkpoint(checkpoint: Path, engine: Engine, *, base_model: BaseModel) 
 
 def bytes_per_trainable_parameter(checkpoint: Path) -> float:
     """Size of the checkpoint on disk over the number of trainable weights in it."""
-    header, _ = read_safetensors_header(checkpoint / WEIGHTS)
-    count = sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    count = sum(map(math.prod, trained_shapes(checkpoint).values()))
     return sum(file.stat().st_size for file in checkpoint.iterdir()) / count
 
 

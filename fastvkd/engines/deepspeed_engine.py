@@ -185,7 +185,8 @@ class DeepSpeedEngine:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
-        check_same_parameters(state, names=list(self._parameters), optim=self._optim)
+        shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
+        check_same_parameters(state, shapes=shapes, optim=self._optim)
         for name, parameter in self._parameters.items():
             self._set_weight(parameter, state["masters"][name].to(self.device))
         self.updates = state["updates"]

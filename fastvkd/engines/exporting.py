@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastvkd.engines.checkpoints import find_latest, load_weights, verify_checkpoint
+from fastvkd.engines.checkpoints import find_latest, load_weights, trained_shapes, verify_checkpoint
 from fastvkd.engines.manifests import WEIGHTS
 from fastvkd.errors import ModelError, TrainingError
 from fastvkd.files import new_folder, read_json, read_json_object
@@ -93,7 +93,7 @@ def export(run_dir: Path, to: Path, *, model_card: str, base: Path | None = None
 
     with new_folder(to, "--to", f"the base has {_size(base):,} bytes") as folder:
         alpha = float(manifest["settings"].get("lora_alpha", 0))
-        exported = _write(checkpoint / WEIGHTS, base, folder, to, model_card, lora_alpha=alpha)
+        exported = _write(checkpoint, base, folder, to, model_card, lora_alpha=alpha)
         kept = ("updates", "settings", "base_model", "forgotten")
         record = {key: manifest[key] for key in kept if key in manifest} | {
             "edited": sorted(lora.adapted(manifest["beside"])),
@@ -154,24 +154,46 @@ def load_trained(model: nn.Module, checkpoint: Path) -> None:
     """
     manifest = verify_checkpoint(checkpoint)
     own = model.state_dict()
+    refuse_misfits(checkpoint, {name: list(tensor.shape) for name, tensor in own.items()})
     alpha = float(manifest["settings"].get("lora_alpha", 0))
     weights = sine.merged(lora.merged(load_weights(checkpoint), own.__getitem__, alpha=alpha), own.__getitem__)
-    missing = sorted(set(weights) - set(own))
-    if missing:
-        raise ModelError(f"{checkpoint}: the model has no {missing[0]}; load the base model that the run started from")
     model.load_state_dict(weights, strict=False)
 
 
-def _write(weights_file: Path, base: Path, folder: Path, to: Path, model_card: str, *, lora_alpha: float) -> Exported:
+def refuse_misfits(checkpoint: Path, own: Mapping[str, Sequence[int]]) -> None:
+    """Raises ModelError where a checkpoint has a weight, or an adapter of one, that does not fit the model whose shapes
+    by live name are `own`."""
+    trained = trained_shapes(checkpoint)
+    adapters: dict[str, tuple[str, ...]] = {**lora.adapted(trained), **sine.modulated(trained)}
+    parts = {part for pair in adapters.values() for part in pair}
+    mend = "load the base model that the run started from"
+    for name in sorted({*adapters, *(name for name in trained if name not in parts)}):
+        if name not in own:
+            raise ModelError(f"{checkpoint}: the model has no {name}; {mend}")
+        shapes, expected = [trained.get(part) for part in adapters.get(name, (name,))], list(own[name])
+        if len(shapes) == 2:  # B A of an adapter: (out, r) and (r, in)
+            a, b = shapes
+            whole = a is not None and b is not None and len(a) == len(b) == 2 and 0 < a[0] == b[1]
+            shapes = [[b[0], a[1]] if whole else None]  # type: ignore[index]
+        if shapes != [expected]:
+            raise ModelError(f"{checkpoint}: what it has of {name} is not of the model's shape {expected}; {mend}")
+
+
+def _write(checkpoint: Path, base: Path, folder: Path, to: Path, model_card: str, *, lora_alpha: float) -> Exported:
     shards = shards_of(base)
     targets, reflinked = copy_shards(shards, folder)
     headers = {target: read_safetensors_header(target) for target in targets}
-    with safe_open(weights_file, "pt") as weights:
+    trained_shapes(checkpoint)  # names the file if it is none of weights
+    with safe_open(checkpoint / WEIGHTS, "pt") as weights:
         adapters: dict[str, tuple[str, ...]] = {**lora.adapted(weights.keys()), **sine.modulated(weights.keys())}
         parts = {part for pair in adapters.values() for part in pair}
         names = [*(name for name in weights.keys() if name not in parts), *adapters]  # noqa: SIM118 - not a dict
         disk_keys = match_keys(names, {key for header, _ in headers.values() for key in header})
         live_of = {key: name for name, key in disk_keys.items()}
+        stored = {
+            key: entry["shape"] for header, _ in headers.values() for key, entry in header.items() if "shape" in entry
+        }
+        refuse_misfits(checkpoint, {name: stored[key] for name, key in disk_keys.items()})
         rewritten: list[str] = []
         copied: list[str] = []
         for shard, target in zip(shards, targets, strict=True):

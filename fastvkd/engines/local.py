@@ -134,7 +134,8 @@ class LocalEngine:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> bool:
-        check_same_parameters(state, names=list(self._masters), optim=self._optim)
+        shapes = {name: tuple(master.shape) for name, master in self._masters.items()}
+        check_same_parameters(state, shapes=shapes, optim=self._optim)
         for name, master in self._masters.items():
             master.copy_(state["masters"][name])
         self._copy_masters_to_parameters()
@@ -175,8 +176,9 @@ def _move_gradient_to(master: nn.Parameter) -> Callable[[Tensor], None]:
     return hook
 
 
-def check_same_parameters(state: dict[str, Any], *, names: list[str], optim: str) -> None:
-    """Refuse a saved state whose trainable parameters or optimiser are not this run's."""
+def check_same_parameters(state: dict[str, Any], *, shapes: dict[str, tuple[int, ...]], optim: str) -> None:
+    """Refuse a saved state whose trainable parameters, by name and shape, or optimiser are not this run's."""
+    names = list(shapes)
     if state["names"] != names:
         missing = sorted(set(names) ^ set(state["names"]))
         what = f"{missing[0]!r} is in only one of them" if missing else "their order differs"
@@ -189,3 +191,11 @@ def check_same_parameters(state: dict[str, Any], *, names: list[str], optim: str
             f"the checkpoint was written with optim={state['optim']!r}, this run has optim={optim!r}: "
             "resume with the same optimiser, or start in a new output_dir"
         )
+    for name, shape in shapes.items():
+        saved = state["masters"].get(name)
+        found = "no such weight" if saved is None else f"shape {tuple(saved.shape)}"
+        if saved is None or tuple(saved.shape) != shape:
+            raise TrainingError(
+                f"the checkpoint's .safetensors files have {found} for {name}, this run has shape {shape}: delete that "
+                "checkpoint and resume from an older one"
+            )

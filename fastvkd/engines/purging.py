@@ -20,6 +20,7 @@ REMOVED = (
     ("best", "a checkpoint that was kept while training"),
     (".unfinished-*", "what a command left that was cut off"),
     (".*.tmp", "what a command left that was cut off"),
+    ("*.partial", "what a command left that was cut off"),
     ("trace.json", "a trace of training steps"),
     ("samples*.jsonl", "every question with its answers and photos' hashes"),
     ("attacks.jsonl", "the attacks' journal, with questions"),

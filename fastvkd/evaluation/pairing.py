@@ -57,8 +57,17 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     """The logged samples of an evaluation. Raises DataError for a folder without."""
     log = folder / "samples.jsonl"
     mend = "paired tests need the --out folders of fastvkd eval, with their samples.jsonl"
-    lines = logged_samples(log, f"{log}:", mend)
+    lines = logged_samples(log, mend, _needed)
     return [line for line in lines if "finished" not in line and line.get("cell") not in _NOT_FIGURES]
+
+
+def _needed(sample: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys of a sample that are compared."""
+    if sample.get("cell") in _NOT_FIGURES:
+        return ()
+    figure = {"choice": ("options", "answer", "correct"), "generation": ("rouge_l",), "cloze": ("correct",)}
+    of_task = {**figure, "description": ("correct",)}.get(sample.get("task", ""), ())
+    return ("kind", "entity", "question", *of_task)
 
 
 def paired_tests(base: tuple[str, Samples], other: tuple[str, Samples], seed: int = 0) -> list[Paired]:

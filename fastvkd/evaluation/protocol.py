@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import numpy as np
 from torch import nn
 
-from fastvkd.errors import DataError, SettingsError, one_line
+from fastvkd.errors import DataError, SettingsError
 from fastvkd.evaluation.asker import Asker
 from fastvkd.evaluation.benchmarks import BENCHMARKS, MODES, Letters, Rules, chat_turn, speaks_user_assistant
 from fastvkd.evaluation.divergence import answer_log_probability
@@ -28,6 +28,7 @@ from fastvkd.evaluation.inputs import PreparedPhotos, Tick
 from fastvkd.evaluation.multiple_choice import OptionScores
 from fastvkd.evaluation.statistics import with_interval
 from fastvkd.evaluation.truth_ratio import log_truth_ratios, probability, truth_score
+from fastvkd.files import json_lines
 from fastvkd.records import Choice, Photo, Profile
 
 TASKS = ("choice", "generation", "cloze", "truth", "description")
@@ -409,18 +410,59 @@ def cell_figures(samples: Sequence[Mapping[str, Any]], seed: int) -> dict[str, A
     return figures
 
 
-def logged_samples(log: Path, place: str, mend: str) -> list[dict[str, Any]]:
-    """Every line of the samples.jsonl of an evaluation, those that close a cell included. Raises DataError, beginning
-    with `place`, for a file that cannot be read."""
-    try:
-        return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{place} cannot be read ({one_line(error)}); {mend}") from error
+def logged_samples(
+    log: Path, mend: str, needed: Callable[[Mapping[str, Any]], Sequence[str]] = lambda sample: ()
+) -> list[dict[str, Any]]:
+    """Every line of the samples.jsonl of an evaluation, those that close a cell included.
+
+    Raises DataError, naming file and line, for what cannot be read, a sample without one of the keys that it `needed`,
+    and a value that no evaluation writes.
+    """
+    found = []
+    for place, sample in json_lines(log, DataError, mend):
+        if "finished" not in sample:
+            for key in ("cell", "task", *needed(sample)):
+                if key not in sample:
+                    raise DataError(f"{place}: a sample without {key}; {mend}")
+            for key, (holds, what) in _VALUES.items():
+                if key in sample and not holds(sample[key]):
+                    raise DataError(f"{place}: {key} is not {what}; {mend}")
+            if "log_likelihood" in sample and "answer" in sample:
+                for key in ("log_likelihood", "tokens"):
+                    if not {sample["answer"], *sample.get("options", {})} <= set(sample.get(key, {})):
+                        raise DataError(f"{place}: {key} lacks an option or the answer; {mend}")
+        found.append(sample)
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _each(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(holds, value.values()))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+# What the values of a sample are, where it has them.
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("cell", "kind", "task", "entity", "question", "photo", "answer"), (_is_text, "a text")),
+    "options": (_each(_is_text), "an object of texts"),
+    "correct": (lambda value: isinstance(value, bool), "true or false"),
+    "log_likelihood": (_each(_is_number), "an object of finite numbers"),
+    "tokens": (_each(lambda value: type(value) is int and value > 0), "an object of whole numbers above 0"),
+    "rouge_l": (_is_number, "a finite number"),
+}
 
 
 class _Log:
-    """Per-sample JSON lines, and after each cell's a line with its key and figures. On opening, the cells whose key is
-    in `keep` stay and everything else goes: other settings' cells, what a killed run left of an unfinished one."""
+    """Per-sample JSON lines, and after each cell's a line with its key, figures and the SHA-256 of its samples' lines.
+
+    On opening, the cells whose key is in `keep` stay and everything else goes: other settings' cells, damaged ones,
+    what a killed run left of an unfinished one."""
 
     def __init__(self, path: Path | None, keep: set[str]) -> None:
         self.path = path
@@ -441,29 +483,40 @@ class _Log:
     def _copy_finished(self, path: Path, kept: TextIO, keep: set[str]) -> None:
         lines: list[str] = []
         samples: list[dict[str, Any]] = []
-        with path.open(encoding="utf-8", errors="replace") as file:
+        damaged = False
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
             for line in file:
                 try:
                     content = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # torn when a run was killed: its cell has no closing line
-                lines.append(line)
-                if "finished" in content:
-                    if content["finished"] in keep:
-                        self.finished[content["finished"]] = samples
-                        kept.writelines(lines)
-                    lines, samples = [], []
-                else:
+                except (ValueError, RecursionError):
+                    content = None
+                if not isinstance(content, dict):  # so is what a killed run left, but that has no closing line
+                    damaged = True
+                elif "finished" not in content:
+                    lines.append(line)
                     samples.append(content)
+                else:
+                    key = content["finished"]
+                    whole = not damaged and content.get("sha256", _digest(lines)) == _digest(lines)
+                    if whole and isinstance(key, str) and key in keep:
+                        self.finished[key] = samples
+                        kept.writelines([*lines, line])
+                    lines, samples, damaged = [], [], False
 
     def add(self, samples: list[dict[str, Any]], closing: dict[str, Any]) -> None:
         if self.path is None:
             return
         try:
+            lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+            last = json.dumps({**closing, "sha256": _digest(lines)}, ensure_ascii=False) + "\n"
             with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in [*samples, closing])
+                file.writelines([*lines, last])
         except OSError as error:
             raise _unwritable(self.path, error) from error
+
+
+def _digest(lines: Sequence[str]) -> str:
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _unwritable(path: Path, error: OSError) -> DataError:

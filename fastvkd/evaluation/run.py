@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,10 @@ def _reference(benchmark: str, mode: str, folder: str | Path) -> Samples:
         )
     logged = Path(folder) / SAMPLES
     mend = "give the --out folder of an evaluation of the model that never saw the forget set"
-    lines = logged_samples(logged, f"reference_eval: {logged}", mend)
+    try:
+        lines = logged_samples(logged, mend, _needed)
+    except DataError as error:
+        raise DataError(f"reference_eval: {error}") from error
     if benchmark == "clear" and not _forget_truth(lines):
         raise DataError(f"reference_eval: {logged} holds no truth ratios of a forget set; evaluate it on CLEAR first")
     if benchmark != "clear" and not scored_choices(lines):
@@ -211,6 +214,13 @@ def _reference(benchmark: str, mode: str, folder: str | Path) -> Samples:
             f"reference_eval: {logged} holds no likelihoods of options; evaluate it in corrected mode first"
         )
     return lines
+
+
+def _needed(sample: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys of a sample that another evaluation is compared with."""
+    if sample.get("task") == "truth":
+        return ("entity", "answer")
+    return ("kind", "entity", "question", "options", "answer") if "log_likelihood" in sample else ()
 
 
 def _refuse_other_samples(mine: Collection[Any], reference: Collection[Any], folder: str | Path | None) -> None:

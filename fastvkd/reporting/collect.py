@@ -17,6 +17,7 @@ from fastvkd.engines.checkpoints import find_latest
 from fastvkd.engines.exporting import read_record
 from fastvkd.engines.manifests import read_manifest
 from fastvkd.errors import DataError
+from fastvkd.files import json_lines
 from fastvkd.methods import method_of
 from fastvkd.models.folder import identify_base
 from fastvkd.models.shards import shards_of
@@ -120,7 +121,8 @@ def _same_data(one: str, other: str) -> bool:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    mend = "delete the damaged line, or make the figures again"
+    return [line for _, line in json_lines(file, DataError, mend)] if file.is_file() else []
 
 
 # Reading a folder: each function knows one kind of run, by the file that `_READERS` names.

@@ -12,6 +12,7 @@ from fastvkd.engines.checkpoints import find_latest
 from fastvkd.engines.exporting import history_of
 from fastvkd.engines.manifests import read_manifest
 from fastvkd.errors import TrainingError
+from fastvkd.files import json_lines
 from fastvkd.methods import method_of
 from fastvkd.reporting.html import TEMPLATES
 from fastvkd.reporting.report import cells_of, models_of, read_report
@@ -76,7 +77,8 @@ def run_card(run: Path, base: Path | None = None) -> str:
         if file.is_file() and (report := read_report(file))["settings"] == settings:
             return model_card(report, history)
     metrics = checkpoint.parent / "metrics.jsonl"
-    written = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    mend = "delete the damaged line"
+    written = [line for _, line in json_lines(metrics, TrainingError, mend)] if metrics.is_file() else []
     return _CARDS.get_template("card/run.md").render(
         hub_id=None,
         name=_name_of(settings),

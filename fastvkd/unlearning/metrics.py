@@ -13,7 +13,7 @@ from torch import Tensor
 from fastvkd.devices import peak_memory_bytes
 from fastvkd.engines.protocol import Engine
 from fastvkd.errors import SettingsError, TrainingError
-from fastvkd.files import write_atomically
+from fastvkd.files import parse_json, text_lines, write_atomically
 from fastvkd.settings import Settings
 from fastvkd.unlearning.phases import Spans
 from fastvkd.unlearning.phases import seconds as phase_seconds
@@ -37,7 +37,7 @@ class Metrics:
         self._is_main = engine.rank == 0
         self._boards: list[_TensorBoard | _WeightsAndBiases] = []
         if self._is_main:
-            kept = _lines_up_to(self.path, first) if first else []
+            kept = lines_up_to(self.path, first) if first else []
             write_atomically(self.path, "".join(kept).encode())
             if "tensorboard" in settings.report_to:
                 self._boards.append(_TensorBoard(output))
@@ -109,11 +109,23 @@ class Metrics:
             board.close()
 
 
-def _lines_up_to(path: Path, step: int) -> list[str]:
+def lines_up_to(path: Path, step: int) -> list[str]:
+    """The lines of metrics.jsonl up to an update; what a killed run left of the last one is no line.
+
+    Raises TrainingError, naming file and line, for one that is damaged.
+    """
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    text, _, _ = path.read_text(errors="replace").rpartition("\n")
+    mend = "delete that line"
+    kept = []
+    for number, line in text_lines(text):
+        row = parse_json(line, f"{path}:{number}", TrainingError, mend)
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise TrainingError(f"{path}:{number}: has no step; {mend}")
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    return kept
 
 
 class _TensorBoard:

@@ -289,7 +289,7 @@ def test_one_flipped_bit_of_the_manifest_is_found(tmp_path):
 def without_digest(folder):
     """The manifest as the version before wrote it, whose mistakes no digest finds."""
     manifest = json.loads((folder / MANIFEST).read_text()) | {"format": 1}
-    del manifest["digest"]
+    manifest.pop("digest", None)
     return manifest
 
 
@@ -446,3 +446,66 @@ def test_folders_that_are_no_model_or_no_checkpoint_are_refused(tmp_path):
         identify_base(model)
     with pytest.raises(TrainingError, match="not a checkpoint"):
         load_checkpoint(tmp_path, tiny_engine(), base_model=BASE)
+
+
+def replaced(folder, name, content):
+    """Another file in a checkpoint, with the right hash: only its content can tell."""
+    (folder / name).write_bytes(content) if isinstance(content, bytes) else torch.save(content, folder / name)
+    manifest = read_manifest(folder)
+    manifest["sha256"][name] = checkpoints._sha256(folder / name)
+    write_manifest(folder, manifest)
+
+
+def part_with(folder, **changes):
+    part = torch.load(folder / "rank-0.pt", weights_only=True)
+    return part | {key: part[key] | change if isinstance(change, dict) else change for key, change in changes.items()}
+
+
+OTHER_PARTS = {
+    "a list": lambda folder: [1, 2],
+    "a tensor": lambda folder: torch.zeros(3),
+    "no pickle": lambda folder: b"text",
+    "a pickle that ends early": lambda folder: (folder / "rank-0.pt").read_bytes()[:-300],
+    "nothing": lambda folder: {},
+    "an engine that is a list": lambda folder: part_with(folder, engine=[]),
+    "no names": lambda folder: part_with(folder, engine={"names": None}),
+    "names that are numbers": lambda folder: part_with(folder, engine={"names": [1, 2]}),
+    "updates that are a text": lambda folder: part_with(folder, engine={"updates": "4"}),
+    "moments that are a list": lambda folder: part_with(folder, engine={"moments": [1]}),
+    "random states that are a text": lambda folder: part_with(folder, rng="x"),
+    "a random state that is a number": lambda folder: part_with(folder, rng={"python": 3}),
+    "torch's random state of another size": lambda folder: part_with(folder, rng={"torch": torch.zeros(3)}),
+    "NumPy's random state cut": lambda folder: part_with(folder, rng={"numpy": ("MT19937",)}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_PARTS)
+def test_a_rank_file_of_another_kind_is_one_line(tmp_path, kind):
+    folder = save(tiny_engine(), tmp_path)
+    replaced(folder, "rank-0.pt", OTHER_PARTS[kind](folder))
+    with pytest.raises(TrainingError, match=r"rank-0\.pt: .*delete the folder checkpoint-0") as error:
+        load_checkpoint(folder, tiny_engine(), base_model=BASE)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["visual.safetensors", "masters.safetensors"])
+@pytest.mark.parametrize("kind", ["text", "other names", "another shape", "a shape that would be spread"])
+def test_weights_of_another_kind_are_one_line(tmp_path, file, kind):
+    folder = save(tiny_engine(), tmp_path)
+    weights = load_file(folder / file)
+    name = next(iter(weights))
+    if kind == "other names" and file == checkpoints.WEIGHTS:
+        weights["other"] = weights.pop(name)
+    elif kind == "other names":
+        weights["other"] = weights[name].clone()
+    elif kind == "another shape":
+        weights[name] = torch.zeros(3, 3)
+    else:
+        weights[name] = weights[name].reshape(-1)[:1]
+    save_file(weights, tmp_path / "new")
+    replaced(folder, file, b"text" if kind == "text" else (tmp_path / "new").read_bytes())
+    if kind == "other names" and file == checkpoints.WEIGHTS:  # the master stands in for the weight that is not there
+        replaced(folder, checkpoints.MASTERS, (tmp_path / "new").read_bytes())
+    with pytest.raises(TrainingError, match=r"\.safetensors") as error:
+        load_checkpoint(folder, tiny_engine(), base_model=BASE)
+    assert "\n" not in str(error.value)

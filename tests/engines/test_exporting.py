@@ -1,6 +1,7 @@
 """An exported folder is the base, bit for bit, but for the visual weights that training moved."""
 
 import gc
+import hashlib
 import json
 import random
 import subprocess
@@ -15,7 +16,7 @@ from transformers import LlavaForConditionalGeneration as Llava
 from fastvkd.engines.checkpoints import save_checkpoint
 from fastvkd.engines.exporting import copy_file, export, match_keys, read_record
 from fastvkd.engines.local import LocalEngine
-from fastvkd.engines.manifests import read_manifest, write_manifest
+from fastvkd.engines.manifests import WEIGHTS, read_manifest, write_manifest
 from fastvkd.errors import ModelError, TrainingError
 from fastvkd.models.folder import identify_base
 from fastvkd.reporting.model_card import run_card
@@ -265,3 +266,28 @@ def test_what_was_said_of_the_base_is_not_said_of_the_new_model(tmp_path):
     card = (tmp_path / "new" / "README.md").read_text()
     assert "Nobody has evaluated this model yet" in card and "## Certificate" not in card
     assert "| `request-1` | `forget_5` | vkd | 3 | passed |" in card and "| `request-0` |" in card
+
+
+@pytest.mark.parametrize("kind", ["another shape", "half an adapter", "an adapter that does not fit", "text"])
+def test_a_checkpoint_of_other_weights_is_one_line_and_leaves_nothing(tmp_path, kind):
+    base = write_base(tmp_path / "base", OLD, torch.float32)
+    train(base, tmp_path / "run", torch.float32, steps=1)
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    weights = load_file(checkpoint / WEIGHTS)
+    name = next(name for name, tensor in weights.items() if tensor.ndim == 2)
+    if kind == "another shape":
+        weights[name] = torch.zeros(3, 3)
+    else:
+        del weights[name]
+        weights[name.removesuffix("weight") + "lora_A"] = torch.zeros(2, 7)
+    if kind == "an adapter that does not fit":
+        weights[name.removesuffix("weight") + "lora_B"] = torch.zeros(7, 2)
+    save_file(weights, checkpoint / WEIGHTS)
+    if kind == "text":
+        (checkpoint / WEIGHTS).write_text("text")
+    manifest = read_manifest(checkpoint)
+    manifest["sha256"][WEIGHTS] = hashlib.sha256((checkpoint / WEIGHTS).read_bytes()).hexdigest()
+    write_manifest(checkpoint, manifest)
+    with pytest.raises((ModelError, TrainingError), match="checkpoint-1") as error:
+        export(tmp_path / "run", tmp_path / "merged", model_card="")
+    assert "\n" not in str(error.value) and not (tmp_path / "merged").exists()

@@ -65,6 +65,20 @@ def test_what_tells_of_people_goes_and_the_model_can_still_be_exported(
     assert not [file for file in run.rglob("*.json*") if question in file.read_text()]
 
 
+def test_what_was_cut_off_goes_and_is_listed(tmp_path: Path, capsys) -> None:
+    (tmp_path / "results.json").write_text("{}")
+    left = ["samples.jsonl.partial", "samples-gold.jsonl.partial", "x.partial", ".report.html.7.tmp"]
+    for name in left:
+        (tmp_path / name).write_text("Which person is this?")
+    folders = [".unfinished-checkpoint-3", ".unfinished-deleted-best"]
+    for name in folders:
+        (tmp_path / name).mkdir()
+    assert main(["purge", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert all(f"removed {tmp_path / name} " in out for name in [*left, *folders])
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
 def test_links_are_not_followed_and_other_folders_not_touched(tmp_path: Path) -> None:
     elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
     for folder in (elsewhere, run):

@@ -35,7 +35,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an image's features lie: rows `first` to `first + count` of a writer's file, and SHA-256 (hex) of them."""
+    """Where an image's features lie: rows `first` to `first + count` of a writer's file, and SHA-256 (hex) of their
+    shape and them."""
 
     writer: str
     first: int
@@ -59,7 +60,7 @@ class FeatureCache:
     def __init__(self, root: Path, *, site: str, dtype: str, ingredients: dict[str, Any], rank: int = 0):
         self.site = site
         self.dtype = _DTYPES[dtype]
-        ingredients = {**ingredients, "site": site, "dtype": dtype, "format": 3}
+        ingredients = {**ingredients, "site": site, "dtype": dtype, "format": 4}
         digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = root / f"{site.replace(':', '-')}-{digest}"
         self.spans: dict[str, tuple[int, int]] = {}  # key -> (first row in its file, number of rows)
@@ -92,8 +93,11 @@ class FeatureCache:
                 continue
             try:
                 index = json.loads(file.read_text())
-                width = int(index["width"])
+                width = index["width"]
                 places = {key: _Place(writer, *place) for key, place in index["places"].items()}
+                sizes = [width, *(size for place in places.values() for size in (place.first, place.count))]
+                if not all(type(size) is int and size >= 0 for size in sizes):
+                    raise ValueError("sizes that are none")
             except (ValueError, KeyError, TypeError, AttributeError):
                 log.warning("%s: damaged, so what it names is computed again", file)
                 continue
@@ -130,11 +134,16 @@ class FeatureCache:
 
     def _is_whole(self, place: _Place) -> bool:
         file, width = self._data_file(place.writer), self._widths[place.writer] * self.dtype.itemsize
-        if min(place.first, place.count) < 0 or not file.is_file():
+        if not file.is_file():
             return False
         with file.open("rb") as opened:
             opened.seek(place.first * width)
-            return hashlib.sha256(opened.read(place.count * width)).hexdigest() == place.sha256
+            return self._digest(opened.read(place.count * width), place.count, width) == place.sha256
+
+    @staticmethod
+    def _digest(data: bytes, count: int, width: int) -> str:
+        """Of `count` rows of `width` bytes: the same bytes in another shape are other features."""
+        return hashlib.sha256(f"{count} {width} ".encode() + data).hexdigest()
 
     def add(self, rows: Mapping[str, Tensor]) -> None:
         """Append the features (N_i, H) of images by key, and make them durable."""
@@ -143,6 +152,7 @@ class FeatureCache:
         own = {key: place for key, places in self._places.items() for place in places if place.writer == self._writer}
         total = max((place.first + place.count for place in own.values()), default=0)
         data_file, width = self._data_file(self._writer), next(iter(rows.values())).shape[1]
+        row = width * self.dtype.itemsize
         try:
             with open(data_file, "r+b" if data_file.exists() else "w+b") as file:
                 file.truncate(total * width * self.dtype.itemsize)  # what a write that failed left behind
@@ -150,7 +160,7 @@ class FeatureCache:
                 for key, features in rows.items():
                     data = features.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().tobytes()
                     file.write(data)
-                    own[key] = _Place(self._writer, total, len(features), hashlib.sha256(data).hexdigest())
+                    own[key] = _Place(self._writer, total, len(features), self._digest(data, len(features), row))
                     total += len(features)
                 file.flush()
                 os.fsync(file.fileno())

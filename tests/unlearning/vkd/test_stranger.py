@@ -386,3 +386,15 @@ def test_what_cannot_be_found_is_refused(world, strangers, tmp_path) -> None:
     settings = world.settings(tmp_path, **QUICK)
     with pytest.raises(DataError, match="no question about the photo"):
         stranger._check(settings, alone)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 11, 20, 160])
+def test_a_search_of_any_length_has_a_schedule(steps: int) -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
+    schedule, rates = stranger.one_cycle(optimizer, 1e-2, steps), []
+    for step in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if step + 1 < steps:
+            schedule.step()
+    assert all(0 < rate <= 1e-2 * (1 + 1e-9) for rate in rates) and max(rates) > 5e-3
