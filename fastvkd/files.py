@@ -212,10 +212,25 @@ def new_folder(to: Path, key: str, needed: str) -> Iterator[Path]:
     key: as in `held`. needed: how much room, for the message of a full disk. Raises TrainingError for that, and where
     another process writes to `to`.
     """
+    with _beside(to, key):
+        yield from _filled(to, needed)
+
+
+def refuse_filled(to: Path, key: str, mend: str) -> None:
+    """Raise TrainingError where `to` is there and no empty folder; what a killed `new_folder` left beside it goes."""
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        with _beside(to, key):
+            pass
+        raise TrainingError(f"{to}: exists and is not an empty folder; {mend}")
+
+
+@contextlib.contextmanager
+def _beside(to: Path, key: str) -> Iterator[None]:
+    """The name `to` is kept to this process by a folder beside it."""
     lock = to.with_name(f"{_EXPORTING}{to.name}")
     try:
         with held(lock, key):
-            yield from _filled(to, needed)
+            yield
     finally:
         with contextlib.suppress(OSError):  # left by a command that was killed, or held by another one
             lock.rmdir()
