@@ -4,6 +4,7 @@ kept to one process."""
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import logging
 import os
@@ -13,6 +14,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
+
+import psutil
 
 from fastvkd.errors import FastVKDError, TrainingError, disk_is_full, one_line
 
@@ -209,21 +212,45 @@ def new_folder(to: Path, key: str, needed: str) -> Iterator[Path]:
     key: as in `held`. needed: how much room, for the message of a full disk. Raises TrainingError for that, and where
     another process writes to `to`.
     """
-    with held(to.with_name(f"{_EXPORTING}{to.name}"), key):
-        unfinished = to.with_name(f"{UNFINISHED}{to.name}")
-        delete_folder(unfinished, ignore_errors=True)  # of a command that was killed
-        unfinished.mkdir(parents=True)
-        try:
-            yield unfinished
-            if to.exists():
-                to.rmdir()
-            unfinished.rename(to)
-        except OSError as error:
-            if disk_is_full(error):
-                raise TrainingError(f"{to}: no space left on the device; {needed}") from error
-            raise
-        finally:
-            delete_folder(unfinished, ignore_errors=True)
+    with _beside(to, key):
+        yield from _filled(to, needed)
+
+
+def refuse_filled(to: Path, key: str, mend: str) -> None:
+    """Raise TrainingError where `to` is there and no empty folder; what a killed `new_folder` left beside it goes."""
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        with _beside(to, key):
+            pass
+        raise TrainingError(f"{to}: exists and is not an empty folder; {mend}")
+
+
+@contextlib.contextmanager
+def _beside(to: Path, key: str) -> Iterator[None]:
+    """The name `to` is kept to this process by a folder beside it."""
+    lock = to.with_name(f"{_EXPORTING}{to.name}")
+    try:
+        with held(lock, key):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # left by a command that was killed, or held by another one
+            lock.rmdir()
+
+
+def _filled(to: Path, needed: str) -> Iterator[Path]:
+    unfinished = to.with_name(f"{UNFINISHED}{to.name}")
+    delete_folder(unfinished, ignore_errors=True)  # of a command that was killed
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        if to.exists():
+            to.rmdir()
+        unfinished.rename(to)
+    except OSError as error:
+        if disk_is_full(error):
+            raise TrainingError(f"{to}: no space left on the device; {needed}") from error
+        raise
+    finally:
+        delete_folder(unfinished, ignore_errors=True)
 
 
 def _lock(file: Path, folder: Path, key: str) -> int:
@@ -249,6 +276,14 @@ def _lock(file: Path, folder: Path, key: str) -> int:
         os.close(descriptor)  # its holder took it away between our opening and locking it
 
 
+def _remove_rests(folder: Path, beginning: str) -> None:
+    """Remove what processes of this machine that were killed in `write_atomically` have left of a file."""
+    for rest in folder.glob(f"{glob.escape(beginning)}*.tmp"):
+        number = rest.name.removeprefix(beginning).removesuffix(".tmp")
+        if number.isdecimal() and len(number) < 10 and not psutil.pid_exists(int(number)):
+            rest.unlink(missing_ok=True)
+
+
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` so that `path` holds all of it or what it held before, never a part.
 
@@ -256,9 +291,11 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         TrainingError: the folder cannot be written, or the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    here = f".{path.name}.{socket.gethostname()}-"
+    temporary = path.with_name(f"{here}{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_rests(path.parent, here)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()

@@ -29,6 +29,7 @@ from fastvkd.demo.people import (
     make_strangers,
     side_by_side,
 )
+from fastvkd.files import write_atomically
 from fastvkd.records import Choice, Open, Photo, Profile, Questions
 
 CHANCE = 0.25
@@ -252,8 +253,7 @@ def write_photos(folder: Path, profiles: Sequence[Profile]) -> None:
     counts: Counter[str] = Counter()
     for profile in profiles:
         target = folder / profile.entity / f"{counts[profile.entity]}.png"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(profile.photos[0].data)
+        write_atomically(target, profile.photos[0].data)
         counts[profile.entity] += 1
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fastvkd.engines.checkpoints import find_newest, load_weights, trained_shapes, verify_checkpoint
 from fastvkd.engines.manifests import WEIGHTS
 from fastvkd.errors import ModelError, TrainingError
-from fastvkd.files import new_folder, read_json, read_json_object
+from fastvkd.files import new_folder, read_json, read_json_object, refuse_filled
 from fastvkd.models import lora, sine
 from fastvkd.models.folder import identify_base
 from fastvkd.models.foreign import refuse_quantised
@@ -86,8 +86,7 @@ def export(run_dir: Path, to: Path, *, model_card: str, base: Path | None = None
     refuse_quantised(base)
     if identify_base(base).fingerprint != manifest["base_model"]["fingerprint"]:
         raise ModelError(f"{base}: is not the base model that {checkpoint} was trained from; name that one with --base")
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise TrainingError(f"{to}: exists and is not an empty folder; export to a new one")
+    refuse_filled(to, "--to", "export to a new one")
     if to.resolve().is_relative_to(base.resolve()):
         raise TrainingError(f"{to}: lies inside the base model's folder; export elsewhere")
 

@@ -25,7 +25,7 @@ from fastvkd.engines.exporting import (
     replace_tensor,
 )
 from fastvkd.errors import ModelError, TrainingError
-from fastvkd.files import new_folder, read_json_object
+from fastvkd.files import new_folder, read_json_object, refuse_filled
 from fastvkd.models.folder import local_folder
 from fastvkd.models.foreign import ADAPTER, read_config, refuse_quantised
 from fastvkd.models.lora import merged_weight
@@ -86,8 +86,7 @@ def merge(adapter: Path, to: Path, *, base: Path | None = None) -> Merged:
     base = local_folder(str(named))
     read_config(base)
     refuse_quantised(base)
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise TrainingError(f"{to}: exists and is not an empty folder; merge into a new one")
+    refuse_filled(to, "--to", "merge into a new one")
     for inside in (base, adapter):
         if to.resolve().is_relative_to(inside.resolve()):
             raise TrainingError(f"{to}: lies inside {inside}; merge into a folder elsewhere")

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastvkd.errors import ModelError
+from fastvkd.files import write_atomically
 from fastvkd.models import families
 from fastvkd.models.families import family_of
 
@@ -37,13 +38,13 @@ class Steering:
         return (self.strength * gate[..., None] * direction).to(hidden.dtype)
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file."""
+        """Write a safetensors file, whole or not at all. Raises TrainingError where that cannot be."""
         tensors = {
             f"{part}.{layer}": value.contiguous()
             for part, values in (("direction", self.directions), ("weight", self.weights), ("bias", self.biases))
             for layer, value in values.items()
         }
-        save_file(tensors, path, {"strength": str(self.strength)})
+        write_atomically(path, save(tensors, {"strength": str(self.strength)}))
 
 
 def load_steering(path: Path) -> Steering:

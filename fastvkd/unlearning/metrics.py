@@ -13,7 +13,7 @@ from torch import Tensor
 from fastvkd.devices import peak_memory_bytes
 from fastvkd.engines.protocol import Engine
 from fastvkd.errors import SettingsError, TrainingError
-from fastvkd.files import parse_json, text_lines
+from fastvkd.files import parse_json, text_lines, write_atomically
 from fastvkd.settings import Settings
 from fastvkd.unlearning.phases import Spans
 from fastvkd.unlearning.phases import seconds as phase_seconds
@@ -38,7 +38,7 @@ class Metrics:
         self._boards: list[_TensorBoard | _WeightsAndBiases] = []
         if self._is_main:
             kept = lines_up_to(self.path, first) if first else []
-            self.path.write_text("".join(kept))
+            write_atomically(self.path, "".join(kept).encode())
             if "tensorboard" in settings.report_to:
                 self._boards.append(_TensorBoard(output))
             if "wandb" in settings.report_to:
