@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fastvkd.engines.checkpoints import MANIFEST, find_latest, go_back, set_aside
+from fastvkd.engines.checkpoints import find_latest, go_back, set_aside
+from fastvkd.engines.manifests import MANIFEST, WEIGHTS, rank_file, write_manifest
 from fastvkd.engines.purging import purge
 from fastvkd.files import delete_folder, delete_unfinished, new_folder
 from fastvkd.unlearning.start import begin
@@ -31,8 +32,11 @@ def killed_halfway(monkeypatch):
 def checkpoint(output: Path, updates: int) -> Path:
     folder = output / f"checkpoint-{updates}"
     folder.mkdir(parents=True)
-    for name in (MANIFEST, "visual.safetensors", "rank-0.pt"):
+    files = (WEIGHTS, rank_file(0))
+    for name in files:
         (folder / name).write_text("{}")
+    nothing = {"sampler": {}, "settings": {}, "base_model": {"path": "", "fingerprint": ""}}
+    write_manifest(folder, {"updates": updates, "world_size": 1, **nothing, "sha256": dict.fromkeys(files, "")})
     return folder
 
 
