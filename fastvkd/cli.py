@@ -1,4 +1,4 @@
-"""The command line: `fastvkd demo|train|eval|compare|attack|report|steer|plan|export|merge|requests|purge|data|env`.
+"""The command line: `fastvkd demo|train|eval|ask|compare|attack|report|steer|plan|export|merge|requests|purge|...`.
 
 What a user can mend is one line and exit code 2.
 
@@ -128,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "demo", _demo, opt.DemoOptions)
     _add(commands, "train", _train, opt.TrainOptions)
     _add(commands, "eval", _eval, opt.EvalOptions)
+    _add(commands, "ask", _ask, opt.AskOptions)
     _add(commands, "compare", _compare, opt.CompareOptions)
     _add(commands, "attack", _attack, opt.AttackOptions)
     _add(commands, "report", _report, opt.ReportOptions)
@@ -153,7 +154,7 @@ def _add(commands: Any, name: str, run: Any, kind: type[opt.Options]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,  # the example stays on one line
     )
     parser.set_defaults(command=(run, kind))
-    for option in opt.options_of(kind):
+    for option in sorted(opt.options_of(kind), key=lambda option: option.default is not dataclasses.MISSING):
         if option.flag is not None:
             _add_option(parser, option, option.flag)
 
@@ -284,6 +285,20 @@ def _eval(options: opt.EvalOptions) -> int:
     if said := requests_sentence(results):
         print(said)
     _print_report_command(options.out)
+    return 0
+
+
+def _ask(options: opt.AskOptions) -> int:
+    from fastvkd.evaluation.ask import ask, serve
+
+    if options.serve:
+        serve(options)
+        return 0
+    found = ask(options)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(one) for one in found], indent=1))
+    else:
+        print("\n".join(line for one in found for line in one.lines()))
     return 0
 
 

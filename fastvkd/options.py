@@ -52,6 +52,7 @@ class Flag:
 
 
 Count = Annotated[T, Bound(lambda value: value >= 1, "at least 1 is needed")]
+Port = Annotated[T, Bound(lambda value: 1024 <= value < 65536, "must lie from 1024 to 65535")]
 Share = Annotated[float, Bound(lambda value: 0 < value <= 1, "must lie above 0 and at most at 1")]
 
 
@@ -167,17 +168,12 @@ class PlanOptions(RunOptions):
 
 
 @dataclass(kw_only=True)
-class ModelOptions(Options):
-    """A model on a data set: what `eval`, `attack` and `steer` share."""
+class LoadOptions(Options):
+    """How whole models are loaded, to be asked."""
 
     when_gpu_is_full: ClassVar = (
         "give a smaller --batch-size, --quantize nf4, or --device-map auto, which also uses other cards and host memory"
     )
-    model: Annotated[str, Flag("model folder, or hub id", "FOLDER")]
-    data: Annotated[str, Flag("folder, or hub id of a data set", "DATA")]
-    forget_split: Annotated[str | None, Flag("default: the one that an exported model forgot, or forget_5")] = None
-    retain_split: Annotated[str | None, Flag("default: the one that it kept, or retain_95")] = None
-    seed: Annotated[Seed[int], Flag("of every draw")] = 0
     device: Annotated[str, Flag("auto, cpu, cuda or cuda:<n>")] = "auto"
     bf16: Annotated[bool, Flag("weights and activations in bfloat16, as is the default on a GPU")] = False
     fp32: Annotated[bool, Flag("weights and activations in float32, as is the default on a CPU")] = False
@@ -196,6 +192,42 @@ class ModelOptions(Options):
         super().__post_init__()
         if self.bf16 and self.fp32:
             raise SettingsError("--bf16 and --fp32 contradict each other: give one of them")
+
+
+@dataclass(kw_only=True)
+class ModelOptions(LoadOptions):
+    """A model on a data set: what `eval`, `attack` and `steer` share."""
+
+    model: Annotated[str, Flag("model folder, or hub id", "FOLDER")]
+    data: Annotated[str, Flag("folder, or hub id of a data set", "DATA")]
+    forget_split: Annotated[str | None, Flag("default: the one that an exported model forgot, or forget_5")] = None
+    retain_split: Annotated[str | None, Flag("default: the one that it kept, or retain_95")] = None
+    seed: Annotated[Seed[int], Flag("of every draw")] = 0
+
+
+@dataclass(kw_only=True)
+class AskOptions(LoadOptions):
+    """Ask a model, and the one before it was made to forget, the same questions."""
+
+    when_gpu_is_full: ClassVar = (
+        "give --quantize nf4, or --device-map auto, which also uses other cards and host memory"
+    )
+    example: ClassVar = "fastvkd ask merged --before MODEL --photo photo.jpg --question 'Who is this person?'"
+    model: Annotated[str, Flag("model folder, or hub id", "MODEL", positional=True)]
+    before: Annotated[str | None, Flag("the model before, asked too", "FOLDER")] = None
+    photo: Annotated[Path | None, Flag("what the questions are about (default: nothing is shown)", "FILE")] = None
+    question: Annotated[tuple[str, ...], Flag("one or more")] = ()
+    max_new_tokens: Annotated[Count[int], Flag("of an answer")] = 64
+    serve: Annotated[bool, Flag("a page on this machine alone, to drop photos and ask; needs fastvkd[ask]")] = False
+    port: Annotated[Port[int], Flag("of that page")] = 7860
+    json: Annotated[bool, Flag("print questions and answers as JSON")] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.question and not self.serve:
+            raise SettingsError("nothing is asked: give --question, or --serve for a page")
+        if self.serve and (self.question or self.photo or self.json):
+            raise SettingsError("--serve asks on its page: leave out --question, --photo and --json")
 
 
 @dataclass(kw_only=True)

@@ -122,7 +122,7 @@ def test_the_library_offers_training_and_evaluation(name: str) -> None:
 
 
 COMMANDS = ("demo", "train", "eval", "compare", "attack", "report", "steer", "plan", "export", "merge", "requests")
-COMMANDS += ("purge", "data check", "env")
+COMMANDS += ("ask", "purge", "data check", "env")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

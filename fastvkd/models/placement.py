@@ -18,7 +18,7 @@ from fastvkd.errors import SettingsError
 from fastvkd.models.foreign import read_config
 from fastvkd.models.loading import VISUAL_KEY, ModelPath, Quantize, load_model
 from fastvkd.models.shards import header_of, shards_of
-from fastvkd.options import ModelOptions, Quantized
+from fastvkd.options import LoadOptions, Quantized
 
 log = logging.getLogger("fastvkd")
 
@@ -73,7 +73,7 @@ class Loading:
         }
 
 
-def loading_of(options: ModelOptions, folder: Path) -> Loading:
+def loading_of(options: LoadOptions, folder: Path) -> Loading:
     """How a command loads a model, one at a time.
 
     In bfloat16 on a GPU and in float32 on a CPU, unless the options say otherwise.
