@@ -28,10 +28,10 @@ Ledger = Iterable[Mapping[str, Any]]
 
 
 def noting_files(tests: Path) -> list[Path]:
-    """The test files that have a line for the ledger: by `note`, or by the marker `fault`. Not those of benchmarks, which
-    look at what is written here."""
+    """The test files that have a line for the ledger: by `note`, or by the marker `fault`. Those of benchmarks look at
+    what is written here, and have none."""
     words = ("from ledger import note", "pytest.mark.fault(")
-    files = sorted(file for file in tests.rglob("test_*.py") if "benchmarks" not in file.parts)
+    files = sorted(file for file in tests.rglob("test_*.py") if "benchmarks" not in file.relative_to(tests).parts)
     return [file for file in files if any(word in file.read_text() for word in words)]
 
 
