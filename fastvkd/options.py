@@ -321,7 +321,7 @@ class SteerOptions(ModelOptions):
     example: ClassVar = "fastvkd steer --model MODEL --data DATA --layers 8 9"
     forget_split: Annotated[str, Flag("whose answers are suppressed")] = "forget_5"
     retain_split: Annotated[str, Flag("whose answers are left alone")] = "retain_95"
-    layers: Annotated[tuple[int, ...], Flag("LLM layers to steer, the first being 0")]
+    layers: Annotated[tuple[NotNegative[int], ...], Flag("LLM layers to steer, the first being 0")]
     strength: Annotated[float, Flag("multiple of the direction")] = 1.0
     questions: Annotated[Count[int], Flag("of each side")] = 256
     batch_size: Annotated[Count[int], Flag("questions at once")] = 16
