@@ -95,7 +95,7 @@ class FeatureCache:
                 index = json.loads(file.read_text())
                 width = index["width"]
                 places = {key: _Place(writer, *place) for key, place in index["places"].items()}
-                _refuse_no_rows(places.values(), width)
+                _refuse_no_rows(list(places.values()), width)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 log.warning("%s: damaged, so what it names is computed again", file)
                 continue
@@ -193,10 +193,11 @@ class FeatureCache:
         return self._rows[place.writer][place.first : place.first + place.count]
 
 
-def _refuse_no_rows(places: Iterable[_Place], width: Any) -> None:
+def _refuse_no_rows(places: Sequence[_Place], width: Any) -> None:
     """Raises ValueError where an index names other things than rows of some width."""
     whole = (*(one for place in places for one in (place.first, place.count)), width)
-    if not all(type(one) is int and one >= 0 for one in whole) or width < 1:
+    known = all(isinstance(place.sha256, str) for place in places)
+    if not known or not all(type(one) is int and one >= 0 for one in whole) or width < 1:
         raise ValueError("an index of other things than rows")
 
 
