@@ -374,7 +374,7 @@ def test_eval_refuses_what_does_not_fit(model_folder, folders, tmp_path):
         ((name, value),) = options.items()
         with pytest.raises(SettingsError, match=f"{name}={value}: at least 1 is needed"):
             EvalOptions(model="no model is opened", data="nor data", **options)
-    with pytest.raises(DataError, match=r"reference_eval: .*samples\.jsonl cannot be read"):
+    with pytest.raises(DataError, match=r"reference_eval: .*samples\.jsonl: cannot be read"):
         run("clear", reference_eval=tmp_path)
     (tmp_path / "samples.jsonl").write_text('{"cell": "forget", "task": "choice"}\n')
     with pytest.raises(DataError, match="holds no truth ratios"):
