@@ -17,6 +17,8 @@ from fastvkd.data.sources import evaluation_cells, read_forget_retain
 from fastvkd.errors import DataError
 from fastvkd.records import Choice, Open, Photo, Profile, Questions
 
+pytestmark = pytest.mark.fault("damaged data")
+
 
 def png(seed: int) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
