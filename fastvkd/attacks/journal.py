@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastvkd.errors import TrainingError
+from fastvkd.errors import TrainingError, disk_is_full
 from fastvkd.files import text_lines, write_atomically
 
 
@@ -51,7 +51,9 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise TrainingError(f"{self._path}: cannot be written: {error.strerror or error}") from error
+            full = disk_is_full(error)
+            mend = "no space left on disk; free some or write elsewhere" if full else error.strerror or error
+            raise TrainingError(f"{self._path}: cannot be written: {mend}") from error
 
 
 def _read(line: str) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from ledger import note
 QUICK = ("export", "purge", "steer", "report")
 LONG = ("train", "eval")
 LONGEST = ("stranger", "attack", "demo-data")  # their points are tried by draw
+COMMANDS = tuple(name for name in PARTS if name != "demo-data")  # which is called without the command line
 MOMENTS = 20
 
 
@@ -81,7 +82,7 @@ def test_a_kill_within_a_write_changes_nothing(bench: Bench, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "times"),
-    [("train", 1), ("export", 1), *(pytest.param(name, 3, marks=pytest.mark.proof) for name in PARTS)],
+    [("train", 1), ("export", 1), *(pytest.param(name, 3, marks=pytest.mark.proof) for name in COMMANDS)],
 )
 def test_who_is_asked_to_end_says_so_and_goes_on_later(bench: Bench, name: str, times: int) -> None:
     """SIGTERM: a training run saves and ends well, everything else ends with one line; or it was about to be done."""
