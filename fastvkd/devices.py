@@ -1,5 +1,6 @@
 """The device that a command runs on, and the memory that it took."""
 
+import gc
 import logging
 import os
 import resource
@@ -56,11 +57,18 @@ def pick_device(name: str) -> torch.device:
 
 
 def warn_of_slow_bfloat16(device: torch.device, dtype: torch.dtype) -> None:
-    """Say on one line that this CPU has no instructions for bfloat16, which torch then goes through value by value."""
-    if device.type == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        log.warning(
-            "this CPU has no bfloat16 arithmetic (AVX512): matrix products take some 50 times as long as float32's"
-        )
+    """Say on one line that torch has no instructions for bfloat16 on this CPU, and goes through it value by value."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        log.warning("torch has no fast bfloat16 on this CPU: matrix products take some 50 times as long as float32's")
+
+
+def free_memory() -> None:
+    """Of models and tensors to which nothing points any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _cuda_usable() -> tuple[bool, str]:

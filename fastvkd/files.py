@@ -130,6 +130,7 @@ def read_json_object(path: Path, kind: type[FastVKDError], mend: str) -> dict[st
 log = logging.getLogger("fastvkd")
 _LOCK = ".lock"
 UNFINISHED = ".unfinished-"  # how the name of a folder begins that is being filled or deleted
+DELETED = f"{UNFINISHED}deleted-"  # and that is being deleted
 _EXPORTING = ".exporting-"
 
 
@@ -139,21 +140,25 @@ def delete_folder(folder: Path, *, ignore_errors: bool = False) -> None:
     What is left then has the name of an unfinished one: `delete_unfinished` removes it. Raises OSError, unless
     told to leave what cannot be deleted.
     """
-    if folder.is_symlink():
-        folder.unlink()
-        return
-    if not folder.name.startswith(UNFINISHED):
-        doomed = folder.with_name(f"{UNFINISHED}deleted-{folder.name}")
-        if doomed.exists():  # of a deletion that was killed
-            delete_folder(doomed)
-        folder = folder.rename(doomed)
-        sync(folder.parent)  # else the disk may lose the name later than the content
-    shutil.rmtree(folder, ignore_errors=ignore_errors)
+    with contextlib.suppress(OSError) if ignore_errors else contextlib.nullcontext():
+        if folder.is_symlink():
+            folder.unlink()
+            return
+        if not folder.name.startswith(UNFINISHED):
+            doomed = folder.with_name(f"{DELETED}{folder.name}")
+            if doomed.exists():  # of a deletion that was killed
+                delete_folder(doomed)
+            folder = folder.rename(doomed)
+            sync(folder.parent)  # else the disk may lose the name later than the content
+        shutil.rmtree(folder, ignore_errors=ignore_errors)
 
 
-def delete_unfinished(parent: Path) -> None:
-    """Remove what commands that were killed left in `parent`, but for an export that another one fills right now."""
-    for leftover in parent.glob(f"{UNFINISHED}*"):
+def delete_unfinished(parent: Path, beginning: str = UNFINISHED) -> None:
+    """Remove what commands that were killed left in `parent`, but for an export that another one fills right now.
+
+    Where others may be at work there, `beginning` is `DELETED`: what is being deleted nobody wants.
+    """
+    for leftover in parent.glob(f"{beginning}*"):
         if not _is_held(parent / f"{_EXPORTING}{leftover.name.removeprefix(UNFINISHED)}"):
             delete_folder(leftover, ignore_errors=True)  # ranks may do so together
 
@@ -219,8 +224,9 @@ def new_folder(to: Path, key: str, needed: str) -> Iterator[Path]:
 def refuse_filled(to: Path, key: str, mend: str) -> None:
     """Raise TrainingError where `to` is there and no empty folder; what a killed `new_folder` left beside it goes."""
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        with _beside(to, key):
-            pass
+        if to.with_name(f"{_EXPORTING}{to.name}").exists():
+            with _beside(to, key):
+                delete_folder(to.with_name(f"{UNFINISHED}{to.name}"), ignore_errors=True)
         raise TrainingError(f"{to}: exists and is not an empty folder; {mend}")
 
 

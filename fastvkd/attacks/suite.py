@@ -1,13 +1,11 @@
 """All attacks on a few models, one model at a time, in pieces that a journal keeps."""
 
-import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, get_args
 
-import torch
 from torch import nn
 
 from fastvkd.attacks import fewshot, images, membership, paraphrase, perturb, probe, quantize, reverse
@@ -15,6 +13,7 @@ from fastvkd.attacks.asking import Asked, Examiner, Figures, chance_of, choices_
 from fastvkd.attacks.first_moves import condition_number
 from fastvkd.attacks.journal import Journal
 from fastvkd.attacks.relearning import Attacker, Relearning, held_and_judged, hold_out
+from fastvkd.devices import free_memory
 from fastvkd.errors import DataError, SettingsError
 from fastvkd.evaluation.inputs import PreparedPhotos
 from fastvkd.evaluation.people import examine
@@ -162,7 +161,7 @@ class Attack:
                 found[at].setdefault(name, []).append(value)
                 done += 1
             del model
-            _free_memory()
+            free_memory()
         return {key: value for part, of in zip(parts, found, strict=True) for key, value in part.result(of).items()}
 
     def examiner(self, model: nn.Module) -> Examiner:
@@ -320,13 +319,6 @@ class Attack:
         return Part(
             [self._piece("perturb", partial(measure, size=size), size=size, steps=steps) for size in sizes], result
         )
-
-
-def _free_memory() -> None:
-    """Of a model to which nothing points any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _question_rows(

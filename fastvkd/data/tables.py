@@ -39,45 +39,42 @@ _NOT_ROWS = (
 
 def splits(folder: Folder) -> list[str]:
     """The names of the splits that have parquet or JSON files, sorted."""
-    return sorted(_files_by_split(Path(folder)))
-
-
-def _files_by_split(root: Path) -> dict[str, list[Path]]:
-    """Raises `DataError` where there is no folder, and where two places hold the same split."""
+    root = Path(folder)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give the folder that holds Full_Set/, forget_10/ ...")
-    found: dict[str, list[Path]] = {}
-    for child in (child for child in visible(root) if child.is_dir()):
-        files = table_files(child)
-        parts = _splits_of_one_folder(files) if child.name == "data" else {child.name: files}
-        if not files:
-            parts = {child.name: table_files(child / "data")}
-        for name, part in parts.items():
-            if name in found:
-                raise DataError(f"{root}: split {name} is in both {found[name][0]} and {part[0]}; keep one of them")
-            if part:
-                found[name] = part
-    return found
+    names = {child.name for child in visible(root) if child.is_dir() and _own_files(child)}
+    shards = [_split_of_shard(file) for file in table_files(root / "data")]
+    # A data set of one split has `train-...` alone, or names of its owner's; there the split is called as the folder.
+    if "" not in shards and set(shards) - {"train"}:
+        names = names - {"data"} | set(shards)
+    return sorted(names)
 
 
-def _splits_of_one_folder(files: list[Path]) -> dict[str, list[Path]]:
-    """Of the files of `data/` by split, where their names say one: `forget_5-00000-of-00001.parquet`. A data set of one
-    split has `train-...` alone, or names of its owner's; there the split is called as the folder."""
-    named = [match[1] if (match := _SHARD.fullmatch(file.name)) else "" for file in files]
-    if "" in named or set(named) <= {"train"}:
-        return {"data": files}
-    return {
-        name: [file for file, its in zip(files, named, strict=True) if its == name] for name in dict.fromkeys(named)
-    }
+def _own_files(folder: Path) -> list[Path]:
+    return table_files(folder) or table_files(folder / "data")
+
+
+def _split_of_shard(file: Path) -> str:
+    """`forget_5` of `forget_5-00000-of-00001.parquet`, "" of other names."""
+    match = _SHARD.fullmatch(file.name)
+    return match[1] if match else ""
+
+
+def _files_of(root: Path, split: str) -> list[Path]:
+    """Raises `DataError` where two places hold the split."""
+    own = _own_files(root / split)
+    beside = [file for file in table_files(root / "data") if _split_of_shard(file) == split]
+    if own and beside:
+        raise DataError(f"{root}: split {split} is in both {own[0]} and {beside[0]}; keep one of them")
+    return own or beside
 
 
 def split_files(folder: Folder, split: str) -> list[Path]:
     """The data files of a split, sorted; `DataError` with the nearest name when there is none, and where one of several
     shards is missing."""
-    by_split = _files_by_split(Path(folder))
-    files = by_split.get(split, [])
+    files = _files_of(Path(folder), split)
     if not files:
-        known = sorted(by_split)
+        known = splits(folder)
         nearest = difflib.get_close_matches(split, known, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         here = Path(folder) / split
@@ -133,7 +130,7 @@ def is_output(folder: Path) -> bool:
 
 def first_file(folder: Folder, split: str) -> Path:
     """A file of a split, by which the split is recognised."""
-    return _files_by_split(Path(folder))[split][0]
+    return _files_of(Path(folder), split)[0]
 
 
 def columns(file: Path) -> set[str]:

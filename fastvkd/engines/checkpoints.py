@@ -253,12 +253,14 @@ def find_latest(output_dir: Path) -> Path | None:
 def find_newest(output_dir: Path) -> Path | None:
     """As `find_latest`, for whoever goes on from it: an older one is not taken for the newest.
 
-    Raises TrainingError where a folder of more updates has lost its manifest. No kill leaves one like that behind.
+    Raises TrainingError where a folder of more updates, with files of ours, has lost its manifest. No kill leaves one
+    like that behind.
     """
     latest = find_latest(output_dir)
     done = -1 if latest is None else _updates_of(latest)
     for path in sorted(output_dir.glob("checkpoint-*")):
-        if path.name[11:].isdigit() and _updates_of(path) > done:
+        ours = any((path / name).is_file() for name in (WEIGHTS, rank_file(0)))
+        if path.name[11:].isdigit() and _updates_of(path) > done and ours:
             raise TrainingError(
                 f"{path}: has no {MANIFEST}, so part of it was lost; copy it anew, or delete the folder to go on "
                 f"{'from the beginning' if latest is None else f'from {latest.name}'}"

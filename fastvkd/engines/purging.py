@@ -11,7 +11,7 @@ from pathlib import Path
 from fastvkd.engines.checkpoints import find_latest
 from fastvkd.engines.manifests import read_manifest
 from fastvkd.errors import TrainingError
-from fastvkd.files import UNFINISHED, delete_folder
+from fastvkd.files import DELETED, delete_folder
 
 # Patterns in an output folder, and what they hold of the photos, questions or names.
 REMOVED = (
@@ -73,7 +73,7 @@ def purge(run: Path, *, cache: bool = False, dry_run: bool = False) -> Purged:
         if one.path.is_dir():
             delete_folder(one.path)
         else:
-            one.path.unlink()
+            one.path.unlink(missing_ok=True)  # a folder takes along what is left of an earlier one of its name
     return Purged(removed, kept)
 
 
@@ -85,7 +85,8 @@ def _remains(path: Path, why: str) -> Remains:
 
 
 def _shared_cache(run: Path, newest: Path | None) -> Iterator[Path]:
-    """The parts of a teacher cache outside the folder: those that say of themselves that they are one."""
+    """The parts of a teacher cache outside the folder: those that say of themselves that they are one, and what is left
+    of those that were being deleted."""
     if newest is None:
         return
     folder = read_manifest(newest)["settings"].get("cache_dir")
@@ -93,7 +94,7 @@ def _shared_cache(run: Path, newest: Path | None) -> Iterator[Path]:
         return
     for path in sorted(Path(folder).iterdir()):
         is_cache = (path / "ingredients.json").is_file()
-        ours = is_cache or path.name.startswith(UNFINISHED) or path.match("stranger-*.safetensors")
+        ours = is_cache or path.name.startswith(DELETED) or path.match("stranger-*.safetensors")
         if not path.is_symlink() and ours:
             yield path
 

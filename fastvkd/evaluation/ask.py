@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastvkd.devices import free_memory
 from fastvkd.engines.exporting import read_record, settings_of
 from fastvkd.errors import DataError, SettingsError, one_line, printable
 from fastvkd.evaluation.asker import Asker
@@ -42,35 +43,45 @@ class Asked:
 class Respondent:
     """One loaded model. Raises FastVKDError where it cannot be loaded."""
 
-    def __init__(self, model: str, options: AskOptions) -> None:
-        folder = local_folder(model)
-        made_by = settings_of(read_record(folder))
-        self._processor = load_processor(model, max_pixels=options.max_pixels or made_by.get("max_pixels"))
-        self._model = loading_of(options, folder).model(model)
-        self._length = options.max_new_tokens
+    def __init__(self, model: str, processor: Any, options: AskOptions) -> None:
+        self._processor, self._length = processor, options.max_new_tokens
+        self._model = loading_of(options, local_folder(model)).model(model)
 
     def answers(self, questions: Sequence[str], photo: Photo | None) -> list[str]:
-        """Raises SettingsError for a question with one of the model's own marks in it."""
-        for question in questions:
-            if mark := next((mark for mark in special_tokens(self._processor) if mark in question), None):
-                raise SettingsError(f"the question {question!r} holds the model's mark {mark}; leave it out")
+        refuse_marks_in(questions, self._processor)
         shown = () if photo is None else (photo,)
         queries = [Query(chat_prompt(self._processor, each, image=bool(shown)), shown) for each in questions]
         return Asker(self._model, self._processor).answers(queries, self._length)
 
 
 def ask(options: AskOptions) -> list[Asked]:
-    """Every question's answers, by one model after the other: one is in memory at a time. Raises FastVKDError."""
+    """Every question's answers, by one model after the other: one is in memory at a time. Raises FastVKDError, for a
+    photo or a question before a model is loaded."""
     photo = None if options.photo is None else read_photo(options.photo)
-    found = {
-        name: Respondent(model, options).answers(options.question, photo) for name, model in models(options).items()
-    }
+    there = models(options)
+    for _, processor in there.values():
+        refuse_marks_in(options.question, processor)
+    found = {}
+    for name, (model, processor) in there.items():
+        found[name] = Respondent(model, processor, options).answers(options.question, photo)
+        free_memory()  # a model that is spread over memories refers to itself
     return [Asked(question, {name: found[name][i] for name in found}) for i, question in enumerate(options.question)]
 
 
-def models(options: AskOptions) -> dict[Name, str]:
-    """What is asked, in the order in which answers stand."""
-    return ({} if options.before is None else {"before": options.before}) | {"after": options.model}
+def models(options: AskOptions) -> dict[Name, tuple[str, Any]]:
+    """What is asked, with its processor, in the order in which answers stand. Both see photos of the same size."""
+    names = ({} if options.before is None else {"before": options.before}) | {"after": options.model}
+    made_by = settings_of(read_record(local_folder(options.model)))
+    max_pixels = options.max_pixels or made_by.get("max_pixels")
+    return {name: (model, load_processor(model, max_pixels=max_pixels)) for name, model in names.items()}
+
+
+def refuse_marks_in(questions: Sequence[str], processor: Any) -> None:
+    """Raises SettingsError for a question with one of the model's own marks in it."""
+    marks = special_tokens(processor)
+    for question in questions:
+        if mark := next((mark for mark in marks if mark in question), None):
+            raise SettingsError(f"the question {question!r} holds the model's mark {mark}; leave it out")
 
 
 def read_photo(path: Path) -> Photo:
@@ -95,7 +106,7 @@ def serve(options: AskOptions, opened: Callable[[str], Any] = print) -> None:
             import gradio
         except ImportError as error:
             raise SettingsError("--serve needs Gradio: pip install 'fastvkd[ask]'") from error
-        page = _page(gradio, {name: Respondent(model, options) for name, model in models(options).items()})
+        page = _page(gradio, {name: Respondent(*told, options) for name, told in models(options).items()})
         try:
             _, address, _ = page.launch(
                 server_name="127.0.0.1", server_port=options.port, share=False, quiet=True, prevent_thread_lock=True

@@ -421,12 +421,12 @@ def logged_samples(
     found = []
     for place, sample in json_lines(log, DataError, mend):
         if "finished" not in sample:
-            for key in ("cell", "task", *needed(sample)):
-                if key not in sample:
-                    raise DataError(f"{place}: a sample without {key}; {mend}")
             for key, (holds, what) in _VALUES.items():
                 if key in sample and not holds(sample[key]):
                     raise DataError(f"{place}: {key} is not {what}; {mend}")
+            for key in ("cell", "task", *needed(sample)):
+                if key not in sample:
+                    raise DataError(f"{place}: a sample without {key}; {mend}")
             if "log_likelihood" in sample and "answer" in sample:
                 for key in ("log_likelihood", "tokens"):
                     if not {sample["answer"], *sample.get("options", {})} <= set(sample.get(key, {})):

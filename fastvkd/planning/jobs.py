@@ -143,10 +143,9 @@ class _Way:
             total = self.held + self.room
             return total, 0, memory_bytes is None or total <= usable_bytes(memory_bytes)
         free = usable_bytes(memory_bytes) - self.room
-        away = self.held - max(0, cards * free)
+        away = self.held + self.coming - max(0, cards * free)
         if "host" not in self.how:
             return self.held // cards + self.room, 0, away <= 0
-        away += self.coming if away > 0 else 0
         return min(self.held // cards, max(free, self.least)) + self.room, max(0, away), self.least <= free
 
 

@@ -142,8 +142,9 @@ def read_report(path: str | os.PathLike[str], *, cells: Iterable[tuple[str, str]
 
 
 def read_log(file: Path) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl, numbers by name, each with its step; [] where there is no file, and without what a
-    kill left of a last line. Raises DataError, naming the line, for anything else."""
+    """The rows of metrics.jsonl, finite numbers by name, each with its step; [] where there is no file, and without
+    what a kill left of a last line. What diverged, as a trial of a rate may, is infinite and has no place on a page.
+    Raises DataError, naming the line, for anything else."""
     mend = "delete the file, and the page has no curves"
     if not file.is_file():
         return []
@@ -154,9 +155,9 @@ def read_log(file: Path) -> list[dict[str, float]]:
         if not isinstance(row, dict) or "step" not in row:
             raise DataError(f"{file}:{number}: no object with a step; {mend}")
         for key, value in row.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, int | float):
                 raise DataError(f"{file}:{number}: {key} is no number; {mend}")
-        rows.append(row)
+        rows.append({key: value for key, value in row.items() if math.isfinite(value)})
     return rows
 
 

@@ -63,8 +63,26 @@ def test_a_missing_shard_of_one_split_beside_others_is_named(usual: Path, tmp_pa
 def test_one_split_in_two_places_is_refused(usual: Path, tmp_path: Path) -> None:
     other = in_one_folder(usual, tmp_path / "other")
     (usual / "forget_5").rename(other / "forget_5")
-    with pytest.raises(DataError, match=r"split forget_5 is in both .*data/forget_5-.* and .*/forget_5/train-"):
+    with pytest.raises(DataError, match=r"split forget_5 is in both .*/forget_5/train-.* and .*data/forget_5-"):
         photos(other)
+
+
+def test_other_splits_are_read_beside_one_in_two_places(usual: Path, tmp_path: Path) -> None:
+    other = in_one_folder(usual, tmp_path / "other")
+    (other / "forget_5").mkdir()  # of photos, say
+    assert photos(other) == photos(usual)
+    (usual / "forget_5").rename(other / "twice")
+    (other / "forget_5").rmdir()
+    (other / "twice").rename(other / "forget_5")
+    assert tables.split_files(other, "retain_95") and tables.splits(other) == sorted({*SPLITS, *tables.splits(usual)})
+
+
+def test_a_split_may_be_told_as_a_path(usual: Path, tmp_path: Path) -> None:
+    (tmp_path / "config").mkdir()
+    usual.rename(tmp_path / "config" / "usual")
+    assert tables.split_files(tmp_path / "config", "usual/forget_5")
+    assert tables.split_files(tmp_path / "config" / "usual", "forget_5/")
+    assert tables.split_files(tmp_path / "config" / "usual" / "forget_5", ".")
 
 
 def test_the_one_split_of_a_data_set_is_called_as_its_folder(usual: Path, tmp_path: Path) -> None:
@@ -74,3 +92,4 @@ def test_the_one_split_of_a_data_set_is_called_as_its_folder(usual: Path, tmp_pa
         (tmp_path / "one" / "data" / f"train-0000{number}-of-00002.parquet").write_bytes(content)
     assert tables.splits(tmp_path / "one") == ["data"]
     assert len(tables.split_files(tmp_path / "one", "data")) == 2
+    assert tables.split_files(tmp_path / "one", "train") == tables.split_files(tmp_path / "one", "data")

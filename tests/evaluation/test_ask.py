@@ -73,7 +73,8 @@ def test_one_model_is_in_memory_at_a_time(world, other: Path, monkeypatch) -> No
     there: list[str] = []
 
     class Fake:
-        def __init__(self, model: str, options: object) -> None:
+        def __init__(self, model: str, processor: object, options: object) -> None:
+            self.me = self  # as a model that accelerate has spread
             there.append(model)
             assert len(there) == 1
 

@@ -52,6 +52,7 @@ DAMAGED: dict[str, str] = {
         for key in ("cell", "task", "kind", "entity", "question", "correct", "answer", "tokens")
     },
     "a number for a name": json.dumps(choice("ann", "2", True) | {"entity": 3}),
+    "a list for a task": json.dumps(choice("ann", "2", True) | {"task": ["choice"]}),
     "a list for options": json.dumps(choice("ann", "2", True) | {"options": ["Rome"]}),
     "not a number": json.dumps(choice("ann", "2", True) | {"log_likelihood": {"A": float("nan"), "B": 0.0}}),
     "no end": json.dumps(choice("ann", "2", True) | {"log_likelihood": {"A": float("inf"), "B": 0.0}}),

@@ -46,9 +46,8 @@ def _pick(rng: Rng, folder: Path, *endings: str) -> Path:
 
 
 def _done(kind: str, folder: Path, *paths: Path, told: str = "") -> Break:
-    """A break of `paths`. A message may name the file, or the folder that it is of."""
-    names = {name for path in paths for name in (path.name, path.stem)}
-    names |= {str(path.parent) for path in paths}
+    """A break of `paths`. A message may name the file, or the folder that it is in."""
+    names = {path.name for path in paths} | {str(path.parent) for path in paths}
     where = ", ".join(path.relative_to(folder).as_posix() for path in paths)
     return Break(kind, tuple(sorted(names)), f"{kind}: {where}{' ' * bool(told)}{told}")
 

@@ -54,7 +54,6 @@ BAD_LINES = {
     "no step": '{"loss": 0.5}\n',
     "nested without end": "[" * 100_000 + "\n",
     "a list for a number": '{"step": 2, "loss": [0.5]}\n',
-    "NaN": '{"step": 2, "loss": NaN}\n',
 }
 
 
@@ -66,10 +65,17 @@ def test_a_damaged_training_log_is_named_with_its_line(tmp_path: Path, kind: str
         read_log(file)
     with pytest.raises(DataError, match=r"metrics.jsonl:2: "):
         collect([tmp_path])
-    if kind in ("a list for a number", "NaN"):
+    if kind == "a list for a number":
         return  # a resumed run keeps the lines as they are
     with pytest.raises(TrainingError, match=r"metrics.jsonl:2: .*; delete that line"):
         lines_up_to(file, 5)
+
+
+def test_a_rate_that_diverged_in_a_trial_is_no_damage(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 0, "trial_rate": 0.003, "watched_loss": Infinity}\n' + LINE)
+    assert read_log(file) == [{"step": 0, "trial_rate": 0.003}, {"step": 1, "loss": 0.5}]
+    assert len(lines_up_to(file, 5)) == 2
 
 
 def test_what_a_kill_left_of_the_last_line_is_passed_over(tmp_path: Path) -> None:
@@ -112,6 +118,8 @@ def test_an_older_checkpoint_is_not_taken_for_one_that_lost_its_manifest(wholes:
     for command in (resumed, ["export", "--run", str(folder), "--to", str(tmp_path / "merged")]):
         assert told in run(*command).err
     shutil.rmtree(folder / "checkpoint-10")
+    (folder / "checkpoint-500").mkdir()
+    (folder / "checkpoint-500" / "model.safetensors").touch()  # of another trainer
     assert find_newest(folder) == folder / "checkpoint-2"
 
 

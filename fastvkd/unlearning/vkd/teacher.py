@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvkd.errors import TrainingError, disk_is_full
-from fastvkd.files import delete_unfinished
+from fastvkd.files import DELETED, delete_unfinished
 from fastvkd.models import families
 from fastvkd.models.families import family_of
 from fastvkd.models.visual_path import SiteFeatures, VisualBatch
@@ -70,7 +70,7 @@ class FeatureCache:
         self._damaged: set[_Place] = set()
         self._widths: dict[str, int] = {}  # of each writer's rows
         self._rows: dict[str, Tensor] = {}  # of each writer's file
-        delete_unfinished(root)  # of a purge that was killed
+        delete_unfinished(root, DELETED)  # of a purge that was killed
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             description = self.folder / "ingredients.json"
