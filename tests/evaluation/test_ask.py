@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -151,3 +152,27 @@ def test_a_page_is_drawn_by_a_browser(page: str) -> None:
     told = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom", page]
     drawn = subprocess.run([chromium, *told], capture_output=True, text=True, timeout=120).stdout
     assert all(label in drawn for label in ("fastvkd ask", "Photo", "Question", "Before", "After", "Submit"))
+
+
+def drawn_by_a_browser(page: Any) -> str:
+    """The document once its scripts have run."""
+    chromium = shutil.which("chromium") or pytest.skip("no chromium here")
+    _, address, _ = page.launch(server_name="127.0.0.1", quiet=True, prevent_thread_lock=True)
+    try:
+        told = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom", address]
+        return subprocess.run([chromium, *told], capture_output=True, text=True, timeout=120).stdout
+    finally:
+        page.close()
+
+
+def test_a_page_runs_nothing_that_a_model_says() -> None:
+    """What stands in an answer's field when the page is drawn, beside a field that does run it."""
+    gradio = pytest.importorskip("gradio")
+    hostile = """</textarea><script>document.title="hit"</script><img src=x onerror='document.title="hit"'>"""
+    page = ask._page(gradio, {"before": None, "after": None})  # type: ignore[dict-item]
+    for answer in page.output_components:
+        answer.value = hostile
+    drawn = drawn_by_a_browser(page)
+    assert "After" in drawn and "<title>hit" not in drawn and 'src="x"' not in drawn
+    runs = gradio.Interface(lambda text: text, "textbox", gradio.HTML(hostile), analytics_enabled=False)
+    assert "<title>hit" in drawn_by_a_browser(runs)
