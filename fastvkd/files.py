@@ -5,6 +5,7 @@ import contextlib
 import errno
 import fcntl
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -101,6 +102,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise _KeyTwice(next(key for key in keys if keys.count(key) > 1))
     return found
+
+
+def json_sha256(content: Any) -> str:
+    """SHA-256, in hex, of what a JSON value says, in whatever order its keys stand."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def json_lines(path: Path, kind: type[FastVKDError], mend: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,6 +1,5 @@
 """Finished figures, kept line by line, so that an attack that was interrupted goes on where it stopped."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvkd.errors import TrainingError, disk_is_full
-from fastvkd.files import text_lines, write_atomically
+from fastvkd.files import json_sha256, text_lines, write_atomically
 
 
 class Journal:
@@ -34,10 +33,10 @@ class Journal:
 
         Raises TrainingError where the file cannot be written.
         """
-        key = hashlib.sha256(json.dumps([self._common, facts], sort_keys=True).encode()).hexdigest()
+        key = json_sha256([self._common, facts])
         if key not in self._found:
             row = json.loads(json.dumps({"key": key, **facts, "found": measure()}))
-            self._append(json.dumps({**row, "digest": _digest(row)}))
+            self._append(json.dumps({**row, "digest": json_sha256(row)}))
             self._found[key] = row["found"]  # the same whether measured now or read
         return self._found[key]
 
@@ -64,8 +63,5 @@ def _read(line: str) -> dict[str, Any] | None:
     if not isinstance(row, dict) or not {"key", "found"} <= set(row) or not isinstance(row["key"], str):
         return None
     said = {name: value for name, value in row.items() if name != "digest"}
-    return row if row.get("digest", _digest(said)) == _digest(said) else None  # versions before wrote none
-
-
-def _digest(row: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
+    digest = json_sha256(said)
+    return row if row.get("digest", digest) == digest else None  # versions before wrote none

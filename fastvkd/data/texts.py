@@ -37,14 +37,20 @@ def texts_of(profile: Profile) -> Iterator[tuple[str, str]]:
 
 def marks_in(profile: Profile, marks: Iterable[str]) -> str | None:
     """The message about the first text of a profile that holds one of `marks`; None where no text does."""
-    pattern = _pattern(tuple(marks))
+    marks = tuple(marks)
     for what, text in texts_of(profile):
-        if found := pattern.search(text):
+        if found := mark_in(text, marks):
             return (
-                f"{profile.source}: the {what} {text[:80]!r} holds {found[0]!r}, which a model reads as a mark of "
+                f"{profile.source}: the {what} {text[:80]!r} holds {found!r}, which a model reads as a mark of "
                 "its own and not as text; remove it (a photo's place in the prompt is written for you)"
             )
     return None
+
+
+def mark_in(text: str, marks: Iterable[str]) -> str | None:
+    """The first of `marks` that a text holds."""
+    found = _pattern(tuple(marks)).search(text)
+    return found and found[0]
 
 
 def refuse_placeholders(profile: Profile) -> Profile:

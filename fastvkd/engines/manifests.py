@@ -1,13 +1,12 @@
 """`checkpoint.json`, what a checkpoint says of itself: written with a digest of its own, checked where it is read."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fastvkd.errors import TrainingError
-from fastvkd.files import read_json_object, sync
+from fastvkd.files import json_sha256, read_json_object, sync
 
 FORMAT = 2
 _WITHOUT_DIGEST = 1  # the format before, which is still read
@@ -55,8 +54,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 def _digest(content: Mapping[str, Any]) -> str:
     """SHA-256 of what is said, however it is spelled: as it reads back, for JSON turns keys into texts."""
-    read_back = json.loads(json.dumps(content))
-    return hashlib.sha256(json.dumps(read_back, sort_keys=True).encode()).hexdigest()
+    return json_sha256(json.loads(json.dumps(content)))
 
 
 def _wrong(manifest: Mapping[str, Any]) -> Iterator[str]:

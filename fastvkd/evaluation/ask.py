@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastvkd.data.texts import mark_in
 from fastvkd.devices import free_memory
 from fastvkd.engines.exporting import read_record, settings_of
 from fastvkd.errors import DataError, SettingsError, one_line, printable
@@ -80,7 +81,7 @@ def refuse_marks_in(questions: Sequence[str], processor: Any) -> None:
     """Raises SettingsError for a question with one of the model's own marks in it."""
     marks = special_tokens(processor)
     for question in questions:
-        if mark := next((mark for mark in marks if mark in question), None):
+        if mark := mark_in(question, marks):
             raise SettingsError(f"the question {question!r} holds the model's mark {mark}; leave it out")
 
 

@@ -497,7 +497,8 @@ class _Log:
                     samples.append(content)
                 else:
                     key = content["finished"]
-                    whole = not damaged and content.get("sha256", _digest(lines)) == _digest(lines)
+                    digest = _digest(lines)
+                    whole = not damaged and content.get("sha256", digest) == digest
                     if whole and isinstance(key, str) and key in keep:
                         self.finished[key] = samples
                         kept.writelines([*lines, line])

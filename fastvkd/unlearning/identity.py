@@ -1,12 +1,12 @@
 """Which run it is: a hash of its data, of what it aims at, and of its base model. A run is resumed as itself only."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from fastvkd.data.strangers import read_strangers
+from fastvkd.files import json_sha256
 from fastvkd.models.folder import identify_base, local_folder
 from fastvkd.records import Photo, Profile
 from fastvkd.settings import Settings
@@ -37,8 +37,8 @@ def identify_run(settings: Settings, sources: Sources) -> dict[str, str]:
     if settings.forget_target == "reference" and settings.reference_model is not None:
         contents.append(identify_base(local_folder(settings.reference_model)).fingerprint)
     return {
-        "data": _digest(contents),
-        "objective": _digest(objective(settings.to_dict())),
+        "data": json_sha256(contents),
+        "objective": json_sha256(objective(settings.to_dict())),
         "base": sources.base.fingerprint,
     }
 
@@ -78,7 +78,3 @@ def _key(photo: Photo) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
