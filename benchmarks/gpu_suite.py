@@ -198,7 +198,8 @@ def eval_and_attack(device: str) -> Run:
             figures[f"{name}_seconds"] = round(time.monotonic() - started, 1)
 
         fastvkd("export", "--run", str(trained), "--to", str(merged))
-        on = ["--model", str(merged), "--data", str(model.parent), "--device", device, "--bf16"]
+        on = ["--model", str(merged), "--data", str(model.parent), "--device", device]
+        on += [] if device == "cpu" else ["--bf16"]  # without instructions for it a CPU takes minutes
         evaluated, attacked = folder / "eval", folder / "attack"
         for old in (evaluated, attacked):  # what is kept there would not be measured again
             shutil.rmtree(old, ignore_errors=True)

@@ -113,9 +113,11 @@ def auc(members: Sequence[float], others: Sequence[float], *, seed: int, resampl
     one, two = np.asarray(members, dtype=np.float64), np.asarray(others, dtype=np.float64)
     wins = (one[:, None] > two[None, :]) + 0.5 * (one[:, None] == two[None, :])
     rng = np.random.default_rng([seed, 36])
-    rows = rng.multinomial(len(one), np.full(len(one), 1 / len(one)), resamples) / len(one)
-    columns = rng.multinomial(len(two), np.full(len(two), 1 / len(two)), resamples) / len(two)
-    low, high = np.quantile(((rows @ wins) * columns).sum(1), [0.025, 0.975])
+    rows = rng.multinomial(len(one), np.full(len(one), 1 / len(one)), resamples)
+    columns = rng.multinomial(len(two), np.full(len(two), 1 / len(two)), resamples)
+    # divided once: halves and counts add up exactly, so that no area lies above 1
+    areas = ((rows @ wins) * columns).sum(1) / (len(one) * len(two))
+    low, high = np.quantile(areas, [0.025, 0.975])
     return {
         "auc": float(wins.mean()),
         "ci95": [float(low), float(high)],

@@ -26,6 +26,13 @@ from fastvkd.models.answers import collate_answers
 from fastvkd.photos import decode_image
 
 
+@pytest.mark.parametrize("members", [3, 12, 41])
+@pytest.mark.parametrize("others", [7, 13, 28, 48])
+def test_an_area_of_sides_that_never_meet_is_one_and_so_is_its_interval(members: int, others: int) -> None:
+    found = auc([2.0] * members, [1.0] * others, seed=0)
+    assert found["auc"] == 1 and found["ci95"] == [1, 1]
+
+
 def test_auc_counts_pairs_won_and_ties_half() -> None:
     found = auc([3.0, 1.0], [2.0, 1.0], seed=0)
     assert found["auc"] == pytest.approx((1 + 1 + 0 + 0.5) / 4)
