@@ -56,6 +56,9 @@ class Saliency:
     batches: Positive[int] = 8  # batches of each side that estimate the Fisher information
 
 
+NEW_VIEWS = 80  # steps of a stranger's search see views that none before them saw; later ones see these again
+
+
 @dataclass(kw_only=True)
 class Stranger:
     """How `forget_target: stranger` finds the map that makes each forgotten person a stranger."""

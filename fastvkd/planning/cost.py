@@ -14,6 +14,7 @@ from fastvkd.engines.optimizers import MOMENT_BYTES, MOMENT_BYTES_32BIT, check_o
 from fastvkd.errors import ModelError
 from fastvkd.planning.architecture import Architecture, Tower
 from fastvkd.planning.cards import GPU_LINK_GB_PER_S, GPU_PEAK_TFLOPS
+from fastvkd.settings import NEW_VIEWS
 
 # What a time estimate assumes (and prints). Shares are of the datasheet's figures.
 ASSUMED = {
@@ -248,7 +249,8 @@ class Cost:
 
     def search_flops(self, *, asked_tokens: int = ASKED_TOKENS) -> int:
         """FLOPs of the search for the maps of one person, at all sites, if it is not repeated: in each step the whole
-        LLM reads a question about each of `search_views` views, and then two with the gradient of the map."""
+        LLM reads two questions about each of `search_views` views with the gradient of the map, and in the first ones,
+        whose views are seen again later, one before that."""
         a, r = self.architecture, self.recipe
 
         def passed(tokens: int, *, back: bool) -> int:
@@ -260,8 +262,9 @@ class Cost:
         tower = a.tower.embedding_flops() + a.projector.flops()
         tower += sum(a.tower.linear_flops() + a.tower.attention_flops(block) for block in range(a.tower.blocks))
         rows, tokens = self._searched_rows(asked_tokens)
-        each = tower + passed(a.visual_tokens + asked_tokens, back=False) + rows * passed(tokens, back=True)
-        return len(r.sites) * r.search_steps * r.search_views * each
+        seen = tower + passed(a.visual_tokens + asked_tokens, back=False)
+        each = min(r.search_steps, NEW_VIEWS) * seen + r.search_steps * rows * passed(tokens, back=True)
+        return len(r.sites) * r.search_views * each
 
     def _searched_rows(self, asked_tokens: int) -> tuple[int, int]:
         """In how many rows of how many tokens a step of the search asks two questions about a view: in one where all

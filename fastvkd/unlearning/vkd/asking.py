@@ -6,6 +6,7 @@ Legend: B questions, N visual tokens, H width.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fastvkd.devices import questions_at_once
 from fastvkd.models import families
@@ -26,6 +28,20 @@ from fastvkd.unlearning.vkd.images import ImageSet, Views
 Change = Callable[[Tensor, Tensor], Tensor]  # (rows (N, H) float32, visual tokens of each image (B,)) -> rows
 _ANSWER_TOKENS = 16  # of a greedy answer, at most
 _PACKED = 2  # the tokens of a row of several questions, as a multiple of one question's
+_OF_THE_TOWER = ("last_hidden_state", "hidden_states", "attentions")  # which the LLM does not read
+
+
+@dataclass
+class Seen:
+    """Some views, prepared and seen by the tower once: `pixels` at a fixed resolution, and `features` as the model's
+    own `get_image_features` returns them; None till they are first asked for."""
+
+    pixels: Tensor | None = None
+    features: Any = None
+
+    def to(self, device: torch.device | str) -> "Seen":
+        """The same, its features on `device`."""
+        return Seen(self.pixels, _moved(self.features, device))
 
 
 class Asker:
@@ -45,18 +61,28 @@ class Asker:
         tokens = _collated(processor, [(images.image(0), ("What is it?", "It is."))]).predicts.shape[1] + _ANSWER_TOKENS
         self._at_once = questions_at_once(tokens, text.num_hidden_layers, kv * head, model.dtype.itemsize)
         self._tokens = tokens
-        self._packs = packs(config) and self._family.fixed_resolution
+        self.packs = packs(config) and self._family.fixed_resolution
+        self._seen: Seen | None = None  # within `same_images`
 
     def batch(self, photos: Sequence[int], asked: Sequence[tuple[str, str]], views: Views | None = None) -> AnswerBatch:
         """(question, answer) number i about photo number i, each seen anew with `views`; on the model's device."""
         if self._family.fixed_resolution:
             batch = _stacked([self._words(*pair) for pair in asked], self._processor.tokenizer.pad_token_id or 0)
-            batch.inputs["pixel_values"] = self.images.batch(photos, views).inputs["pixel_values"]
+            batch.inputs["pixel_values"] = self._pixels(photos, views)
         else:
             pictures = self.images.pictures(photos, views)
             batch = _collated(self._processor, list(zip(pictures, asked, strict=True)))
-        batch.inputs["pixel_values"] = batch.inputs["pixel_values"].to(self.model.dtype)
+            batch.inputs["pixel_values"] = batch.inputs["pixel_values"].to(self.model.dtype)
         return batch.to(self._device)
+
+    def _pixels(self, photos: Sequence[int], views: Views | None) -> Tensor:
+        """Those of a fixed resolution, in the model's type, on the host."""
+        if self._seen is not None and self._seen.pixels is not None:
+            return self._seen.pixels
+        pixels: Tensor = self.images.batch(photos, views).inputs["pixel_values"].to(self.model.dtype)
+        if self._seen is not None:
+            self._seen.pixels = pixels
+        return pixels
 
     def read(self, batch: AnswerBatch, site: str = "", change: Change | None = None) -> Answers:
         """What the model makes of a batch, the visual tokens that enter `site` being `change`d."""
@@ -75,7 +101,7 @@ class Asker:
     ) -> list[Answers]:
         """What the model makes of each list of `asked`, question number i of all being about photo number i, seen with
         `views` and changed as in `read`. Where the family allows, the photos go through the LLM once for all lists."""
-        if not self._packs:
+        if not self.packs:
             return [self.read(self.batch(photos, one, views), site, change) for one in asked]
         answers = self.read(self._packed(photos, list(zip(*asked, strict=True)), views), site, change)
         return [answers.only(slice(k, None, len(asked))) for k in range(len(asked))]
@@ -87,7 +113,7 @@ class Asker:
         pad = self._processor.tokenizer.pad_token_id or 0
         rows = [[self._words(*pair) for pair in pairs] for pairs in asked]
         batch = pack(rows, self.image_token, pad, self.model.dtype)
-        batch.inputs["pixel_values"] = self.images.batch(photos, views).inputs["pixel_values"].to(self.model.dtype)
+        batch.inputs["pixel_values"] = self._pixels(photos, views)
         return batch.to(self._device)
 
     @torch.no_grad()
@@ -151,7 +177,7 @@ class Asker:
         self, photos: Sequence[int], asked: Sequence[tuple[str, str]], site: str, change: Change | None
     ) -> Iterator[tuple[Answers, int]]:
         """What the model makes of all questions, as many as fit at once, and how many these were."""
-        if not self._packs:
+        if not self.packs:
             for part in self._parts(len(asked)):
                 yield self.read(self.batch(photos[part], asked[part]), site, change), len(asked[part])
             return
@@ -184,21 +210,26 @@ class Asker:
         return [slice(start, start + size) for start in range(0, rows, size)]
 
     @contextmanager
-    def same_images(self) -> Iterator[None]:
-        """All batches read within are of the same views: the tower sees the first one's, and no other."""
+    def same_images(self, seen: Seen | None = None) -> Iterator[None]:
+        """All batches read within are of the same views: they are prepared, and the tower sees them, with the first
+        one and no other. With `seen` that is kept there for later; its batches have the same number of photos."""
         see = self._base.get_image_features
-        seen: list[Any] = []
+        here = self._seen = seen if seen is not None else Seen()
 
         def once(*args: Any, **kwargs: Any) -> Any:
-            if not seen:
-                seen.append(see(*args, **kwargs))
-            return seen[0]
+            if here.features is None:
+                here.features = see(*args, **kwargs)
+                for name in _OF_THE_TOWER:
+                    if getattr(here.features, name, None) is not None:
+                        setattr(here.features, name, None)
+            return _moved(here.features, self._device)
 
         self._base.get_image_features = once
         try:
             yield
         finally:
             del self._base.get_image_features
+            self._seen = None
 
     @contextmanager
     def _changed(self, is_image: Tensor, site: str, change: Change) -> Iterator[None]:
@@ -228,6 +259,10 @@ class Asker:
     def _words_uncached(self, question: str, answer: str) -> AnswerBatch:
         """One row; at a fixed resolution any image takes the place of the real one."""
         return _collated(self._processor, [(Image.new("RGB", (64, 64)), (question, answer))])
+
+
+def _moved(features: Any, device: torch.device | str) -> Any:
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), features)
 
 
 def _collated(processor: Any, asked: Sequence[tuple[Image.Image, tuple[str, str]]]) -> AnswerBatch:

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,9 +36,10 @@ from fastvkd.models.placement import Loading, fitting
 from fastvkd.models.prompts import chat_prompt
 from fastvkd.models.visual_path import VisualPath
 from fastvkd.records import Choice, Profile
-from fastvkd.settings import Settings
+from fastvkd.settings import NEW_VIEWS, Settings
+from fastvkd.unlearning.answers import Answers
 from fastvkd.unlearning.ingredients import Sources
-from fastvkd.unlearning.vkd.asking import Asker
+from fastvkd.unlearning.vkd.asking import Asker, Seen
 from fastvkd.unlearning.vkd.images import ImageSet, Views
 from fastvkd.unlearning.vkd.teacher import split_by_image
 
@@ -72,6 +73,7 @@ _FIRM_ATTEMPTS, _FIRM = 2, 3.0  # further ones if none is, and the weight of the
 _CHECKED = 4  # photos of a person on which that is seen
 _LIKENESS = 0.3  # weight of looking alike, beside twice that of being right no more often than chance
 _NEAR, _LATER = 0.1, 0.1  # weight of a short way, and of the words of an answer after its first
+_SMALL_STEP = 128 << 20  # bytes: below them a step asks about several people
 _ASKED, _COPIES = 40, 18  # tokens of a question beside the image's; copies of mapped features in a step
 _SURE = 3.0  # weight of the stranger's answer being as likely as it should
 
@@ -227,19 +229,29 @@ class GuidedSearch:
         answers = [self._neutral_answers(photos) for photos in people]
         if self.settings.gradient_checkpointing:
             checkpoint_layers(self.model)  # not before: answers are generated with a cache
-        found: Maps = {site: [] for site in sites}
+        found: Maps = {}
         for site in sites:
             natural, outward = self._natural(site)
-            for e, candidates in enumerate(pools):
-                tried: list[tuple[float, StrangerMap]] = []
-                for aims in self._attempts(candidates, e):
-                    log.info("%s: searching for person %d of %d", site, e + 1, len(people))
-                    map_ = self._search(site, e, aims, answers[e], natural, outward)
-                    tried.append((self._off(site, e, aims, map_), map_))
-                    if tried[-1][0] <= _WELL:
-                        break
-                found[site].append(min(tried, key=lambda one: one[0])[1].further(self._reach(e)))
+            tried: list[list[tuple[float, StrangerMap]]] = [[] for _ in people]
+            attempts = [self._attempts(candidates, e) for e, candidates in enumerate(pools)]
+            wanted = list(range(len(people)))
+            while wanted:
+                aims = {e: aim for e in wanted if (aim := next(attempts[e], None)) is not None}
+                for some in _parts(list(aims), self._at_once()):
+                    log.info("%s: searching for %d of %d people", site, len(some), len(people))
+                    maps = self._search(site, {e: aims[e] for e in some}, answers, natural, outward)
+                    for e, map_ in zip(some, maps, strict=True):
+                        tried[e].append((self._off(site, e, aims[e], map_), map_))
+                wanted = [e for e in aims if tried[e][-1][0] > _WELL]
+            best = [min(one, key=lambda found: found[0])[1] for one in tried]
+            found[site] = [map_.further(self._reach(e)) for e, map_ in enumerate(best)]
         return found
+
+    def _at_once(self) -> int:
+        """For how many people to search at once: one, but where a step is so small that its time goes into starting
+        operations."""
+        each = self.options.views * asked_bytes(self.settings, self.images, self.asker.packs)
+        return max(1, _SMALL_STEP // each)
 
     def _attempts(self, candidates: Sequence[Sequence[int]], e: int) -> Iterator[list[_Aim]]:
         """What the searches for one person aim at, till a map is good enough.
@@ -389,58 +401,121 @@ class GuidedSearch:
         return natural.to(self.device), outward.to(self.device)
 
     def _search(
-        self, site: str, e: int, aims: list[_Aim], answers: list[list[str]], natural: Natural, outward: Tensor
-    ) -> StrangerMap:
-        options, photos, seed = self.options, self.population.people[e], self.settings.seed
-        reach = self._reach(e)
-        rng = np.random.default_rng([seed, 43, e])
-        generator = torch.Generator().manual_seed(seed)
+        self,
+        site: str,
+        aims: Mapping[int, list[_Aim]],
+        answers: Sequence[list[list[str]]],
+        natural: Natural,
+        outward: Tensor,
+    ) -> list[StrangerMap]:
+        """The map of each person of `aims`, who have nothing in common but the steps that they are sought in.
+
+        answers: of every person, those of `_neutral_answers`.
+        """
+        options, seed, people = self.options, self.settings.seed, list(aims)
+        rng = np.random.default_rng([seed, 43, *people])
         config: Any = families.base_model(self.model).config
         width = config.text_config.hidden_size
-        map_ = StrangerMap(width, options.rank, generator=generator).to(self.device)
-        optimizer = torch.optim.AdamW(map_.parameters(), lr=options.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
+        maps = [
+            StrangerMap(width, options.rank, generator=torch.Generator().manual_seed(seed)).to(self.device)
+            for _ in people
+        ]
+        parameters = [p for map_ in maps for p in map_.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
         schedule = one_cycle(optimizer, options.learning_rate, options.steps)
+        views, photos = options.views, options.views * len(people)
+        # A student does not come all the way, and goes beyond on some photos: what it reaches must do as well.
+        least = torch.full((photos,), 1 - options.short, device=self.device)
+        reach = torch.tensor([self._reach(e) for e in people], device=self.device).repeat_interleave(views)
+
+        def mapped(rows: Tensor, counts: Tensor) -> Tensor:
+            each = rows.split([int(part.sum()) for part in counts.split(views)])
+            return torch.cat([map_(z) for map_, z in zip(maps, each, strict=True)])
+
+        drawn: dict[int, _Drawn] = {}
         for step in range(options.steps):
-            drawn = rng.integers(len(photos), size=options.views)
-            who = [aims[i] for i in rng.integers(len(aims), size=options.views)]
-            what = rng.integers(len(self.neutral), size=options.views)
-            # A student does not come all the way, and goes beyond on some photos: what it reaches must do as well.
-            least = 1 - options.short
-            share = least + (reach - least) * torch.from_numpy(rng.random(options.views)).float().to(self.device)
-            views = Views((seed, 43, e, step), range(options.views), options.views)
-            seen = [photos[i] for i in drawn]
-            about_who = [(aim.question, aim.answer) for aim in who]
-            about_what = [(self.neutral[j], answers[i][j]) for i, j in zip(drawn, what, strict=True)]
+            which = step % NEW_VIEWS
+            if which not in drawn:
+                drawn[which] = self._draw(people, answers, which, rng)
+            shown = drawn[which]
+            who = [aims[e][i] for e in people for i in rng.integers(len(aims[e]), size=views)]
+            share = least + (reach - least) * torch.from_numpy(rng.random(photos)).float().to(self.device)
             noted: dict[str, Tensor] = {}
 
-            def note(rows: Tensor, counts: Tensor, noted: dict[str, Tensor] = noted) -> Tensor:
+            def moved(rows: Tensor, counts: Tensor, share: Tensor = share, noted: dict[str, Tensor] = noted) -> Tensor:
                 noted.update(rows=rows, counts=counts)
-                return rows
+                return rows + share.repeat_interleave(counts)[:, None] * (mapped(rows, counts) - rows)
 
-            def moved(rows: Tensor, counts: Tensor, share: Tensor = share) -> Tensor:
-                return rows + share.repeat_interleave(counts)[:, None] * (map_(rows) - rows)
-
-            with self.asker.same_images():
-                with torch.no_grad():
-                    before = self.asker.read(self.asker.batch(seen, about_what, views), site, note)
-                said, kept = self.asker.read_each(seen, (about_who, about_what), views, site, moved)
-            assert said.logits is not None and kept.logits is not None and before.logits is not None
+            with self.asker.same_images(shown.seen):
+                asked = ([(aim.question, aim.answer) for aim in who], shown.what)
+                said, kept = self.asker.read_each(shown.photos, asked, shown.views, site, moved)
+            loss = torch.zeros((), device=self.device)
+            for i in range(len(people)):
+                mine = slice(i * views, (i + 1) * views)
+                loss = loss + self._answered(said.only(mine), who[mine])
+                loss = loss + options.keep * _as_before(kept.only(mine), shown.before.only(mine))
             z0, counts = noted["rows"], noted["counts"]
-            z = map_(z0)
-            loss = _as_strangers(said.logits, said.tokens, said.row, torch.cat([aim.wanted for aim in who]).float())
-            if all(aim.own is not None for aim in who):
-                loss = loss + _FIRM * _too_own(said.logits, said.tokens, said.row, who)
-            loss = loss + options.keep * divergence(kept.logits, before.logits).mean()
+            z = mapped(z0, counts)
             # As far out as strangers, and each photo as unusual among them as it was.
             wanted = natural.away(z0, counts) + outward[:, None]
             unusual = (natural.away(z, counts) - wanted).abs().sum(0).mean()
-            loss = loss + options.natural * (unusual + _NEAR * natural.length(z - z0, counts))
+            loss = loss + len(people) * options.natural * (unusual + _NEAR * natural.length(z - z0, counts))
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(map_.parameters(), 1.0)
+            for map_ in maps:
+                torch.nn.utils.clip_grad_norm_(map_.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-        return map_.requires_grad_(False).cpu()
+        return [map_.requires_grad_(False).cpu() for map_ in maps]
+
+    def _draw(
+        self, people: Sequence[int], answers: Sequence[list[list[str]]], which: int, rng: np.random.Generator
+    ) -> "_Drawn":
+        """Views of the photos of each of `people`, with what the original says of them, on the host."""
+        count = self.options.views
+        photos: list[int] = []
+        what: list[tuple[str, str]] = []
+        for e in people:
+            mine = self.population.people[e]
+            for i, j in zip(
+                rng.integers(len(mine), size=count), rng.integers(len(self.neutral), size=count), strict=True
+            ):
+                photos.append(mine[i])
+                what.append((self.neutral[j], answers[e][i][j]))
+        views = Views((self.settings.seed, 43, which, *people), range(len(photos)), len(photos))
+        seen = Seen()
+        with torch.no_grad(), self.asker.same_images(seen):
+            before = self.asker.read(self.asker.batch(photos, what, views))
+        return _Drawn(photos, what, views, seen.to("cpu"), before.to("cpu"))
+
+    def _answered(self, said: Answers, aims: Sequence[_Aim]) -> Tensor:
+        """How far a person's answers to identity questions are from what is aimed at."""
+        assert said.logits is not None
+        loss = _as_strangers(said.logits, said.tokens, said.row, torch.cat([aim.wanted for aim in aims]).float())
+        if all(aim.own is not None for aim in aims):
+            loss = loss + _FIRM * _too_own(said.logits, said.tokens, said.row, aims)
+        return loss
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Photos in a step of the search, seen with `views`, a neutral question with the original's answer about each, and
+    what the original makes of that."""
+
+    photos: list[int]
+    what: list[tuple[str, str]]
+    views: Views
+    seen: Seen
+    before: Answers
+
+
+def _as_before(kept: Answers, before: Answers) -> Tensor:
+    assert kept.logits is not None and before.logits is not None
+    return divergence(kept.logits, before.logits.to(kept.logits.device)).mean()
+
+
+def _parts(people: list[int], size: int) -> list[list[int]]:
+    return [people[start : start + size] for start in range(0, len(people), size)]
 
 
 def divergence(logits: Tensor, aim: Tensor) -> Tensor:
@@ -710,7 +785,7 @@ def _digest(settings: Settings, sources: Sources, images: ImageSet, population: 
         "seed": settings.seed if guided else None,
         "identity": [[repr(p.visual) for p in profiles] for profiles in population.profiles] if guided else None,
         "neutral": neutral_questions(population.profiles) if guided else None,
-        "format": 4,
+        "format": 5,
     }
     return hashlib.sha256(json.dumps(shaped_by, sort_keys=True).encode()).hexdigest()[:16]
 

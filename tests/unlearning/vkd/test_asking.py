@@ -23,7 +23,7 @@ def askers(request: pytest.FixtureRequest) -> tuple[Asker, Asker]:
     model, processor, images, _ = tiny_population(request.param)
     model.requires_grad_(False)
     alone = Asker(model, processor, images)
-    alone._packs = False
+    alone.packs = False
     return Asker(model, processor, images), alone
 
 
@@ -31,10 +31,10 @@ def test_llava_packs() -> None:
     model, processor, images, _ = tiny_population("llava")
     asker = Asker(model, processor, images)
     rows = asker._rows(SHOWN, ASKED)
-    assert asker._packs and len(rows) < len(ASKED)
+    assert asker.packs and len(rows) < len(ASKED)
     assert {SHOWN[row.start] for row in rows} == {0, 3, 4}
     model.config.text_config._attn_implementation = "flash_attention_2"  # takes no mask of its own
-    assert not Asker(model, processor, images)._packs
+    assert not Asker(model, processor, images).packs
 
 
 @pytest.mark.parametrize("site", ["projector", "llm:1"])

@@ -153,7 +153,7 @@ def test_a_map_gives_a_strangers_answers_and_keeps_the_neutral_ones(name: str) -
         """How far answers are from a stranger's with the map, and neutral ones from those before it."""
         # Its features say nothing that is worth staying near to, and one direction moves all its answers.
         search.options = Stranger(steps=20, views=2, rank=8, learning_rate=1e-1, natural=0.0, keep=keep, short=0.0)
-        map_ = search._search("projector", 0, [aim], answers, *search._natural("projector"))
+        (map_,) = search._search("projector", {0: [aim]}, [answers], *search._natural("projector"))
         with torch.no_grad():
             after = search.asker.read(neutral, "projector", lambda rows, counts: map_(rows)).logits
         return apart(map_), float(stranger.divergence(after, as_before).mean())
@@ -168,6 +168,37 @@ def test_a_map_gives_a_strangers_answers_and_keeps_the_neutral_ones(name: str) -
     (near, moved), (_, kept) = found(0.0), found(20.0)
     assert near < 0.7 * before
     assert kept < 0.5 * moved
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_people_who_are_searched_for_together_have_nothing_to_do_with_one_another(name: str) -> None:
+    """What one of them is to be answered changes their own map, and no other."""
+    model, processor, images, population = tiny_population(name)
+    told = Settings(forget_target="stranger", stranger=Stranger(steps=4, views=2, rank=4, learning_rate=1e-1))
+    search = GuidedSearch(model, processor, images, population, told)
+    answers = [search._neutral_answers(photos) for photos in population.people]
+    aims = [search._aims(pools[0], search.identity[e]) for e, pools in enumerate(search.pools())]
+    others = [dataclasses.replace(aim, wanted=-100 * aim.wanted.flip(-1)) for aim in aims[1]]
+    found = []
+    for second in (aims[1], others, search._held_to_usual(others, 1)):
+        found.append(search._search("projector", {0: aims[0], 1: second}, answers, *search._natural("projector")))
+    for (first, second), before in zip(found[1:], found, strict=False):
+        assert all(torch.equal(a, b) for a, b in zip(first.parameters(), before[0].parameters(), strict=True))
+        assert not torch.allclose(second.bias, before[1].bias, atol=1e-4)
+
+
+def test_the_tower_sees_the_views_of_a_search_once(monkeypatch) -> None:
+    """However many steps ask about them again."""
+    model, processor, images, population = tiny_population("llava")
+    told = Settings(forget_target="stranger", stranger=Stranger(steps=7, views=2, rank=4))
+    monkeypatch.setattr(stranger, "NEW_VIEWS", 3)
+    search = GuidedSearch(model, processor, images, population, told)
+    answers = [search._neutral_answers(photos) for photos in population.people]
+    aims = {e: search._aims(pools[0], search.identity[e]) for e, pools in enumerate(search.pools())}
+    natural, calls = search._natural("projector"), []
+    model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    search._search("projector", aims, answers, *natural)
+    assert len(calls) == 3
 
 
 def test_a_view_that_is_called_by_a_name_costs_more_than_its_divergence() -> None:
@@ -201,10 +232,10 @@ def test_where_no_map_is_near_the_search_holds_the_persons_own_answer_down(monke
     search = GuidedSearch(model, processor, images, population, Settings(forget_target="stranger"))
     firm: list[bool] = []
 
-    def searched(site, e, aims, *_):
-        firm.append(all(aim.own is not None for aim in aims))
-        assert all((aim.own is None) == (aim.most == 0.0) and aim.most <= 0 for aim in aims)
-        return stranger.StrangerMap(4, 2)
+    def searched(site, aims, *_):
+        firm.append(all(aim.own is not None for aim in aims[0]))
+        assert all((aim.own is None) == (aim.most == 0.0) and aim.most <= 0 for aim in aims[0])
+        return [stranger.StrangerMap(4, 2)]
 
     monkeypatch.setattr(search, "_search", searched)
     monkeypatch.setattr(search, "_off", lambda *_: 0.5 if not firm[-1] else 0.1)
@@ -258,7 +289,7 @@ def test_training_aims_the_further_the_fewer_photos_there_are(monkeypatch) -> No
     found = stranger.StrangerMap(32, 4)
     torch.nn.init.normal_(found.outward)
     torch.nn.init.normal_(found.bias)
-    monkeypatch.setattr(search, "_search", lambda *_: copy.deepcopy(found))
+    monkeypatch.setattr(search, "_search", lambda _, aims, *__: [copy.deepcopy(found) for _ in aims])
     monkeypatch.setattr(search, "_off", lambda *_: 0.0)
     z = torch.randn(6, 32)
     for map_, way in zip(search.maps(["projector"])["projector"], (1.15, 1.075), strict=True):
