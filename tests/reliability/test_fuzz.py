@@ -31,6 +31,7 @@ from fastvkd.data import mllmu, sources, tables
 from fastvkd.data.check import check_data
 from fastvkd.data.strangers import read_strangers
 from fastvkd.engines.checkpoints import bytes_per_trainable_parameter, find_latest, verify_checkpoint
+from fastvkd.engines.exporting import edited_of
 from fastvkd.engines.requests import requests_of
 from fastvkd.errors import FastVKDError
 from fastvkd.evaluation.comparison import comparison_table, read_runs
@@ -449,6 +450,7 @@ def checkpoint_manifest(content: bytes, wholes: Wholes, folder: Path) -> None:
 def record_of_an_export(content: bytes, wholes: Wholes, folder: Path) -> None:
     file = written(folder / "unlearning.json", content)
     taken_or_refused(lambda: [request.line() for request in requests_of(folder)], str(file))
+    taken_or_refused(lambda: edited_of(folder), str(file))
 
 
 def index_of_cache(wholes: Wholes) -> tuple[Path, dict[str, Any]]:
