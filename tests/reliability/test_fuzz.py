@@ -26,7 +26,7 @@ from PIL import Image
 from wholes import Wholes
 
 from fastvkd import options as opt
-from fastvkd.cli import main
+from fastvkd.cli import _parser, main
 from fastvkd.data import mllmu, sources, tables
 from fastvkd.data.check import check_data
 from fastvkd.data.strangers import read_strangers
@@ -333,6 +333,7 @@ def overrides(texts: list[str], wholes: Wholes, folder: Path) -> None:
 COMMANDS: dict[str, type[opt.Options]] = {
     "train": opt.TrainOptions,
     "eval": opt.EvalOptions,
+    "ask": opt.AskOptions,
     "compare": opt.CompareOptions,
     "attack": opt.AttackOptions,
     "report": opt.ReportOptions,
@@ -345,6 +346,11 @@ COMMANDS: dict[str, type[opt.Options]] = {
     "data check": opt.CheckOptions,
 }
 WORDS = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=8)
+
+
+def test_every_verb_is_called() -> None:
+    (verbs,) = (action.choices for action in _parser()._actions if isinstance(action.choices, dict))
+    assert {name.split()[0] for name in COMMANDS} == set(verbs) - {"demo", "env"}  # minutes; no options
 
 
 @st.composite
