@@ -1,8 +1,9 @@
-"""Bounds of numbers, as `Annotated` types that stand at the fields of settings and options."""
+"""Bounds of numbers, as `Annotated` types that stand at the fields of settings and options; and what a number is."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeGuard, TypeVar
 
 T = TypeVar("T")
 
@@ -23,3 +24,11 @@ NotNegative = Annotated[T, Bound(lambda value: value >= 0, "must not be negative
 
 # Of every whole number of a setting or option, beside the bounds at its field: what all libraries take.
 WHOLE = Bound(lambda value: type(value) is not int or -(2**32) < value < 2**32, "must be below 4294967296")
+
+
+def is_finite_number(value: Any) -> TypeGuard[float]:
+    """Whether a value that was read is a number, and no truth value, that a float can hold: JSON has larger ones."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False

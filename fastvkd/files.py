@@ -10,13 +10,12 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
-
-import psutil
+from typing import Any, BinaryIO, NoReturn
 
 from fastvkd.errors import FastVKDError, TrainingError, disk_is_full, one_line
 
@@ -165,7 +164,7 @@ def delete_unfinished(parent: Path, beginning: str = UNFINISHED) -> None:
     Where others may be at work there, `beginning` is `DELETED`: what is being deleted nobody wants.
     """
     for leftover in parent.glob(f"{beginning}*"):
-        if not _is_held(parent / f"{_EXPORTING}{leftover.name.removeprefix(UNFINISHED)}"):
+        if not _is_locked(parent / f"{_EXPORTING}{leftover.name.removeprefix(UNFINISHED)}" / _LOCK):
             delete_folder(leftover, ignore_errors=True)  # ranks may do so together
 
 
@@ -178,12 +177,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _is_held(folder: Path) -> bool:
-    """Whether a process, this one included, holds the folder."""
+def _is_locked(file: Path) -> bool:
+    """Whether a process, this one included, has locked the file, or nobody can tell."""
     try:
-        descriptor = os.open(folder / _LOCK, os.O_RDONLY)
-    except OSError:
+        descriptor = os.open(file, os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError:  # somebody else's
+        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:  # held, or a file system without locks: then nobody can tell
@@ -291,9 +292,27 @@ def _lock(file: Path, folder: Path, key: str) -> int:
 def _remove_rests(folder: Path, beginning: str) -> None:
     """Remove what processes of this machine that were killed in `write_atomically` have left of a file."""
     for rest in folder.glob(f"{glob.escape(beginning)}*.tmp"):
-        number = rest.name.removeprefix(beginning).removesuffix(".tmp")
-        if number.isdecimal() and len(number) < 10 and not psutil.pid_exists(int(number)):
+        if not _is_locked(rest):
             rest.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path, beginning: str) -> Iterator[BinaryIO]:
+    """A new file to write to, which nobody takes for a rest as long as it is open; nothing is left of its name.
+
+    The lock says who is at work: a process number may be another one's in a container that sees the same folder.
+    """
+    while True:
+        temporary = folder / f"{beginning}{secrets.token_hex(4)}.tmp"
+        with open(temporary, "xb") as file:
+            try:
+                with contextlib.suppress(OSError):  # a file system without locks: rests stay there
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                if temporary.exists():  # and was not taken for a rest before it was locked
+                    yield file
+                    return
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
@@ -304,22 +323,17 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """
     path = Path(path)
     here = f".{path.name}.{socket.gethostname()}-"
-    temporary = path.with_name(f"{here}{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_rests(path.parent, here)
-        with open(temporary, "wb") as file:
+        with _temporary(path.parent, here) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(file.name, path)
     except OSError as error:
         if disk_is_full(error):
             mend = f"no space on disk for its {len(data):,} bytes; free some, or set another output_dir"
         else:
             mend = f"{error.strerror or error}; set an output_dir that can be written"
         raise TrainingError(f"{path}: cannot be written: {mend}") from error
-    finally:
-        # A path whose parent is a file has no temporary to remove, and asking would raise over the real error.
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)

@@ -122,7 +122,10 @@ _ALL = (
     Method(
         name="smfa",
         code=f"{_HERE}.smfa:SculptedForgetting",
-        keys=("smfa_k", "learning_rate", "max_steps", "warmup_steps", "lr_scheduler_type", "max_grad_norm"),
+        keys=(
+            *("smfa_k", "optim", "learning_rate", "weight_decay", "max_steps", "warmup_steps", "lr_scheduler_type"),
+            *("gradient_accumulation_steps", "max_grad_norm"),
+        ),
         refusals=f"{_HERE}.idk:REFUSALS",
         trains=False,
     ),

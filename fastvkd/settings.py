@@ -79,6 +79,7 @@ class Stranger:
     device_map: Literal["none", "auto"] = "none"  # auto: spread over all cards, and then host memory; exact, and slower
 
 
+CHANCE_BAND = 0.10  # so far above chance a model has learnt whom it is asked about
 _TEXT_OF_AN_EDITED_LLM = 0.99  # share of its accuracy before that it keeps, worst set
 
 
@@ -99,7 +100,7 @@ class Scrub:
 class Certificate:
     """Thresholds of certificate.json; null leaves a check out. Fractions, but for the area under a ROC curve."""
 
-    chance_band: float | None = 0.10  # accuracy on forgotten entities: at most so far off chance
+    chance_band: float | None = CHANCE_BAND  # accuracy on forgotten entities: at most so far off chance
     kept_visual: float | None = 0.95  # share of the visual accuracy before that the worst kept set must have
     kept_text: float | None = 0.98  # the same of text questions
     language_model_unchanged: bool = True

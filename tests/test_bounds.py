@@ -1,14 +1,19 @@
 """No whole number of a setting or option may be larger than what every library takes, nor a count below zero."""
 
 import dataclasses
+import json
+import math
 import typing
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from fastvkd.errors import SettingsError, TrainingError
+from fastvkd.bounds import is_finite_number
+from fastvkd.errors import DataError, SettingsError, TrainingError
+from fastvkd.evaluation.protocol import logged_samples
 from fastvkd.options import Budget, Options, options_of
+from fastvkd.reporting.report import read_log
 from fastvkd.settings import Scrub, Settings, Stranger, load_settings
 from fastvkd.unlearning.metrics import lines_up_to
 
@@ -26,6 +31,24 @@ def whole_numbers(section: type, prefix: str = "") -> Iterator[str]:
 
 
 KEYS = list(whole_numbers(Settings))
+
+
+def test_a_finite_number_has_room_in_a_float_and_is_no_truth_value() -> None:
+    assert all(map(is_finite_number, (0, -3, 1.5, 2**70)))
+    assert not any(map(is_finite_number, (True, "1", None, math.nan, -math.inf, 10**400)))
+
+
+def test_a_log_with_a_whole_number_beyond_floats_is_read_without_it(tmp_path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(json.dumps({"step": 1, "loss": 10**400, "rate": math.inf}) + "\n")
+    assert read_log(file) == [{"step": 1}]
+
+
+def test_a_sample_with_a_whole_number_beyond_floats_is_refused_in_one_line(tmp_path) -> None:
+    file = tmp_path / "samples.jsonl"
+    file.write_text(json.dumps({"cell": "forget", "task": "generation", "rouge_l": 10**400}) + "\n")
+    with pytest.raises(DataError, match="rouge_l is not a finite number"):
+        logged_samples(file, "delete it")
 
 
 def test_all_are_known() -> None:

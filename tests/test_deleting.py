@@ -1,15 +1,21 @@
 """A kill while a folder is being deleted leaves nothing that looks whole, and what it leaves goes at the next start."""
 
+import fcntl
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastvkd.engines.checkpoints import find_latest, go_back, set_aside
 from fastvkd.engines.manifests import MANIFEST, WEIGHTS, rank_file, write_manifest
 from fastvkd.engines.purging import purge
-from fastvkd.files import delete_folder, delete_unfinished, new_folder
+from fastvkd.files import delete_folder, delete_unfinished, new_folder, write_atomically
 from fastvkd.unlearning.start import begin
 from fastvkd.unlearning.vkd.teacher import FeatureCache
 
@@ -104,6 +110,51 @@ def test_an_export_clears_up_after_one_that_was_killed(tmp_path):
     with new_folder(tmp_path / "model", "--to", "room") as folder:
         (folder / "config.json").write_text("{}")
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "config.json"]
+
+
+def test_a_file_under_way_is_not_taken_for_what_a_killed_write_left(tmp_path, monkeypatch):
+    """The two may be of containers that share the folder, where the number of the one is nobody's to the other."""
+    file, sync = tmp_path / "report.json", os.fsync
+
+    def meanwhile(descriptor: int) -> None:
+        monkeypatch.undo()
+        sync(descriptor)
+        write_atomically(file, b"the other's")
+
+    monkeypatch.setattr(os, "getpid", lambda: 2**22 + 1)  # which no process has
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    write_atomically(file, b"the one's")
+    assert list(tmp_path.iterdir()) == [file] and file.read_bytes() == b"the one's"
+
+
+def test_a_file_that_is_taken_for_a_rest_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    file, lock = tmp_path / "report.json", fcntl.flock
+
+    def late(*told: Any) -> None:
+        monkeypatch.undo()
+        for rest in tmp_path.iterdir():
+            rest.unlink()
+        lock(*told)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    write_atomically(file, b"whole")
+    assert list(tmp_path.iterdir()) == [file] and file.read_bytes() == b"whole"
+
+
+def test_what_a_killed_write_left_goes_at_the_next_one_whosever_its_number_is_by_now(tmp_path):
+    file = tmp_path / "report.json"
+    killed = f"""
+import os, signal
+from fastvkd.files import write_atomically
+os.getpid = lambda: 1
+os.fsync = lambda _: signal.raise_signal(signal.SIGKILL)
+write_atomically({str(file)!r}, b"half")
+"""
+    assert subprocess.run([sys.executable, "-c", killed]).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.read_bytes() == b"half"
+    write_atomically(file, b"whole")
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_cache_clears_up_after_a_purge_that_was_killed(tmp_path, monkeypatch, killed_halfway):

@@ -156,9 +156,9 @@ def certificate(
 ) -> dict[str, Any]:
     """The content of certificate.json. `settings` are those of the run that made the model; None if unknown.
     `relearning` is that of `relearned`, every way in which it was tried. `loading` is how the judged models were loaded
-    (`Loading.described`): a quantised one is another than the folder holds. `edited` are the LLM's tensors that a scrub
-    changed. `requests` are all that the model has met, and whether this certificate speaks of each
-    (`fastvkd.engines.requests.judged`)."""
+    (`Loading.described`): a quantised one is another than the folder holds. `edited` are the LLM's tensors that
+    scrubs changed (`fastvkd.engines.exporting.edited_of`). `requests` are all that the model has met, and whether this
+    certificate speaks of each (`fastvkd.engines.requests.judged`)."""
     hashes = sorted({photo.key for profile in forget for photo in profile.photos})
     checks = [_with_its_attack(check, relearning) for check in judge(figures, thresholds)]
     return {

@@ -121,7 +121,7 @@ def _attack_run(options: AttackOptions, progress: OnProgress) -> dict[str, Any]:
         thresholds=thresholds or Certificate.of(made_by),
         versions=library_versions(),
         loading=loading.described(),
-        edited=edited_of(record),
+        edited=edited_of(folders["unlearned"]),
         requests=judged_requests(requests_of(folders["unlearned"]), cells["forget"]),
     )
     result = {

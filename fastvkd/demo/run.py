@@ -31,7 +31,7 @@ from fastvkd.demo.pretraining import Schedule, train_vanilla
 from fastvkd.demo.sight import SightSchedule, teach_sight
 from fastvkd.demo.visual_input import VisualInput
 from fastvkd.devices import peak_memory_bytes
-from fastvkd.engines.exporting import edited_of, export, read_record
+from fastvkd.engines.exporting import edited_of, export
 from fastvkd.engines.requests import judged, requests_of
 from fastvkd.environment import library_versions
 from fastvkd.evaluation.inputs import PreparedPhotos
@@ -406,7 +406,7 @@ def _judge(
         relearning=relearning,
         thresholds=Certificate.of(settings.to_dict()),
         versions=library_versions(),
-        edited=edited_of(read_record(unlearned_dir)),
+        edited=edited_of(unlearned_dir),
         requests=judged(requests_of(unlearned_dir), exam.cells["forget"]),
     )
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastvkd.engines.checkpoints import find_newest, load_weights, trained_shapes, verify_checkpoint
 from fastvkd.engines.manifests import WEIGHTS
-from fastvkd.errors import ModelError, TrainingError
+from fastvkd.errors import ModelError, TrainingError, one_line
 from fastvkd.files import new_folder, read_json, read_json_object, refuse_filled
 from fastvkd.models import lora, sine
 from fastvkd.models.folder import identify_base
@@ -104,7 +104,8 @@ def export(run_dir: Path, to: Path, *, model_card: str, base: Path | None = None
 
 def read_record(model_folder: Path) -> dict[str, Any] | None:
     """What `export` noted in a model folder: "updates", "settings" of the run, "base_model", "forgotten" (whom, as
-    salted hashes) and "history" (see `history_of`; versions before had neither); None in other folders.
+    salted hashes), "edited" (the LLM's tensors that its scrub changed) and "history" (see `history_of`; versions before
+    had none of these three); None in other folders.
 
     Raises ModelError when the file is not what `export` writes.
     """
@@ -136,9 +137,17 @@ def history_of(base: Path) -> list[dict[str, Any]]:
     return [*earlier, record]
 
 
-def edited_of(record: Mapping[str, Any] | None) -> list[str]:
-    """The LLM's tensors, by live name, that the scrub of the run in a record changed."""
-    return [] if record is None else list(record.get("edited", ()))
+def edited_of(model: Path) -> list[str]:
+    """The LLM's tensors, by live name, that the scrubs of all runs that made a model folder have changed, sorted.
+
+    Raises ModelError for a damaged record.
+    """
+    try:
+        return sorted({name for record in history_of(model) for name in record.get("edited", ())})
+    except (AttributeError, TypeError) as error:
+        raise ModelError(
+            f"{model / RECORD}: what it notes of edits cannot be read ({one_line(error, 80)}); export the run again"
+        ) from error
 
 
 def settings_of(record: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """One table over several runs: results of `fastvkd eval` and reports of `fastvkd demo`."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from fastvkd.bounds import is_finite_number
 from fastvkd.errors import DataError, SettingsError, one_line
 from fastvkd.files import read_json
 from fastvkd.options import TableFormat
@@ -121,7 +121,7 @@ def _row(
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_finite_number(value):
         raise ValueError(f"{value!r} is no number")
     return float(value)
 

@@ -18,9 +18,9 @@ from fastvkd.errors import DataError
 from fastvkd.evaluation.divergence import answer_log_probability
 from fastvkd.evaluation.protocol import logged_samples
 from fastvkd.evaluation.statistics import clustered_interval
+from fastvkd.settings import CHANCE_BAND
 
 Samples = Sequence[Mapping[str, Any]]
-LEARNT = 0.10  # above chance: a model below has not learnt the forget set
 _RESAMPLES = 10_000
 _NOT_FIGURES = ("stranger_as_forgotten", "telltale")  # cells whose answers are neither right nor wrong
 # What of a sample is compared, by task: the name of the figure, and its value.
@@ -139,7 +139,7 @@ def never_learnt(name: str, samples: Samples) -> str | None:
     accuracy, chance = (
         float(np.mean(v)) for v in ([s["correct"] for s in asked], [1 / len(s["options"]) for s in asked])
     )
-    if accuracy > chance + LEARNT:
+    if accuracy > chance + CHANCE_BAND:
         return None
     return (
         f"incomplete: {name} never learnt the forget set ({accuracy:.3f} right, chance {chance:.3f}), so a difference "

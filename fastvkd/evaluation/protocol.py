@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import numpy as np
 from torch import nn
 
+from fastvkd.bounds import is_finite_number
 from fastvkd.errors import DataError, SettingsError
 from fastvkd.evaluation.asker import Asker
 from fastvkd.evaluation.benchmarks import BENCHMARKS, MODES, Letters, Rules, chat_turn, speaks_user_assistant
@@ -435,10 +436,6 @@ def logged_samples(
     return found
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _each(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(holds, value.values()))
 
@@ -452,9 +449,9 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("cell", "kind", "task", "entity", "question", "photo", "answer"), (_is_text, "a text")),
     "options": (_each(_is_text), "an object of texts"),
     "correct": (lambda value: isinstance(value, bool), "true or false"),
-    "log_likelihood": (_each(_is_number), "an object of finite numbers"),
+    "log_likelihood": (_each(is_finite_number), "an object of finite numbers"),
     "tokens": (_each(lambda value: type(value) is int and value > 0), "an object of whole numbers above 0"),
-    "rouge_l": (_is_number, "a finite number"),
+    "rouge_l": (is_finite_number, "a finite number"),
 }
 
 

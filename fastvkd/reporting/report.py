@@ -4,7 +4,6 @@ Nothing here measures, judges or draws: `fastvkd.evaluation` measures, `verdict`
 """
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
+from fastvkd.bounds import is_finite_number
 from fastvkd.environment import describe_hardware, library_versions
 from fastvkd.errors import DataError
 from fastvkd.files import parse_json, read_json, read_text, write_atomically
@@ -157,7 +157,7 @@ def read_log(file: Path) -> list[dict[str, float]]:
         for key, value in row.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise DataError(f"{file}:{number}: {key} is no number; {mend}")
-        rows.append({key: value for key, value in row.items() if math.isfinite(value)})
+        rows.append({key: value for key, value in row.items() if is_finite_number(value)})
     return rows
 
 

@@ -3,7 +3,6 @@ template shows beyond the report itself; `SECTIONS` joins the two, in the order 
 """
 
 import base64
-import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from fastvkd.bounds import is_finite_number
 from fastvkd.methods import method_of
 from fastvkd.reporting import svg
 from fastvkd.reporting.report import cells_of, every_threshold, models_of
@@ -293,7 +293,7 @@ def _column(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, fl
     found = []
     for row in rows:
         value = row.get(key)
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and "step" in row:
+        if is_finite_number(value) and "step" in row:
             found.append((float(row["step"]), float(value)))
     return found
 

@@ -10,10 +10,10 @@ import pytest
 from fastvkd.cli import main
 from fastvkd.data import mllmu
 from fastvkd.engines.checkpoints import find_latest
-from fastvkd.engines.exporting import export, history_of, read_record
+from fastvkd.engines.exporting import edited_of, export, history_of, read_record
 from fastvkd.engines.manifests import read_manifest
 from fastvkd.engines.requests import Request, found_in, judged, note_of, requests_of
-from fastvkd.errors import AlreadyForgotten, DataError
+from fastvkd.errors import AlreadyForgotten, DataError, ModelError
 from fastvkd.records import Photo, Profile
 from fastvkd.reporting.model_card import run_card
 from fastvkd.settings import load_settings
@@ -121,6 +121,18 @@ class TestTheRecord:
         shutil.move(again / "forget_now", again / "taught")
         with pytest.raises(DataError, match=r"request 1 .* had the model forget it"):
             forget(world, tmp_path / "no", model, again, method="finetune", finetune_split="taught")
+
+    def test_names_every_tensor_of_the_llm_that_a_scrub_of_any_request_changed(self, chain, tmp_path) -> None:
+        model = shutil.copytree(chain["twice"], tmp_path / "model")
+        record = json.loads((model / "unlearning.json").read_text())
+        assert edited_of(model) == []
+        record["history"][0]["edited"], record["edited"] = ["b.weight", "a.weight"], ["c.weight", "a.weight"]
+        (model / "unlearning.json").write_text(json.dumps(record))
+        assert edited_of(model) == ["a.weight", "b.weight", "c.weight"]
+        record["history"][0]["edited"] = 3
+        (model / "unlearning.json").write_text(json.dumps(record))
+        with pytest.raises(ModelError, match=r"what it notes of edits cannot be read .* export the run again"):
+            edited_of(model)
 
     def test_of_an_earlier_version_is_listed_and_warned_of(self, world, chain, tmp_path, capsys, caplog) -> None:
         model = tmp_path / "model"

@@ -12,6 +12,8 @@ from fastvkd.cli import main
 from fastvkd.evaluation.divergence import answer_distance, scored_choices
 from fastvkd.evaluation.pairing import never_learnt, paired_table, paired_tests, sign_flip_p
 from fastvkd.evaluation.protocol import cell_figures
+from fastvkd.reporting.verdict import meets
+from fastvkd.settings import Certificate
 
 
 def choice(entity: str, photo: str, correct: bool, log_p: float = -1.0, cell: str = "forget", tokens: int = 2) -> dict:
@@ -90,6 +92,12 @@ def test_who_never_learnt_the_forget_set_is_no_basis_for_claims() -> None:
     assert note is not None and "\n" not in note
     assert note.startswith("incomplete: blank never learnt the forget set (0.600 right, chance 0.500)")
     assert never_learnt("texts", [{**knows[0], "kind": "qa"}]) is None
+
+
+def test_who_learnt_the_forget_set_is_what_a_certificate_asks_of_the_model_before() -> None:
+    for right in range(21):
+        found = never_learnt("vanilla", [choice("ann", str(i), i < right) for i in range(20)])
+        assert (found is None) == bool(meets("learnt", right / 20, Certificate(), chance=0.5))
 
 
 def test_the_command_tests_runs_against_the_first_one(tmp_path, capsys) -> None:

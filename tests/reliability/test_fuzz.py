@@ -26,11 +26,12 @@ from PIL import Image
 from wholes import Wholes
 
 from fastvkd import options as opt
-from fastvkd.cli import main
+from fastvkd.cli import _parser, main
 from fastvkd.data import mllmu, sources, tables
 from fastvkd.data.check import check_data
 from fastvkd.data.strangers import read_strangers
 from fastvkd.engines.checkpoints import bytes_per_trainable_parameter, find_latest, verify_checkpoint
+from fastvkd.engines.exporting import edited_of
 from fastvkd.engines.requests import requests_of
 from fastvkd.errors import FastVKDError
 from fastvkd.evaluation.comparison import comparison_table, read_runs
@@ -332,6 +333,7 @@ def overrides(texts: list[str], wholes: Wholes, folder: Path) -> None:
 COMMANDS: dict[str, type[opt.Options]] = {
     "train": opt.TrainOptions,
     "eval": opt.EvalOptions,
+    "ask": opt.AskOptions,
     "compare": opt.CompareOptions,
     "attack": opt.AttackOptions,
     "report": opt.ReportOptions,
@@ -344,6 +346,11 @@ COMMANDS: dict[str, type[opt.Options]] = {
     "data check": opt.CheckOptions,
 }
 WORDS = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=8)
+
+
+def test_every_verb_is_called() -> None:
+    (verbs,) = (action.choices for action in _parser()._actions if isinstance(action.choices, dict))
+    assert {name.split()[0] for name in COMMANDS} == set(verbs) - {"demo", "env"}  # minutes; no options
 
 
 @st.composite
@@ -449,6 +456,7 @@ def checkpoint_manifest(content: bytes, wholes: Wholes, folder: Path) -> None:
 def record_of_an_export(content: bytes, wholes: Wholes, folder: Path) -> None:
     file = written(folder / "unlearning.json", content)
     taken_or_refused(lambda: [request.line() for request in requests_of(folder)], str(file))
+    taken_or_refused(lambda: edited_of(folder), str(file))
 
 
 def index_of_cache(wholes: Wholes) -> tuple[Path, dict[str, Any]]:

@@ -183,7 +183,8 @@ def test_sculpting_takes_out_what_conflicts_and_outweighs_the_anchor() -> None:
 
 
 def test_smfa_without_a_mask_is_refusing_and_with_one_keeps_entries_of_it(world, tmp_path: Path) -> None:
-    common = {"trainable": "projector", "max_steps": 3, "learning_rate": 1e-2}
+    common = {"trainable": "projector", "max_steps": 3, "learning_rate": 1e-2, "optim": "adamw_8bit"}
+    common |= {"weight_decay": 0.1, "gradient_accumulation_steps": 2}
     before = load_model(world.model).state_dict()
     refusing = load_weights(unlearn(world.settings(tmp_path / "idk", method="idk", **common)).checkpoint)
     whole = load_weights(unlearn(world.settings(tmp_path / "1", method="smfa", smfa_k=1e9, **common)).checkpoint)

@@ -25,14 +25,26 @@ class SculptedForgetting:
     """
 
     def __init__(
-        self, k: float, learning_rate: float, max_steps: int, warmup_steps: int, schedule: str, max_grad_norm: float
+        self,
+        k: float,
+        optim: str,
+        learning_rate: float,
+        weight_decay: float,
+        max_steps: int,
+        warmup_steps: int,
+        schedule: str,
+        gradient_accumulation_steps: int,
+        max_grad_norm: float,
     ):
-        self.k, self.max_steps = k, max_steps
+        self.k, self.micro_steps = k, max_steps * gradient_accumulation_steps
         self._how = {
+            "optim": optim,
             "learning_rate": learning_rate,
+            "weight_decay": weight_decay,
             "max_steps": max_steps,
             "warmup_steps": warmup_steps,
             "lr_scheduler_type": schedule,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
             "max_grad_norm": max_grad_norm,
         }
 
@@ -53,13 +65,10 @@ class SculptedForgetting:
         engine = LocalEngine(
             trained.parameters,
             module=trained.runner,
-            optim="adamw_torch",
-            weight_decay=0.0,
-            gradient_accumulation_steps=1,
             device=device,
             **self._how,  # type: ignore[arg-type]
         )
-        for step in range(self.max_steps):
+        for step in range(self.micro_steps):
             engine.backward(task.loss(task.place(task.load(step, 0, 1)), only)["loss"])
             engine.step()
         engine.release()

@@ -108,7 +108,7 @@ def test_a_run_leaves_the_adapters_beside_the_visual_weights_and_export_folds_th
     assert any(weights[name].any() for name in beside if name.endswith("lora_B"))
     export(tmp_path / "run", tmp_path / "merged", model_card="")
     record = read_record(tmp_path / "merged")
-    edited = edited_of(record)
+    edited = edited_of(tmp_path / "merged")
     before, after = load_model(world.model), load_model(tmp_path / "merged")
     family = family_of(before)
     visual = {name for name, _ in visual_parameters(before, family, "vision+projector")}
