@@ -33,7 +33,7 @@ from fastvkd.options import EvalOptions
 LOG = "lmms-eval.log"
 _MIN_PIXELS = 256 * 28 * 28  # lmms-eval enlarges smaller photos for Qwen-VL
 _LINES = 10_000
-_INSTALL = "python3 -m venv lmms && lmms/bin/pip install lmms-eval decord pytz 'filelock<4'"
+_INSTALL = "python3 -m venv lmms && lmms/bin/pip install lmms-eval==0.7.3 decord pytz 'filelock<4'"
 _BAR = re.compile(r"^(.*?):?\s*\d+%\|.*?\| (\d+)/(\d+) \[[^]]*\]")  # tqdm's
 _NOT_AT_HAND = re.compile(
     r"^\S*: (Couldn't (?:find|reach) .*|Unable to find .*|Dataset .* doesn't exist on the Hub .*)$", re.M
