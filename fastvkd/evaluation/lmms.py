@@ -68,7 +68,7 @@ ADAPTERS = {
 
 def lmms_figures(options: EvalOptions, progress: OnProgress | None = None) -> dict[str, Any]:
     """What lmms-eval measured of the model on the tasks that `options.benchmark` names: its `version`, `tasks`,
-    `adapter`, `loading`, `max_pixels`, `batch_size`, `max_samples` (the first so many of each task), and
+    `adapter`, `device`, `loading`, `max_pixels`, `batch_size`, `max_samples` (the first so many of each task), and
     - `figures`: of every task and group `task`, `metric`, `filter` (how answers were read), `value`, `stderr` (or None)
       and `n`.
 
@@ -90,7 +90,8 @@ def lmms_figures(options: EvalOptions, progress: OnProgress | None = None) -> di
         model.symlink_to(folder.resolve())
         told = ",".join(f"{key}={value}" for key, value in {"pretrained": model, **arguments}.items())
         command = [python, "-m", "lmms_eval", "--model", adapter.name, "--model_args", told]
-        command += ["--tasks", facts["tasks"], "--batch_size", str(facts["batch_size"])]
+        # Named twice, a task is no folder of that name, of which lmms-eval would run the task files.
+        command += ["--tasks", f"{facts['tasks']},{facts['tasks']}", "--batch_size", str(facts["batch_size"])]
         command += ["--device", facts["device"], "--output_path", f"{scratch}/out", "--verbosity", "WARNING"]
         if options.max_samples is not None:
             command += ["--limit", str(options.max_samples)]
@@ -162,7 +163,7 @@ def _told(options: EvalOptions, folder: Path) -> tuple[Adapter, dict[str, Any], 
     if (options.fp32 and dtype != "float32") or (options.bf16 and dtype != "bfloat16"):
         flag = "--fp32" if options.fp32 else "--bf16"
         raise SettingsError(f"{flag}: lmms-eval loads this {family} in {dtype} and nothing else; leave it out")
-    warn_of_slow_bfloat16(device, getattr(torch, dtype))
+    warn_of_slow_bfloat16(device, getattr(torch, dtype, torch.float32))
     spread = options.device_map == "auto" and device.type == "cuda"
     arguments: dict[str, Any] = {"device_map": "auto" if spread else str(device)}
     if adapter.dtype is None:
@@ -258,8 +259,9 @@ def _run(command: list[str], environment: dict[str, str], progress: OnProgress |
 def _error(said: str, code: int, python: str, log: Path) -> FastVKDError:
     """What to tell of a run without figures: lmms-eval ends with exit code 0 whatever went wrong in it."""
     if found := re.search(r"Tasks not found: (.+?)\. Try", said):
+        unknown = ",".join(dict.fromkeys(found[1].split(", ")))
         return SettingsError(
-            f"--benchmark lmms:{found[1].replace(' ', '')}: lmms-eval has no such task; `{python} -m lmms_eval tasks` "
+            f"--benchmark lmms:{unknown}: lmms-eval has no such task; `{python} -m lmms_eval tasks` "
             "lists them, and --lmms-tasks FOLDER adds your own"
         )
     if found := _NOT_AT_HAND.search(said):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 HERE = Path(sys.argv[0]).parent
 FAULTS = {
-    "unknown": "ValueError: Tasks not found: nosuch, other. Try `lmms-eval --tasks {list_groups,list}` to list out\n"
-    "2026-11-28 | ERROR    | lmms_eval.__main__:cli_evaluate:614 - Error during evaluation: Tasks not found: nosuch.",
+    "unknown": "ValueError: Tasks not found: nosuch, other, nosuch, other. Try `lmms-eval --tasks {list}` to list out\n"
+    "2026-11-28 | ERROR    | lmms_eval.__main__:cli_evaluate:614 - Error during evaluation: Tasks not found: nosuch",
     "hub": "ConnectionError: Couldn't reach 'lmms-lab/POPE' on the Hub (OfflineModeIsEnabled)\n"
     "tenacity.RetryError: RetryError[<Future at 0x7f0c519af450 state=finished raised ConnectionError>]",
     "file": "FileNotFoundError: Unable to find '/data/test.parquet'\n"
