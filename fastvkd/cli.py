@@ -182,7 +182,7 @@ def _help(option: opt.Option, flag: opt.Flag) -> str:
     if typing.get_origin(option.kind) is Literal:
         *most, last = typing.get_args(option.kind)
         text += f": {', '.join(most)} or {last}"
-    if default is None or default is False or default == () or default is dataclasses.MISSING:
+    if default is None or default is False or default in ((), "") or default is dataclasses.MISSING:
         return text
     return f"{text} (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
 
@@ -280,6 +280,9 @@ def _eval(options: opt.EvalOptions) -> int:
 
     with Progress("Evaluating") as bar:
         results = evaluate(options, bar)
+    if options.lmms is not None:
+        print(comparison_table(read_runs([options.out]), "text"))
+        return 0
     print(f"{results['benchmark']}, {results['mode']} mode")
     print(comparison_table(read_runs([options.out]), "text"))
     if said := requests_sentence(results):

@@ -38,6 +38,7 @@ AttackKind = Literal[
 ]
 Quantized = Literal["auto", "none", "nf4", "int8"]
 DeviceMap = Literal["none", "auto"]
+LMMS = "lmms:"  # how a benchmark of lmms-eval begins
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,12 @@ class EvalOptions(ModelOptions):
     """Measure what a model knows of the forget, test, retain and real-world sets."""
 
     example: ClassVar = "fastvkd eval --model merged --data DATA"
-    benchmark: Annotated[str | None, Flag("mllmu, clear, umu or jsonl (default: recognised)")] = None
+    data: Annotated[str, Flag("folder, or hub id of a data set; needed but for lmms", "DATA")] = ""
+    benchmark: Annotated[
+        str | None, Flag("mllmu, clear, umu or jsonl (default: recognised), or tasks of lmms-eval: lmms:TASK,...")
+    ] = None
+    lmms_python: Annotated[Path | None, Flag("the Python that has lmms-eval (default: this one)", "FILE")] = None
+    lmms_tasks: Annotated[Path | None, Flag("task files for lmms-eval, beside its own", "FOLDER")] = None
     mode: Annotated[Mode, Flag("how questions are put and answers read")] = "corrected"
     batch_size: Annotated[Count[int], Flag("questions at once")] = 32
     max_samples: Annotated[Count[int | None], Flag("at most so many questions a cell and task")] = None
@@ -249,6 +255,34 @@ class EvalOptions(ModelOptions):
     steering: Annotated[Path | None, Flag("what `fastvkd steer` wrote, switched on", "FILE")] = None
     local_files_only: Annotated[bool, Flag("take a hub id from the cache only")] = False
     out: Annotated[Path, Flag("folder of results.json and samples.jsonl")] = Path("out/eval")
+
+    # What says nothing to lmms-eval, and what says something to nothing else.
+    _not_of_lmms: ClassVar = (
+        *("data", "forget_split", "retain_split", "seed", "mode", "reference_eval", "original", "steering"),
+        "local_files_only",
+    )
+    _of_lmms: ClassVar = ("lmms_python", "lmms_tasks")
+
+    @property
+    def lmms(self) -> str | None:
+        """The tasks of lmms-eval that the benchmark names, by commas; None where it is one of fastvkd's own."""
+        name = self.benchmark or ""
+        return name.removeprefix(LMMS).replace(" ", "") if name.startswith(LMMS) else None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        strangers = self._of_lmms if self.lmms is None else self._not_of_lmms
+        for option in options_of(type(self)):
+            if option.name in strangers and getattr(self, option.name) != option.default:
+                flag = "--" + option.name.replace("_", "-")
+                where = f"belongs to --benchmark {LMMS}TASK" if self.lmms is None else f"says nothing to {LMMS}TASK"
+                raise SettingsError(f"{flag} {where}: leave it out")
+        if self.lmms is None and not self.data:
+            raise SettingsError("the following arguments are required: --data; see fastvkd eval --help")
+        if self.lmms is not None and not all(self.lmms.split(",")):
+            raise SettingsError(f"--benchmark {self.benchmark}: no task is named; for example {LMMS}pope")
+        if self.lmms is not None and self.quantize in ("nf4", "int8"):
+            raise SettingsError(f"--quantize {self.quantize}: lmms-eval loads a folder as it is; leave it out")
 
 
 @dataclass(kw_only=True)

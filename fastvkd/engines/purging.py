@@ -24,10 +24,14 @@ REMOVED = (
     ("trace.json", "a trace of training steps"),
     ("samples*.jsonl", "every question with its answers and photos' hashes"),
     ("attacks.jsonl", "the attacks' journal, with questions"),
+    ("lmms-eval.log", "what lmms-eval said when it failed, which may quote questions"),
     ("report.html", "a page that may show photos with answers"),
 )
 # What a command leaves in its output folder: a folder without any of these is not touched.
-_TRACES = ("metrics.jsonl", "results.json", "attacks.json", "attacks.jsonl", "report.json", "checkpoint-*")
+_TRACES = (
+    *("metrics.jsonl", "results.json", "lmms-eval.log", "attacks.json", "attacks.jsonl", "report.json"),
+    "checkpoint-*",
+)
 
 
 @dataclass(frozen=True)

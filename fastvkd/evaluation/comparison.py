@@ -2,16 +2,17 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from fastvkd.bounds import is_finite_number
 from fastvkd.errors import DataError, SettingsError, one_line
 from fastvkd.files import read_json
-from fastvkd.options import TableFormat
+from fastvkd.options import LMMS, TableFormat
 
 FORMATS = get_args(TableFormat)
+LMMS_PART = "lmms_eval"  # of results.json
 _CELLS = (
     *("forget", "test", "retain", "realworld", "forget_faces", "retain_faces", "real_faces", "real_world"),
     *("stranger", "neighbour", "pair"),
@@ -71,13 +72,28 @@ def read_runs(paths: Sequence[str | Path]) -> list[Row]:
 
 def _rows_of(content: Any, name: str) -> list[Row]:
     """Raises ValueError and others of its kind where a result is damaged, or is none."""
-    if "cells" in content:
-        measured = f"{content.get('benchmark')} {content.get('mode')}"
-        return [_row(name, measured, content["cells"], content.get("summary") or {}, content)]
+    if "cells" in content or LMMS_PART in content:
+        own = [f"{content.get('benchmark')} {content.get('mode')}"] if "cells" in content else []
+        row = _row(name, "", content.get("cells", {}), content.get("summary") or {}, content)
+        return [replace(row, measured=", ".join(own + _add_lmms(row, content.get(LMMS_PART))))]
     if "unlearned" not in content:
         raise ValueError("neither a result of fastvkd eval nor a report of fastvkd demo")
     models = [model for model in ("vanilla", "unlearned", "gold") if model in content]
     return [_row(f"{name}/{model}", "demo corrected", *_split(content[model])) for model in models]
+
+
+def _add_lmms(row: Row, part: Mapping[str, Any] | None) -> list[str]:
+    """Add what lmms-eval measured, with the interval that its standard error gives, and say what measured it."""
+    if part is None:
+        return []
+    for one in part["figures"]:
+        read = "" if one["filter"] == "none" else f" {one['filter']}"
+        title = f"{LMMS}{one['task']} {one['metric']}{read}"
+        row.figures[title] = value = _number(one["value"])
+        if one["stderr"] is not None:
+            row.intervals[title] = [value - 1.96 * _number(one["stderr"]), value + 1.96 * _number(one["stderr"])]
+    first = "" if part["max_samples"] is None else f" (first {part['max_samples']})"
+    return [f"lmms-eval {part['version']}{first}"]
 
 
 def _split(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Mapping[str, Any]]:
@@ -129,7 +145,7 @@ def _number(value: Any) -> float:
 def comparison_table(rows: Sequence[Row], format: str) -> str:
     """Figures down and runs across, as `text` or `latex` (a `tabular` of booktabs) with three decimals and the 95 %
     interval where there is one; or as `json` with all digits, and also ROUGE-1, ROUGE-2, recall of ROUGE-L and BLEU.
-    Fractions are given as such, not in per cent.
+    Fractions are given as such, not in per cent; what lmms-eval measured is as lmms-eval gives it.
 
     Raises `SettingsError` for another format.
     """

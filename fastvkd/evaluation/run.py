@@ -1,5 +1,6 @@
 """Evaluate a model folder on a data folder: what `fastvkd eval` calls."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -14,13 +15,15 @@ from fastvkd.data.sources import evaluation_cells, reader_of, reference_stranger
 from fastvkd.data.texts import refuse_marks
 from fastvkd.engines.exporting import read_record, settings_of
 from fastvkd.engines.requests import judged, requests_of
-from fastvkd.errors import DataError, ModelError, SettingsError
+from fastvkd.errors import DataError, FastVKDError, ModelError, SettingsError
+from fastvkd.evaluation.comparison import LMMS_PART
 from fastvkd.evaluation.divergence import Samples, answer_distance, asked, option_divergence, scored_choices
+from fastvkd.evaluation.lmms import lmms_figures
 from fastvkd.evaluation.modality_pairs import joint_figures
 from fastvkd.evaluation.people import examine, likeness
 from fastvkd.evaluation.protocol import OnProgress, logged_samples
 from fastvkd.evaluation.truth_ratio import forget_quality, model_utility
-from fastvkd.files import held, write_atomically
+from fastvkd.files import held, read_json_object, write_atomically
 from fastvkd.models.folder import identify_base, local_folder
 from fastvkd.models.loading import load_processor
 from fastvkd.models.placement import Loading, loading_of
@@ -60,10 +63,39 @@ def evaluate(options: EvalOptions, progress: OnProgress | None = None) -> dict[s
 
     The result is written to `out` as results.json, beside samples.jsonl. Finished cells found there for the same model,
     dtype, processor, steering and settings are not computed again. Splits that are not named are those of the run that
-    the model was exported from, else the defaults of `Settings`. Raises FastVKDError.
+    the model was exported from, else the defaults of `Settings`.
+
+    Where the benchmark is `lmms:TASK,...`, results.json keeps what it holds of this model, and has beside it what
+    lmms-eval measured, as `lmms_eval` (see `lmms_figures`). Raises FastVKDError.
     """
     with held(options.out, "--out"):
-        return _evaluate(options, progress)
+        return _evaluate(options, progress) if options.lmms is None else _with_lmms(options, progress)
+
+
+def _with_lmms(options: EvalOptions, progress: OnProgress | None) -> dict[str, Any]:
+    """results.json of this model, as it is, with the part that lmms-eval measured, in place of an earlier such part."""
+    fingerprint = identify_base(local_folder(options.model)).fingerprint
+    earlier = _earlier(options.out / RESULTS)
+    if earlier.get("model_fingerprint", fingerprint) != fingerprint or earlier.get("steering"):
+        raise DataError(f"{options.out / RESULTS}: figures of another model; give another --out")
+    results = {"model": options.model, "model_fingerprint": fingerprint} | earlier
+    results[LMMS_PART] = lmms_figures(options, progress)
+    write_atomically(options.out / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
+    return results
+
+
+def _of_lmms(options: EvalOptions, fingerprint: str) -> dict[str, Any]:
+    """What lmms-eval measured of this model before, as it stands in results.json."""
+    earlier: dict[str, Any] = {}
+    if options.steering is None:
+        with contextlib.suppress(FastVKDError):  # what is damaged is written anew
+            earlier = _earlier(options.out / RESULTS)
+    same = LMMS_PART in earlier and earlier.get("model_fingerprint") == fingerprint
+    return {LMMS_PART: earlier[LMMS_PART]} if same else {}
+
+
+def _earlier(file: Path) -> dict[str, Any]:
+    return read_json_object(file, DataError, "delete it, or give another --out") if file.is_file() else {}
 
 
 def _evaluate(options: EvalOptions, progress: OnProgress | None) -> dict[str, Any]:
@@ -105,7 +137,7 @@ def _evaluate(options: EvalOptions, progress: OnProgress | None) -> dict[str, An
     results = {
         **same,
         "model": options.model,
-        "model_fingerprint": identify_base(local).fingerprint,
+        "model_fingerprint": (told := identify_base(local).fingerprint),
         "loading": loading.described(),
         "max_pixels": max_pixels,
         "made_by": record,
@@ -117,6 +149,7 @@ def _evaluate(options: EvalOptions, progress: OnProgress | None) -> dict[str, An
         "cells": figures,
         **people,
         "summary": _summary(benchmark, figures, samples, reference, options),
+        **_of_lmms(options, told),
     }
     write_atomically(options.out / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
     return results

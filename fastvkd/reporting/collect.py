@@ -297,6 +297,9 @@ def _identity(fingerprint: str, steering: str | None) -> str:
 
 def _evaluation(folder: Path, found: Collected) -> None:
     one = _Evaluation(folder, _results(folder / "results.json"), _lines(folder / _SAMPLES))
+    if "lmms_eval" in one.results and "cells" not in one.results:
+        found.contents.append(f"{folder}: figures of lmms-eval alone, which the page does not show")
+        return
     for key in ("model", "model_fingerprint", "made_by", "steering", "cells"):
         if key not in one.results:
             raise KeyError(key)
