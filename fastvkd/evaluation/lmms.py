@@ -5,7 +5,6 @@ as its command line, with no way to the network, and writes into a folder that i
 back. Model names, arguments and the form of its results are those of version 0.7.3.
 """
 
-import math
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from huggingface_hub.constants import HF_HOME
 
+from fastvkd.bounds import is_finite_number
 from fastvkd.devices import pick_device, warn_of_slow_bfloat16
 from fastvkd.engines.exporting import read_record, settings_of
 from fastvkd.errors import DataError, FastVKDError, ModelError, SettingsError, one_line
@@ -130,18 +130,14 @@ def figures_of(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             "metric": metric,
             "filter": how,
             "value": value,
-            "stderr": stderr if _is_number(stderr := values.get(f"{metric}_stderr,{how}")) else None,
+            "stderr": stderr if is_finite_number(stderr := values.get(f"{metric}_stderr,{how}")) else None,
             "n": samples(task),
         }
         for task, values in results["results"].items()
         for key, value in values.items()
         for metric, _, how in [key.partition(",")]
-        if how and not re.search("_stderr(_clt|_clustered)?$", metric) and _is_number(value)
+        if how and not re.search("_stderr(_clt|_clustered)?$", metric) and is_finite_number(value)
     ]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _told(options: EvalOptions, folder: Path) -> tuple[Adapter, dict[str, Any], dict[str, Any]]:

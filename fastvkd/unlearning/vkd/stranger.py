@@ -6,6 +6,7 @@ questions as before. The visual weights then learn to see that person's photos a
 the teacher cache. Legend: B photos, N visual tokens, H width, V vocabulary.
 """
 
+import copy
 import hashlib
 import json
 import logging
@@ -70,6 +71,7 @@ _KNOWN_AS_STRANGERS = 4  # known people whose answers are averaged where no stra
 _FEWEST_TO_SHIFT, _FEWEST_OTHERS = 2, 4  # photos of a person, and of other people
 _ATTEMPTS, _WELL = 3, 0.2  # searches for one person, till answers are so near a stranger's
 _FIRM_ATTEMPTS, _FIRM = 2, 3.0  # further ones if none is, and the weight of the person's own answer in them
+_WAYS = (1.0, 0.9, 1.1)  # how far a map that was found moves tokens: the first of those that are as good
 _CHECKED = 4  # photos of a person on which that is seen
 _LIKENESS = 0.3  # weight of looking alike, beside twice that of being right no more often than chance
 _NEAR, _LATER = 0.1, 0.1  # weight of a short way, and of the words of an answer after its first
@@ -241,7 +243,7 @@ class GuidedSearch:
                     log.info("%s: searching for %d of %d people", site, len(some), len(people))
                     maps = self._search(site, {e: aims[e] for e in some}, answers, natural, outward)
                     for e, map_ in zip(some, maps, strict=True):
-                        tried[e].append((self._off(site, e, aims[e], map_), map_))
+                        tried[e].append(self._weighed(site, e, aims[e], map_))
                 wanted = [e for e in aims if tried[e][-1][0] > _WELL]
             best = [min(one, key=lambda found: found[0])[1] for one in tried]
             found[site] = [map_.further(self._reach(e)) for e, map_ in enumerate(best)]
@@ -270,6 +272,19 @@ class GuidedSearch:
         """How far training aims, 1 being the target: photos that it does not see fall short, the more so the fewer of a
         person it sees."""
         return 1 + self.options.beyond / math.sqrt(len(self.population.people[e]))
+
+    def _weighed(self, site: str, e: int, aims: Sequence[_Aim], map_: StrangerMap) -> tuple[float, StrangerMap]:
+        """How far a person is from a stranger with the map, as `_off` says, and the map: as it was found, or moving
+        tokens a little less or more far where that is nearer.
+
+        Answers are asked to be a stranger's short of the target too. At the target itself a person's own may then be
+        less likely than any stranger's, and a choice never right.
+        """
+        tried = []
+        for way in _WAYS:
+            one = copy.deepcopy(map_).further(way)
+            tried.append((self._off(site, e, aims, one), one))
+        return min(tried, key=lambda found: found[0])
 
     def _off(self, site: str, e: int, aims: Sequence[_Aim], map_: StrangerMap) -> float:
         """How far a person is from a stranger with the map, on their own photos: the share of identity questions that
@@ -785,7 +800,7 @@ def _digest(settings: Settings, sources: Sources, images: ImageSet, population: 
         "seed": settings.seed if guided else None,
         "identity": [[repr(p.visual) for p in profiles] for profiles in population.profiles] if guided else None,
         "neutral": neutral_questions(population.profiles) if guided else None,
-        "format": 5,
+        "format": 6,
     }
     return hashlib.sha256(json.dumps(shaped_by, sort_keys=True).encode()).hexdigest()[:16]
 

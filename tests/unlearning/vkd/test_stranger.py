@@ -264,6 +264,26 @@ def test_an_answer_is_given_where_every_token_is_the_likeliest(monkeypatch) -> N
     assert asker.gives([0, 1, 2], [(WHO, "A"), (WHO, "B C"), (WHAT, "A")]).tolist() == [True, False, True]
 
 
+def test_a_map_is_taken_as_far_as_a_stranger_is_nearest(monkeypatch) -> None:
+    model, processor, images, population = tiny_population("llava")
+    search = GuidedSearch(model, processor, images, population, Settings(forget_target="stranger"))
+    found = stranger.StrangerMap(32, 4)
+    torch.nn.init.normal_(found.bias)
+    best = 0.9
+
+    def off(site, e, aims, map_) -> float:
+        return abs(float((map_.bias / found.bias).mean()) - best)
+
+    monkeypatch.setattr(search, "_off", off)
+    away, map_ = search._weighed("projector", 0, [], found)
+    assert away == pytest.approx(0, abs=1e-5) and torch.allclose(map_.bias, 0.9 * found.bias)
+    best = 1.0
+    assert torch.equal(search._weighed("projector", 0, [], found)[1].bias, found.bias)
+    monkeypatch.setattr(search, "_off", lambda *_: 0.25)  # no way is nearer: the map is as it was found
+    away, map_ = search._weighed("projector", 0, [], found)
+    assert away == 0.25 and torch.equal(map_.bias, found.bias)
+
+
 def test_a_map_is_judged_by_answers_to_who_and_by_choices(monkeypatch) -> None:
     model, processor, images, population = tiny_population("llava")
     search = GuidedSearch(model, processor, images, population, Settings(forget_target="stranger"))
