@@ -61,13 +61,6 @@ class Answers:
         assert self.logits is not None
         return mean_where(F.cross_entropy(self.logits, self.tokens, reduction="none"), self.answers_of(forget))
 
-    def to(self, device: torch.device | str) -> "Answers":
-        logits = None if self.logits is None else self.logits.to(device)
-        return Answers(
-            self.hidden.to(device), logits, self.tokens.to(device), self.row.to(device), self.is_forget.to(device),
-            self.sample.to(device),
-        )  # fmt: skip
-
     def only(self, chosen: slice) -> "Answers":
         """Those of some answers, numbered anew."""
         count = len(self.is_forget)

@@ -2,6 +2,7 @@
 (recomputing a layer stops short of its last product), peak memory to 10 %."""
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
 from fastvkd.devices import GIB, questions_at_once, usable_bytes
+from fastvkd.planning import cost
 from fastvkd.planning.architecture import Architecture, architecture_of, find_architecture
 from fastvkd.planning.cost import Cost, Recipe
 from fastvkd.planning.plan import plan
@@ -98,6 +100,16 @@ def test_flops_of_the_search_agree_with_the_flop_counter(case: Case) -> None:
     search._off = lambda *_: 0.0  # type: ignore[method-assign]  # one search is planned; here none would be good enough
     search.maps(["projector"])
     assert found == [pytest.approx(case.cost.search_flops(asked_tokens=12), rel=0.05)]
+
+
+def test_planned_flops_count_the_views_of_a_search_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stranger, "NEUTRAL_QUESTIONS", (QUESTION,))
+    case = Case(False)
+    for module in (cost, stranger):
+        monkeypatch.setattr(module, "NEW_VIEWS", 2)
+    case.settings.stranger.steps = 5
+    case.cost = Cost(case.cost.architecture, replace(case.cost.recipe, search_steps=5))
+    test_flops_of_the_search_agree_with_the_flop_counter(case)
 
 
 def settings_for(model: str, **changes: Any) -> Settings:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers.utils import ModelOutput
 
 from fastvkd.devices import questions_at_once
 from fastvkd.models import families
@@ -41,7 +42,12 @@ class Seen:
 
     def to(self, device: torch.device | str) -> "Seen":
         """The same, its features on `device`."""
-        return Seen(self.pixels, _moved(self.features, device))
+        return Seen(self.pixels, tree_map_only(Tensor, lambda tensor: tensor.to(device), self.features))
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (part for part in tree_leaves((self.pixels, self.features)) if isinstance(part, Tensor))
+        return sum(tensor.nbytes for tensor in tensors)
 
 
 class Asker:
@@ -218,11 +224,8 @@ class Asker:
 
         def once(*args: Any, **kwargs: Any) -> Any:
             if here.features is None:
-                here.features = see(*args, **kwargs)
-                for name in _OF_THE_TOWER:
-                    if getattr(here.features, name, None) is not None:
-                        setattr(here.features, name, None)
-            return _moved(here.features, self._device)
+                here.features = _read_by_llm(see(*args, **kwargs))
+            return here.features
 
         self._base.get_image_features = once
         try:
@@ -261,8 +264,11 @@ class Asker:
         return _collated(self._processor, [(Image.new("RGB", (64, 64)), (question, answer))])
 
 
-def _moved(features: Any, device: torch.device | str) -> Any:
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device), features)
+def _read_by_llm(features: Any) -> Any:
+    """The same without the tower's own states. Setting them to None would not do: they would stay as items."""
+    if not isinstance(features, ModelOutput):
+        return features
+    return type(features)(**{name: part for name, part in features.items() if name not in _OF_THE_TOWER})
 
 
 def _collated(processor: Any, asked: Sequence[tuple[Image.Image, tuple[str, str]]]) -> AnswerBatch:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from fastvkd.models.folder import local_folder
 from fastvkd.models.loading import checkpoint_layers, llm_layers_needed, load_model
 from fastvkd.models.packing import packs
 from fastvkd.models.placement import Loading, fitting
+from fastvkd.models.pooled import Recent
 from fastvkd.models.prompts import chat_prompt
 from fastvkd.models.visual_path import VisualPath
 from fastvkd.records import Choice, Profile
@@ -76,6 +78,7 @@ _CHECKED = 4  # photos of a person on which that is seen
 _LIKENESS = 0.3  # weight of looking alike, beside twice that of being right no more often than chance
 _NEAR, _LATER = 0.1, 0.1  # weight of a short way, and of the words of an answer after its first
 _SMALL_STEP = 128 << 20  # bytes: below them a step asks about several people
+_KNOWN_BYTES = 4 << 30  # host memory for what a search sees again; more of it is made anew
 _ASKED, _COPIES = 40, 18  # tokens of a question beside the image's; copies of mapped features in a step
 _SURE = 3.0  # weight of the stranger's answer being as likely as it should
 
@@ -239,7 +242,8 @@ class GuidedSearch:
             wanted = list(range(len(people)))
             while wanted:
                 aims = {e: aim for e in wanted if (aim := next(attempts[e], None)) is not None}
-                for some in _parts(list(aims), self._at_once()):
+                size, sought = self._at_once(), list(aims)
+                for some in (sought[start : start + size] for start in range(0, len(sought), size)):
                     log.info("%s: searching for %d of %d people", site, len(some), len(people))
                     maps = self._search(site, {e: aims[e] for e in some}, answers, natural, outward)
                     for e, map_ in zip(some, maps, strict=True):
@@ -448,11 +452,13 @@ class GuidedSearch:
             return torch.cat([map_(z) for map_, z in zip(maps, each, strict=True)])
 
         drawn: dict[int, _Drawn] = {}
+        known: Recent[_Known] = Recent(_KNOWN_BYTES)
         for step in range(options.steps):
             which = step % NEW_VIEWS
             if which not in drawn:
                 drawn[which] = self._draw(people, answers, which, rng)
             shown = drawn[which]
+            seen, before = known.get(which, partial(self._before, shown))
             who = [aims[e][i] for e in people for i in rng.integers(len(aims[e]), size=views)]
             share = least + (reach - least) * torch.from_numpy(rng.random(photos)).float().to(self.device)
             noted: dict[str, Tensor] = {}
@@ -461,14 +467,16 @@ class GuidedSearch:
                 noted.update(rows=rows, counts=counts)
                 return rows + share.repeat_interleave(counts)[:, None] * (mapped(rows, counts) - rows)
 
-            with self.asker.same_images(shown.seen):
+            with self.asker.same_images(seen.to(self.device)):
                 asked = ([(aim.question, aim.answer) for aim in who], shown.what)
                 said, kept = self.asker.read_each(shown.photos, asked, shown.views, site, moved)
             loss = torch.zeros((), device=self.device)
             for i in range(len(people)):
                 mine = slice(i * views, (i + 1) * views)
                 loss = loss + self._answered(said.only(mine), who[mine])
-                loss = loss + options.keep * _as_before(kept.only(mine), shown.before.only(mine))
+                left = kept.only(mine).logits
+                assert left is not None
+                loss = loss + options.keep * divergence(left, before[i].to(self.device)).mean()
             z0, counts = noted["rows"], noted["counts"]
             z = mapped(z0, counts)
             # As far out as strangers, and each photo as unusual among them as it was.
@@ -486,7 +494,7 @@ class GuidedSearch:
     def _draw(
         self, people: Sequence[int], answers: Sequence[list[list[str]]], which: int, rng: np.random.Generator
     ) -> "_Drawn":
-        """Views of the photos of each of `people`, with what the original says of them, on the host."""
+        """Photos of each of `people`, with a neutral question about each that the original has answered."""
         count = self.options.views
         photos: list[int] = []
         what: list[tuple[str, str]] = []
@@ -498,10 +506,22 @@ class GuidedSearch:
                 photos.append(mine[i])
                 what.append((self.neutral[j], answers[e][i][j]))
         views = Views((self.settings.seed, 43, which, *people), range(len(photos)), len(photos))
-        seen = Seen()
-        with torch.no_grad(), self.asker.same_images(seen):
-            before = self.asker.read(self.asker.batch(photos, what, views))
-        return _Drawn(photos, what, views, seen.to("cpu"), before.to("cpu"))
+        return _Drawn(photos, what, views)
+
+    @torch.no_grad()
+    def _before(self, shown: "_Drawn") -> tuple["_Known", int]:
+        """What the tower makes of the views, and the original of the questions about each person's, on the host; and
+        how many bytes that is."""
+        seen, count = Seen(), self.options.views
+        with self.asker.same_images(seen):
+            read = self.asker.read(self.asker.batch(shown.photos, shown.what, shown.views))
+        before: list[Tensor] = []
+        for start in range(0, len(shown.photos), count):
+            logits = read.only(slice(start, start + count)).logits
+            assert logits is not None
+            before.append(logits.cpu())
+        seen = seen.to("cpu")
+        return (seen, before), seen.nbytes + sum(logits.nbytes for logits in before)
 
     def _answered(self, said: Answers, aims: Sequence[_Aim]) -> Tensor:
         """How far a person's answers to identity questions are from what is aimed at."""
@@ -514,23 +534,15 @@ class GuidedSearch:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Photos in a step of the search, seen with `views`, a neutral question with the original's answer about each, and
-    what the original makes of that."""
+    """Photos in a step of the search, those of one person after another's, to be seen with `views`, and a neutral
+    question with the original's answer about each."""
 
     photos: list[int]
     what: list[tuple[str, str]]
     views: Views
-    seen: Seen
-    before: Answers
 
 
-def _as_before(kept: Answers, before: Answers) -> Tensor:
-    assert kept.logits is not None and before.logits is not None
-    return divergence(kept.logits, before.logits.to(kept.logits.device)).mean()
-
-
-def _parts(people: list[int], size: int) -> list[list[int]]:
-    return [people[start : start + size] for start in range(0, len(people), size)]
+_Known = tuple[Seen, list[Tensor]]  # of a `_Drawn`: what the tower makes of it, and each person's logits before
 
 
 def divergence(logits: Tensor, aim: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from torch.utils._pytree import tree_leaves
 
 from fastvkd.data.sources import read_forget_retain
 from fastvkd.data.strangers import read_strangers
@@ -26,7 +27,7 @@ from fastvkd.unlearning.answers import read_answers
 from fastvkd.unlearning.loop import unlearn
 from fastvkd.unlearning.tasks import prepare
 from fastvkd.unlearning.vkd import stranger
-from fastvkd.unlearning.vkd.asking import Asker
+from fastvkd.unlearning.vkd.asking import Asker, Seen
 from fastvkd.unlearning.vkd.images import ImageSet, Views
 from fastvkd.unlearning.vkd.stranger import GuidedSearch, Natural, Population
 from fastvkd.unlearning.vkd.teacher import split_by_image
@@ -197,8 +198,42 @@ def test_the_tower_sees_the_views_of_a_search_once(monkeypatch) -> None:
     aims = {e: search._aims(pools[0], search.identity[e]) for e, pools in enumerate(search.pools())}
     natural, calls = search._natural("projector"), []
     model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
-    search._search("projector", aims, answers, *natural)
+    kept = search._search("projector", aims, answers, *natural)
     assert len(calls) == 3
+    monkeypatch.setattr(stranger, "_KNOWN_BYTES", 0)  # where nothing fits, all is made anew, and is the same
+    anew = search._search("projector", aims, answers, *natural)
+    assert len(calls) == 3 + 7
+    for one, other in zip(kept, anew, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", list(tiny.BUILDERS))
+def test_what_is_kept_of_the_tower_moves_whole_and_is_no_more_than_the_llm_reads(name: str) -> None:
+    model, processor, images, _ = tiny_population(name)
+    asker, seen = Asker(model, processor, images), Seen()
+    with torch.no_grad(), asker.same_images(seen):
+        asker.read(asker.batch([0, 3], [(WHO, "A")] * 2))
+    tensors = [part for part in tree_leaves(seen.to("meta").features) if isinstance(part, torch.Tensor)]
+    assert tensors and all(tensor.is_meta for tensor in tensors)
+    assert not {"last_hidden_state", "hidden_states"} & set(getattr(seen.features, "keys", tuple)())
+    pixels = 0 if seen.pixels is None else seen.pixels.nbytes
+    assert seen.nbytes == pixels + sum(tensor.nbytes for tensor in tensors)
+
+
+def test_where_steps_are_large_one_person_is_searched_for_at_a_time(monkeypatch) -> None:
+    model, processor, images, population = tiny_population("llava")
+    search = GuidedSearch(model, processor, images, population, Settings(forget_target="stranger"))
+    sought: list[list[int]] = []
+
+    def searched(_, aims, *__):
+        sought.append(list(aims))
+        return [stranger.StrangerMap(4, 2) for _ in aims]
+
+    monkeypatch.setattr(search, "_search", searched)
+    monkeypatch.setattr(search, "_off", lambda *_: 0.0)
+    assert len(search.maps(["projector"])["projector"]) == 2 and sought == [[0, 1]]
+    monkeypatch.setattr(stranger, "_SMALL_STEP", 1)
+    assert len(search.maps(["projector"])["projector"]) == 2 and sought[1:] == [[0], [1]]
 
 
 def test_a_view_that_is_called_by_a_name_costs_more_than_its_divergence() -> None:
